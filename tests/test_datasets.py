@@ -1,0 +1,265 @@
+"""common/datasets.py: tasks as pure functions of their ids, fair random numbers, and torchvision's files."""
+
+import gzip
+import pickle
+import socket
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, key, load, normal, shuffle, uniform
+
+IDS = torch.arange(6)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", "train")
+
+
+# ---- random numbers ----------------------------------------------------------------------------------------------------
+def test_numbers_have_the_moments_of_their_distributions():
+    keys = fold(key(7), torch.arange(40))
+    u, z = uniform(keys, 25_001), normal(keys, 25_001)
+    assert u.min() > 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 2e-3 and abs(u.var() - 1 / 12) < 1e-3
+    assert abs(z.mean()) < 4e-3 and abs(z.std() - 1) < 4e-3 and abs((z**4).mean() - 3) < 0.05
+    assert (torch.corrcoef(z) - torch.eye(40)).abs().max() < 5 / 25_001**0.5  # neighbouring keys are independent
+    flat = z.flatten()
+    assert abs((flat[1:] * flat[:-1]).mean()) < 4e-3  # neighbouring counters too
+
+
+def test_every_bit_is_fair():
+    words = bits(key(1), torch.arange(100_000))
+    for bit in range(32):
+        assert abs((words >> bit & 1).float().mean() - 0.5) < 0.01, bit
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 10, 97])
+def test_shuffle_is_a_permutation(n):
+    keys = fold(key(0), torch.arange(50))
+    order = shuffle(torch.arange(n).expand(50, -1), n, keys[:, None])
+    assert torch.equal(order.sort(-1).values, torch.arange(n).expand(50, -1))
+
+
+def test_shuffle_reaches_all_permutations_equally_often():
+    keys = fold(key(0), torch.arange(24_000))
+    order = shuffle(torch.arange(4).expand(24_000, -1), 4, keys[:, None])
+    _, count = (order * torch.tensor([64, 16, 4, 1])).sum(-1).unique(return_counts=True)
+    assert len(count) == 24
+    assert ((count - 1000.0) ** 2 / 1000).sum() < 49.7  # chi-squared with 23 degrees of freedom, p = 0.001
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*BUNDLED, "random", "sum_sign"])
+def test_equal_ids_give_equal_tasks_in_any_batch_and_from_any_start(name):
+    tasks = Tasks(load(name), projected=0.5, permuted_inputs=0.5, permuted_labels=0.5, seed=1)
+    x, y = tasks.sample(IDS, IDS + 100, 40)
+    for i in (4, 1):
+        x_i, y_i = tasks.sample(IDS[i : i + 1], IDS[i : i + 1] + 100, 15, start=25)
+        torch.testing.assert_close(x_i[0], x[i, 25:])
+        assert torch.equal(y_i[0], y[i, 25:])
+    assert not torch.equal(x, Tasks(load(name), seed=2).sample(IDS, IDS + 100, 40)[0])
+
+
+def test_task_ids_beyond_32_bits_differ(digits):
+    tasks = Tasks(digits, projected=1.0)
+    a, b = (tasks.sample(torch.tensor([i]), IDS[:1], 2)[0] for i in (5, 5 + 2**32))
+    assert not torch.allclose(a, b)
+
+
+def test_a_sequence_sees_every_example_once_before_any_twice(digits):
+    x, y = Tasks(digits).sample(IDS[:1], IDS[:1], len(digits) * 2)
+    assert torch.equal(y[0, : len(digits)].bincount(), digits.counts)
+    first, second = (half.flatten(1).double() @ torch.linspace(1, 2, 64).double() for half in x[0].split(len(digits)))
+    torch.testing.assert_close(first.sort().values, second.sort().values)
+    assert not torch.allclose(first, second)
+
+
+def test_projection_is_one_linear_map_per_task(digits):
+    plain, _ = Tasks(digits).sample(IDS, IDS, 200)
+    for kind in ("glorot", "gaussian"):
+        tasks = Tasks(digits, projection=kind, projected=1.0)
+        x, _ = tasks.sample(IDS, IDS, 200)
+        matrix = tasks.projections(tasks.keys(IDS, 1))
+        torch.testing.assert_close(x, plain @ matrix)
+        assert abs(matrix.var() * 64 - 1) < 0.05  # both keep the inputs' variance
+        assert not torch.equal(matrix[0], matrix[1])
+    x, _ = Tasks(digits, projected=1.0, projection_size=10).sample(IDS, IDS, 5)
+    assert x.shape == (6, 5, 10)
+
+
+def test_shares_of_augmented_tasks(digits):
+    ids = torch.arange(2000)
+    plain, labels = Tasks(digits).sample(ids, ids, 3)
+    x, y = Tasks(digits, projected=0.25, permuted_labels=0.5).sample(ids, ids, 3)
+    assert abs((x != plain).flatten(1).any(1).float().mean() - 0.25) < 0.04
+    assert abs((y != labels).any(1).float().mean() - 0.5) < 0.05
+
+
+def test_permutations_keep_the_content(digits):
+    plain, labels = Tasks(digits).sample(IDS, IDS, 300)
+    x, y = Tasks(digits, permuted_inputs=1.0, permuted_labels=1.0).sample(IDS, IDS, 300)
+    torch.testing.assert_close(x.sort(-1).values, plain.sort(-1).values)
+    for before, after in zip(labels, y, strict=True):
+        assert len(torch.stack([before, after]).unique(dim=1).T) == 10  # one to one
+
+
+def test_class_subsets(digits):
+    tasks = Tasks(digits, classes=3)
+    x, y = tasks.sample(torch.arange(40), torch.arange(40), 300)
+    assert tasks.num_classes == 3 and set(y.unique().tolist()) == {0, 1, 2}
+    full, _ = Tasks(digits).sample(IDS[:1], IDS[:1], len(digits))
+    assert (x[:, :5].flatten(0, 1)[:, None] == full).all(-1).any(-1).all()  # nothing but examples of the dataset
+
+
+def test_random_and_sum_sign_are_what_appendix_b_says():
+    x, y = Tasks(load("random")).sample(IDS, IDS, 400)
+    for i in range(6):
+        points = torch.cat([x[i], y[i, :, None]], -1).unique(dim=0)
+        assert len(points) == 20  # images, each with a label of its own
+    x, y = Tasks(load("sum_sign", size=5)).sample(IDS, IDS, 400)
+    assert x.shape == (6, 400, 25) and torch.equal(y, (x.sum(-1) >= 0).long())
+    assert 0.4 < y.float().mean() < 0.6
+
+
+def test_bundled_splits_are_fixed_and_disjoint():
+    for name, examples in (("digits", 1797), ("wine", 178), ("breast_cancer", 569)):
+        train, test = load(name, "train"), load(name, "test")
+        assert len(train) + len(test) == examples
+        assert torch.equal(train.x, load(name, "train").x)
+        assert train.num_classes == test.num_classes
+    train, test = (load("wine", split).x for split in ("train", "test"))
+    assert not (train[:, None] == test).all(-1).any()
+
+
+def test_resizing(digits):
+    larger = digits.resize(20)
+    assert larger.x.dtype == torch.uint8 and larger.num_inputs == 400
+    assert abs(larger.x.float().mean() - digits.x.float().mean()) < 3
+    assert load("random", size=12).resize(6).num_inputs == 36
+    with pytest.raises(DatasetError, match="no images"):
+        load("wine").resize(8)
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (lambda d: load("mnits"), "There is no dataset 'mnits'; choose from digits, wine"),
+        (lambda d: load("digits", "valid"), "no split"),
+        (lambda d: Tasks(d, classes=11), "Asked for 11 classes, but 'digits' has 10"),
+        (lambda d: Tasks(load("random"), classes=3), "made on the fly"),
+        (lambda d: Tasks(d, projected=0.5, projection_size=9), "has to be applied to all tasks"),
+    ],
+)
+def test_wrong_use_is_told_in_a_sentence(digits, wrong, sentence):
+    with pytest.raises(DatasetError, match=sentence):
+        wrong(digits)
+
+
+# ---- torchvision -------------------------------------------------------------------------------------------------------
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(head + array.tobytes())
+
+
+def images_and_labels(seed, *shape, classes=10):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (30, *shape), dtype=np.uint8), (np.arange(30) % classes).astype(np.uint8)
+
+
+def write_mnist_like(root, folder, prefix="", suffix=""):
+    for seed, split in enumerate(("train", "t10k" if not prefix else "test")):
+        images, labels = images_and_labels(seed, 28, 28)
+        write_idx(root / folder / "raw" / f"{prefix}{split}-images-idx3-ubyte", images)
+        write_idx(root / folder / "raw" / f"{prefix}{split}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Tiny datasets in torchvision's layouts."""
+    root = tmp_path_factory.mktemp("data")
+    for folder in ("MNIST", "FashionMNIST", "KMNIST"):
+        write_mnist_like(root, folder)
+    write_mnist_like(root, "EMNIST", prefix="emnist-byclass-")
+    return root
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "emnist"])
+def test_idx_files(name, data_dir):
+    for seed, split in enumerate(("train", "test")):
+        dataset = load(name, split, data_dir)
+        images, labels = images_and_labels(seed, 28, 28)
+        if name == "emnist":
+            images = images.transpose(0, 2, 1)
+        order = np.argsort(labels, kind="stable")
+        assert np.array_equal(dataset.x[:, 0].numpy(), images[order])
+        assert dataset.x.dtype == torch.uint8 and dataset.counts.tolist() == [3] * 10
+    assert load(name, "train", data_dir, size=14).num_inputs == 196
+
+
+def test_cifar10_and_svhn(tmp_path, monkeypatch):
+    import scipy.io
+    import torchvision.datasets as tv
+
+    images, labels = images_and_labels(0, 32, 32, 3)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    batch = {"data": images.transpose(0, 3, 1, 2).reshape(30, -1), "labels": labels.tolist()}
+    (folder / "test_batch").write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
+    monkeypatch.setattr(tv.CIFAR10, "_check_integrity", lambda self: True)  # checks sums of the real files
+    monkeypatch.setattr(tv.CIFAR10, "_load_meta", lambda self: None)
+    dataset = load("cifar10", "test", tmp_path)
+    order = np.argsort(labels, kind="stable")
+    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])
+
+    scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)})
+    monkeypatch.setattr(tv.SVHN, "_check_integrity", lambda self: True)
+    dataset = load("svhn", "test", tmp_path)
+    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])  # SVHN writes 0 as 10
+
+
+def test_omniglot(tmp_path, monkeypatch):
+    import torchvision.datasets as tv
+    from PIL import Image
+
+    for alphabet, characters in (("Greek", 2), ("Latin", 1)):
+        for c in range(characters):
+            folder = tmp_path / "omniglot-py" / "images_background" / alphabet / f"character{c:02}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
+    monkeypatch.setattr(tv.Omniglot, "_check_integrity", lambda self: True)
+    dataset = load("omniglot", "train", tmp_path)
+    assert dataset.counts.tolist() == [3, 3, 3] and dataset.shape == (1, 105, 105)
+    assert dataset.x.unique().tolist() == [0, 255]
+
+
+def test_missing_files_without_a_network(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    for name in ("mnist", "cifar10", "svhn", "omniglot"):
+        with pytest.raises(DatasetError, match=f"'{name}' is not in '.*' and could not be downloaded; use a bundled dataset"):
+            load(name, "train", tmp_path / "none")
+
+
+def test_damaged_files(data_dir, tmp_path):
+    write_mnist_like(tmp_path, "MNIST")
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DatasetError, match="are damaged"):
+        load("mnist", "train", tmp_path)
+    path.write_bytes(gzip.compress(b"not an idx file"))
+    with pytest.raises(DatasetError, match="are damaged"):
+        load("mnist", "train", tmp_path)
+
+
+def test_all_names_are_known():
+    assert len(NAMES) == 12
