@@ -33,6 +33,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -207,6 +208,7 @@ class Learner(NamedTuple):
     initial_state: Callable
     predict: Callable
     learn: Callable
+    compiled: Callable | None = None  # one_example of this learner, compiled
 
     def params(self, theta: Tensor) -> dict[str, Tensor]:
         """Views of theta (p, d) as named parameters, each (p, *shape)."""
@@ -226,14 +228,13 @@ def lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tens
 
 
 def fused_lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """lstm_cell, said in sums and products only, which torch.compile fuses into one pass over the states (for ES and
-    meta-testing, where no gradient is needed). tanh is Lambert's continued fraction, exact to 1e-5."""
+    """lstm_cell in sums and products only, which torch.compile turns into tight loops over the states (for ES and
+    meta-testing, where no gradient is needed). tanh is Lambert's continued fraction, exact to 1e-4."""
 
     def tanh(x):
-        x = x.clamp(-6, 6)
+        x = 4.97 - (9.94 - (x + 4.97).relu()).relu()  # clamp(x, -4.97, 4.97); clamp itself also looks for NaNs
         q = x * x
-        numerator = ((((q + 990) * q + 135135) * q + 4729725) * q + 34459425) * x
-        return numerator / ((((45 * q + 13860) * q + 945945) * q + 16216200) * q + 34459425)
+        return x * (((q + 378) * q + 17325) * q + 135135) / (((28 * q + 3150) * q + 62370) * q + 135135)
 
     def sigmoid(x):
         return 0.5 + 0.5 * tanh(0.5 * x)
@@ -334,21 +335,27 @@ def initial_weight(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
-def lifetime(learner: Learner, theta: Tensor, state: Any, x: Tensor, y: Tensor, num_outputs: int) -> tuple[Any, Tensor, Tensor]:
+def one_example(learner: Learner, params: dict[str, Tensor], state: Any, x: Tensor, y: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """Predict, then see the label and learn: the body of the inner loop of Algorithm 8. x (p, s, a), y (p, s) int64."""
+    state, logits = learner.predict(params, state, x)
+    label = (y[..., None] == torch.arange(logits.shape[-1], device=y.device)).to(logits.dtype)
+    error = logits.softmax(-1) - label  # e := gradient of the cross-entropy with respect to the logits
+    state = learner.learn(params, state, error, label)
+    return state, -(logits.log_softmax(-1) * label).sum(-1), logits.argmax(-1) == y
+
+
+def lifetime(learner: Learner, theta: Tensor, state: Any, x: Tensor, y: Tensor) -> tuple[Any, Tensor, Tensor]:
     """Learn online, one example after the other (the inner loop of Algorithm 8, and Algorithm 13).
 
     theta (p, d), x (p, s, t, a), y (p, s, t) int64. Returns the last state, and for each prediction, which was made before
     its label was seen, the cross-entropy (p, s, t) in nats and whether it was right (p, s, t).
     """
-    params = learner.params(theta)
-    losses, correct = [], []
+    live = learner.compiled or partial(one_example, learner)
+    params, losses, correct = learner.params(theta), [], []
     for x_t, y_t in zip(x.unbind(2), y.unbind(2), strict=True):
-        state, logits = learner.predict(params, state, x_t)
-        label = F.one_hot(y_t, num_outputs).to(logits.dtype)
-        error = logits.softmax(-1) - label  # e := gradient of the cross-entropy with respect to the logits
-        state = learner.learn(params, state, error, label)
-        losses.append(-(logits.log_softmax(-1) * label).sum(-1))
-        correct.append(logits.detach().argmax(-1) == y_t)
+        state, loss, right = live(params, state, x_t, y_t)
+        losses.append(loss)
+        correct.append(right)
     return state, torch.stack(losses, -1), torch.stack(correct, -1)
 
 
@@ -367,7 +374,7 @@ def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step:
         x, y = tasks.sample(ids, ids, args.sequence_length)
         state = learner.initial_state(tasks.keys(ids, 3).repeat(2, 1)[:, None], tasks.num_inputs, tasks.num_classes)
         x, y = x.repeat(2, 1, 1)[:, None], y.repeat(2, 1)[:, None]  # (p, s = 1, t, a) and (p, s = 1, t)
-        _, losses, correct = lifetime(learner, population, state, x, y, tasks.num_classes)
+        _, losses, correct = lifetime(learner, population, state, x, y)
         right.append(correct.float().mean())
         return losses.mean((1, 2))
 
@@ -378,7 +385,7 @@ def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step:
         sigma=args.noise_std,
         seed=args.seed,
         generation=step,
-        chunk=args.chunk or max(1, at_a_time(args, tasks) // 2),
+        chunk=args.chunk or even_chunk(args, tasks),
         rank_shaping=args.rank_shaping,
     )
     return grad, losses.mean(), all_reduce_mean(torch.stack(right).mean())
@@ -390,7 +397,7 @@ def backprop_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks,
     ids = step * args.sequences + torch.tensor(es.share(args.sequences), device=theta.device)
     x, y = tasks.sample(ids, ids, args.sequence_length)
     state = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
-    _, losses, correct = lifetime(learner, theta[None], state, x[None], y[None], tasks.num_classes)
+    _, losses, correct = lifetime(learner, theta[None], state, x[None], y[None])
     (grad,) = torch.autograd.grad(losses.mean(), theta)
     grad, loss, accuracy = (all_reduce_mean(value) for value in (grad, losses.detach().mean(), correct.float().mean()))
     return grad * (args.clip / grad.norm()).clamp(max=1), loss, accuracy
@@ -492,23 +499,24 @@ def search_rate(args: Args, learner: Learner, tasks: Tasks) -> Tensor:
     x, y = tasks.sample(ids, ids, min(500, args.test_steps))
     state = learner.initial_state(tasks.keys(ids, 3).expand(len(grid), -1, -1), tasks.num_inputs, tasks.num_classes)
     x, y = x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1)
-    _, _, correct = lifetime(learner, grid, state, x, y, tasks.num_classes)
+    _, _, correct = lifetime(learner, grid, state, x, y)
     return grid[correct.float().mean((1, 2)).argmax()]
 
 
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: int) -> tuple[Tensor, Tensor]:
     """Lifetimes on unseen examples, each from its own random state: whether each prediction was right (seeds, t), and its
-    cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated)."""
+    cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated).
+    together: how many lifetimes run at once."""
     ids = torch.arange(args.test_seeds, device=theta.device)
     steps = min(args.test_steps, len(tasks.dataset) or args.test_steps)
     parts = []
-    for part in ids.split(at_a_time(args, tasks)):
+    for part in ids.split(together):
         x, y = tasks.sample(part, part, steps)
         state = learner.initial_state(tasks.keys(part, 3)[None], tasks.num_inputs, tasks.num_classes)
-        parts.append(lifetime(learner, theta[None], state, x[None], y[None], tasks.num_classes)[1:])
+        parts.append(lifetime(learner, theta[None], state, x[None], y[None])[1:])
     losses, correct = (torch.cat([part[i][0] for part in parts]) for i in (0, 1))
     return correct.float(), losses
 
@@ -526,7 +534,8 @@ def meta_test(
             except DatasetError as error:
                 run.say(f"{label} is left out on {task}: {error}")
                 continue
-            correct, losses = curve(args, learner, thetas[label], fitting)
+            together = at_a_time(args, tasks) * (1 if label == "vsml" else args.state_size)  # others keep a number a weight
+            correct, losses = curve(args, learner, thetas[label], fitting, together)
             seen = torch.arange(1, correct.shape[1] + 1, device=correct.device)
             curves.setdefault(task, {})[label] = cumulative = correct.cumsum(1) / seen
             for metric, values in {"cumulative_accuracy": cumulative, "accuracy": correct, "cross_entropy": losses}.items():
@@ -613,7 +622,7 @@ def parse_args() -> Args:
             raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
         base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
         args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir")
+        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
         changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
         if changed:
             raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
@@ -696,6 +705,14 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(value, f"{name} {key}".strip())
 
 
+def keep_memory() -> None:
+    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean over all processes."""
     if dist.is_initialized():
@@ -733,11 +750,7 @@ class Run:
         name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
         self.folder = args.resume or args.run_dir / (args.run_name or name)
         self.compiles = args.compile and self.can_compile()
-        if sys.platform == "linux" and args.device == "cpu":
-            # glibc hands freed tensors back to the kernel and pays for it with page faults: a third of a meta-step
-            libc = ctypes.CDLL(None)
-            if hasattr(libc, "mallopt"):
-                libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        keep_memory()
         if self.rank == 0:
             self.open_folder()
 
@@ -903,6 +916,12 @@ def at_a_time(args: Args, tasks: Tasks) -> int:
     return max(1, (2**14 if args.device == "cpu" else 2**22) // sub_rnns)
 
 
+def even_chunk(args: Args, tasks: Tasks) -> int:
+    """How many pairs of ES to run at once: at_a_time at most, and always the same number, so that one compilation does."""
+    pairs = len(es.share(args.population))
+    return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or 2 * c <= at_a_time(args, tasks)))
+
+
 def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
     """What is meta-trained on: the train splits of the datasets at all sizes."""
     shares = dict(projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked) if augment else {}
@@ -911,27 +930,29 @@ def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
     return [Tasks(dataset, seed=args.seed, **shares) for dataset in datasets]
 
 
-def make_learner(name: str, args: Args, run: Run, rnn_sizes: tuple[int, int], gradients: bool) -> Learner:
-    """A learner by its name, compiled for training by backpropagation (gradients) or for everything else."""
+def make_learner(name: str, args: Args, run: Run, rnn_sizes: tuple[int, int], use: str) -> Learner:
+    """A learner by its name, compiled for its use: "backprop" or "es" to meta-train it, or "test"."""
     if name == "rnn":
-        return in_context_rnn(args, *rnn_sizes)
-    if name != "vsml":
+        learner = in_context_rnn(args, *rnn_sizes)
+    elif name == "vsml":
+        learner = vsml(args)
+    else:
         return online_sgd(args, adam=name == "adam")
     if not run.compiles:
-        return vsml(args)
-    if gradients:
-        learner = vsml(args)
-        return learner._replace(predict=torch.compile(learner.predict, dynamic=False))
-    return vsml(args, torch.compile(fused_lstm_cell, dynamic=True, options=FUSE))
+        return learner
+    if use == "backprop":
+        return learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False))
+    if name == "rnn":
+        return learner
+    if use == "es":
+        learner = vsml(args, fused_lstm_cell)
+        return learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False, options=fuse(args)))
+    return vsml(args, torch.compile(fused_lstm_cell, options=fuse(args)))  # one compilation fits all sizes
 
 
-# What makes inductor say fused_lstm_cell in one loop: sums of n terms written out, no intermediate stored.
-FUSE = {
-    "unroll_reductions_threshold": 65,
-    "realize_opcount_threshold": 10_000,
-    "realize_reads_threshold": 10_000,
-    "cpp.enable_floating_point_contract_flag": "fast",
-}
+def fuse(args: Args) -> dict[str, Any]:
+    """What makes inductor write fused_lstm_cell's sums of n products out, with fused multiply-adds."""
+    return {"unroll_reductions_threshold": args.state_size + 1, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def main() -> None:
@@ -951,7 +972,7 @@ def main() -> None:
     else:
         plain, augmented = train_tasks(args, run, augment=False), train_tasks(args, run, augment=True)
         rnn_sizes = torch.tensor([max(tasks.num_inputs for tasks in plain), max(tasks.num_classes for tasks in plain)])
-    learners = {name: make_learner(name, args, run, rnn_sizes.tolist(), gradients=False) for name in names}
+    learners = {name: make_learner(name, args, run, rnn_sizes.tolist(), "test") for name in names}
     thetas = {name: learner.init(torch.Generator().manual_seed(args.seed)).to(run.device) for name, learner in learners.items()}
 
     if args.mode == "test":
@@ -964,8 +985,8 @@ def main() -> None:
         with torch.no_grad():
             for name in {"sgd", "adam"} & set(names):
                 thetas[name] = search_rate(args, learners[name], plain[0])
-        how = args.meta_optimizer == "backprop"
-        trained = {name: make_learner(name, args, run, rnn_sizes.tolist(), how) for name in names if name in ("vsml", "rnn")}
+        use = args.meta_optimizer
+        trained = {name: make_learner(name, args, run, rnn_sizes.tolist(), use) for name in names if name in ("vsml", "rnn")}
         tasks = {"vsml": augmented, "rnn": augmented if args.augment_baselines else plain}
         meta_train(args, trained, thetas, tasks, run, {"rnn_sizes": rnn_sizes})
     tested = time.time()

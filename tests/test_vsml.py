@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,25 +115,25 @@ def test_fast_lifetime_equals_loops_over_sub_rnns(args, cell):
     p, s, t, a, b = 2, 2, 4, 6, 3
     theta, (keys, x, y) = some_theta(args, p), some_data(p, s, t, a, b)
     learner = vsml.vsml(args, cell)
-    _, losses, correct = vsml.lifetime(learner, theta, learner.initial_state(keys, a, b), x, y, b)
+    _, losses, correct = vsml.lifetime(learner, theta, learner.initial_state(keys, a, b), x, y)
     assert losses.shape == correct.shape == (p, s, t)
     for i in range(p):
         for j in range(s):
             logits = slow_lifetime(args, theta[i : i + 1], keys[i, j], x[i, j], y[i, j], b)
             slow = F.cross_entropy(logits, y[i, j], reduction="none")
-            torch.testing.assert_close(losses[i, j], slow, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(losses[i, j], slow, atol=1e-3 if cell is vsml.fused_lstm_cell else 1e-5, rtol=1e-4)
 
 
 def test_compiled_cell_equals_the_readable_one():
-    if not vsml.Run.can_compile(type("", (), {"args": replace(ARGS, device="cpu"), "say": print})()):
+    if not vsml.Run.can_compile(SimpleNamespace(args=replace(ARGS, device="cpu"), say=print)):
         pytest.skip("no C++ compiler")
-    compiled = torch.compile(vsml.fused_lstm_cell, dynamic=True, options=vsml.FUSE)
+    compiled = torch.compile(vsml.fused_lstm_cell, options=vsml.fuse(ARGS))
     generator = torch.Generator().manual_seed(0)
     for p, s, a, b, n in ((2, 1, 7, 3, 16), (1, 4, 9, 10, 16)):
         shapes = ((p, n, 4 * n), (p, s, a, 4 * n), (p, s, b, 4 * n), (p, s, a, b, n), (p, s, a, b, n))
         inputs = [2 * torch.randn(shape, generator=generator) for shape in shapes]
         for fast, exact in zip(compiled(*inputs), vsml.lstm_cell(*inputs), strict=True):
-            torch.testing.assert_close(fast, exact, atol=2e-5, rtol=0)
+            torch.testing.assert_close(fast, exact, atol=1e-3, rtol=0)  # gates 1e-4, cells up to 8
 
 
 @pytest.mark.parametrize("args", [ARGS, DEEP])
@@ -145,8 +147,8 @@ def test_permuting_inputs_and_outputs_permutes_the_answers(args):
     moved = list(state)
     moved[0] = moved[0]._replace(h=moved[0].h[:, :, order_a], c=moved[0].c[:, :, order_a])
     moved[-1] = moved[-1]._replace(h=moved[-1].h[:, :, :, order_b], c=moved[-1].c[:, :, :, order_b])
-    _, losses, correct = vsml.lifetime(learner, theta, state, x, y, b)
-    _, same, hits = vsml.lifetime(learner, theta, moved, x[..., order_a], order_b.argsort()[y], b)
+    _, losses, correct = vsml.lifetime(learner, theta, state, x, y)
+    _, same, hits = vsml.lifetime(learner, theta, moved, x[..., order_a], order_b.argsort()[y])
     torch.testing.assert_close(losses, same)
     assert torch.equal(correct, hits)
 
@@ -158,7 +160,7 @@ def test_meta_gradient_against_finite_differences(args):
     state = [vsml.Layer(*(tensor.double() for tensor in layer)) for layer in learner.initial_state(keys, 5, 3)]
 
     def loss(theta):
-        return vsml.lifetime(learner, theta, state, x.double(), y, 3)[1].mean()
+        return vsml.lifetime(learner, theta, state, x.double(), y)[1].mean()
 
     theta.requires_grad_()
     (grad,) = torch.autograd.grad(loss(theta), theta)
@@ -194,7 +196,7 @@ def test_online_sgd_equals_torch_optim(adam):
     layer = torch.nn.Linear(6, 3)
     layer.weight.data, layer.bias.data = state[0][0, 0, :-1].T.clone(), state[0][0, 0, -1].clone()
     optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(layer.parameters(), 10**rate)
-    _, losses, _ = vsml.lifetime(learner, torch.tensor([[rate]]), state, x, y, 3)
+    _, losses, _ = vsml.lifetime(learner, torch.tensor([[rate]]), state, x, y)
     for t in range(20):
         loss = F.cross_entropy(layer(x[0, 0, t : t + 1]), y[0, 0, t : t + 1])
         torch.testing.assert_close(losses[0, 0, t], loss.detach(), atol=1e-5, rtol=1e-4)
@@ -215,7 +217,7 @@ def test_in_context_rnn_is_torchs_lstm():
     cell.weight_ih.data, cell.weight_hh.data = weight[:-5].T, weight[-5:].T
     cell.bias_ih.data, cell.bias_hh.data = torch.cat([i, f, j, o]), torch.zeros(20)
     keys, x, y = some_data(1, 1, 6, 4, 3)
-    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y, 3)
+    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
     h, c, error, label = (torch.zeros(1, size) for size in (5, 5, 3, 3))
     for t in range(6):
         h, c = cell(torch.cat([x[0, :, t], error, label], -1), (h, c))
@@ -238,37 +240,36 @@ class Silent:
         pass
 
 
-def meta_learn(cut_error, meta_optimizer="backprop", steps=110):
-    """A short meta-training on 4 x 4 digits; the accuracy on unseen digits after 50 to 100 examples."""
-    args = vsml.Args(**(vsml.LAPTOP | dict(meta_steps=steps, sequence_length=40, test_seeds=24, device="cpu")))
-    learner = vsml.vsml(args)
-    if cut_error:
-        deaf = learner.learn
-        learner = learner._replace(learn=lambda p, s, error, label: deaf(p, s, 0 * error, 0 * label))
-    tasks = [Tasks(load("digits", "train", size=4), projected=0.5)]
-    thetas = {"vsml": learner.init(torch.Generator().manual_seed(0))}
-    vsml.meta_train(args, {"vsml": learner}, thetas, {"vsml": tasks}, Silent(), {})
-    with torch.no_grad():
-        args = replace(args, test_steps=100)
-        correct, _ = vsml.curve(args, learner, thetas["vsml"], Tasks(load("digits", "test", size=4)))
-    return correct[:, 50:].mean().item()
-
-
 def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
-    """Unseen digits, chance 10 %. Without error and label the same training must get nowhere."""
-    assert meta_learn(cut_error=False) > 0.4
-    assert meta_learn(cut_error=True) < 0.2
+    """A short meta-training on digits; then accuracy on unseen digits after 50 to 100 examples (chance: 10 %). With the
+    error input and the label cut, the same parameters must get nowhere."""
+    vsml.keep_memory()
+    short = dict(meta_steps=130, sequence_length=40, logit_scale=10.0, blanked=0.0, test_seeds=24, test_steps=100)
+    args = vsml.Args(**vsml.LAPTOP | short | dict(device="cpu"))
+    learner = vsml.vsml(args)
+    thetas = {"vsml": learner.init(torch.Generator().manual_seed(0))}
+    tasks = {"vsml": [Tasks(load("digits", "train"), projected=0.5)]}
+    vsml.meta_train(args, {"vsml": learner}, thetas, tasks, Silent(), {})
+    deaf = learner._replace(learn=lambda p, s, error, label: learner.learn(p, s, 0 * error, 0 * label))
+    unseen = Tasks(load("digits", "test"))
+    with torch.no_grad():
+        late = [vsml.curve(args, x, thetas["vsml"], unseen, 24)[0][:, 50:].mean() for x in (learner, deaf)]
+    assert late[0] > 0.4
+    assert late[1] < 0.15
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
 TINY = "--meta-steps 6 --sequences 2 --sequence-length 6 --test-seeds 2 --test-steps 12 --checkpoint-every 2 --no-compile"
 TINY += " --preset laptop --population 2 --test-datasets digits wine"
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | NO_NETWORK
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
 
-def command(run_dir, flags, launcher=(sys.executable,), **options):
+def command(run_dir, flags, launcher=(sys.executable,)):
     line = [*launcher, str(ROOT / "vsml.py"), "--run-dir", str(run_dir), *TINY.split(), *flags.split()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, cwd=run_dir, env=env, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def rows(folder):
@@ -314,8 +315,7 @@ def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
 
 def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     line = [sys.executable, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), "--run-name", "killed", *TINY.split()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     deadline = time.time() + 120
     while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
@@ -349,12 +349,20 @@ def test_meta_test_of_a_checkpoint(finished, tmp_path):
 def test_two_processes_end_in_the_numbers_of_one(optimizer, tmp_path):
     flags = f"--meta-optimizer {optimizer} --run-name"
     assert command(tmp_path, f"{flags} one").returncode == 0
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
-    two = command(tmp_path, f"{flags} two", launcher=(*torchrun, "--rdzv-endpoint", "localhost:0"))
+    two = command(tmp_path, f"{flags} two", launcher=TORCHRUN)
     assert two.returncode == 0, two.stderr
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two"))
-    for name in ("vsml", "rnn"):
-        torch.testing.assert_close(one["thetas"][name], two["thetas"][name], atol=1e-4, rtol=1e-3)
+    for name in ("vsml", "rnn"):  # Adam blows rounding up where the gradient is zero, as for a bias that all logits share
+        torch.testing.assert_close(one["thetas"][name], two["thetas"][name], atol=2e-3, rtol=1e-3)
+    one, two = (np.loadtxt(tmp_path / name / "metrics.csv", delimiter=",", skiprows=1) for name in ("one", "two"))
+    np.testing.assert_allclose(np.delete(one, 1, 1), np.delete(two, 1, 1), rtol=1e-4)  # but for the seconds
+
+
+def test_a_population_that_two_processes_cannot_share(tmp_path):
+    wrong = command(tmp_path, "--meta-optimizer es --population 3", launcher=TORCHRUN)
+    assert wrong.returncode != 0
+    assert "--population 3 cannot be shared evenly by 2 processes; choose a multiple of 2" in wrong.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("learner", ["rnn", "sgd", "adam"])
@@ -367,6 +375,16 @@ def test_a_baseline_as_the_learner(learner, tmp_path):
 def test_deep_network_and_es(tmp_path):
     done = command(tmp_path, "--meta-optimizer es --hidden 5 --backward-pass --baselines --chunk 1 --run-name deep")
     assert done.returncode == 0, done.stderr
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+    """The run stops at the meta-step whose loss is not finite; what it had saved before is whole and finite."""
+    wild = command(tmp_path, "--backprop-lr inf --checkpoint-every 1 --run-name wild --baselines")
+    assert wild.returncode == 1 and "Traceback" not in wild.stderr
+    assert re.search(r"not finite at meta-step \d+; .*(checkpoint.pt is the last good|no checkpoint was written)", wild.stderr)
+    checkpoint = tmp_path / "wild" / "checkpoint.pt"
+    if checkpoint.exists():
+        assert torch.load(checkpoint, weights_only=True)["state"]["thetas"]["vsml"].isfinite().all()
 
 
 def broken_checkpoints(finished, folder):
@@ -391,14 +409,14 @@ MISTAKES = {
     "--mode test --checkpoint {tmp}/text.pt": "text.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of vsml.py",
     "--mode test --checkpoint {tmp}/unknown.pt": "unknown.pt is not a checkpoint of vsml.py",
-    "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "has 2384 parameters, these flags ask for 808",
+    "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "has 2384 parameters, these flags ask for 944",
     "--checkpoint {done}/checkpoint.pt": "--checkpoint is for --mode test",
     "--resume {done}": "is finished",
     "--resume {tmp}": "There is no checkpoint",
     "--resume {tmp}/foreign_run": "is not a checkpoint of vsml.py",
     "--run-name {done}": "exists; choose another --run-name",
     "--meta-steps 0": "--meta-steps has to be at least 1",
-    "--backprop-lr 1e30 --clip 1e30": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
+    "--backprop-lr inf": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
     "--device cuda": "There is no CUDA device",
 }
 
@@ -409,14 +427,10 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, t
         pytest.skip("there is a CUDA device")
     broken_checkpoints(finished[0], tmp_path)
     before = (finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes()
-    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no network
-    wrong = command(tmp_path, flags.format(tmp=tmp_path, done=finished[0]), **{})
-    assert proxies
+    wrong = command(tmp_path, flags.format(tmp=tmp_path, done=finished[0]))
     assert wrong.returncode == 1, wrong.stderr
     assert "Traceback" not in wrong.stderr
     last = wrong.stderr.strip().splitlines()[-1]
     assert last.startswith("vsml.py: ")
-    import re
-
     assert re.search(MISTAKES[flags], last), last
     assert before == ((finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes())

@@ -1,0 +1,99 @@
+"""How fast the scripts are: `python tests/benchmark.py vsml`. A benchmark, not a test.
+
+Prints the median over several repetitions, and the largest memory that the process has needed so far.
+
+    python tests/benchmark.py vsml                            # 8x8 and 28x28 inputs, a few pairs of ES, a few sequences
+    python tests/benchmark.py vsml --compile off              # what torch.compile gains
+    python tests/benchmark.py vsml --setting thesis           # the thesis' ES step: 1,024 pairs, 500 examples, 28x28
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import vsml
+from common.datasets import Tasks, load
+
+
+def seconds(work: Callable[[], object], repetitions: int) -> float:
+    """Median seconds of one call, after one that warms up and compiles."""
+    taken = []
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def peak_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def line(what: str, size: int, taken: float, rollouts: int, examples: int) -> None:
+    each = taken / (rollouts * examples) * 1e6
+    print(
+        f"{what:<28} {size}x{size}".ljust(38),
+        f"{rollouts:>5} rollouts x {examples:>3} examples  {taken:8.3f} s  {each:8.1f} us per example and rollout"
+        f"  {peak_mb():7.0f} MB",
+        flush=True,
+    )
+
+
+def bench_vsml(options: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vsml.keep_memory()
+    thesis = options.setting == "thesis"
+    for size, pairs in ((28, options.pairs),) if thesis else ((8, 24), (28, 2)):
+        bench_vsml_at(options, device, size, pairs, examples=500 if thesis else 250, repetitions=2 if thesis else 5)
+
+
+def bench_vsml_at(options: argparse.Namespace, device: str, size: int, pairs: int, examples: int, repetitions: int) -> None:
+    """ES, backpropagation and meta-test at one input size. Half of the tasks are projected, as in meta-training."""
+    tasks = Tasks(load("random", size=size, device=device), projected=0.5)
+    args = vsml.Args(**vsml.LAPTOP | dict(device=device, population=pairs, sequence_length=examples, chunk=options.chunk))
+    run = argparse.Namespace(compiles=options.compile == "on")
+
+    def learner(name: str, use: str) -> tuple[vsml.Learner, torch.Tensor]:
+        made = vsml.make_learner(name, args, run, (size * size, 10), use)
+        return made, made.init(torch.Generator().manual_seed(0)).to(device)
+
+    vsml_es = learner("vsml", "es")
+    line("one step of ES", size, seconds(lambda: vsml.es_gradient(args, *vsml_es, tasks, 0), repetitions), 2 * pairs, examples)
+    if options.setting == "thesis":
+        return
+    short = replace(args, sequence_length=60 if size == 8 else 20, sequences=16 if size == 8 else 4)
+    vsml_backprop = learner("vsml", "backprop")
+    taken = seconds(lambda: vsml.backprop_gradient(short, *vsml_backprop, tasks, 0), repetitions)
+    line("one step of backpropagation", size, taken, short.sequences, short.sequence_length)
+    for name in ("vsml", "rnn", "sgd", "adam"):
+        tested = learner(name, "test")
+        together = vsml.at_a_time(args, tasks) * (1 if name == "vsml" else args.state_size)
+        seeds = replace(args, test_seeds=together, test_steps=examples)
+        with torch.no_grad():
+            taken = seconds(lambda seeds=seeds, tested=tested: vsml.curve(seeds, *tested, tasks, seeds.test_seeds), repetitions)
+        line(f"meta-test of {name}", size, taken, together, examples)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("script", choices=["vsml"])
+    parser.add_argument("--compile", choices=["on", "off"], default="on")
+    parser.add_argument("--setting", choices=["small", "thesis"], default="small")
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs of ES in the thesis setting")
+    parser.add_argument("--chunk", type=int, default=None, help="pairs of ES at a time")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
+    {"vsml": bench_vsml}[options.script](options)
