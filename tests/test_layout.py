@@ -1,0 +1,39 @@
+"""The agreement between the files: who imports whom, and the plumbing that all scripts share to the letter."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for name in "metagenrl vsml symla gpicl gla fme".split() if (path := ROOT / f"{name}.py").exists()]
+MODULES = sorted(path for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
+BEGIN, END = ("# ---- the same text in all six scripts: " + word for word in ("begin", "end"))
+
+
+def imported(path):
+    """Names of the project's own files that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & ({script.stem for script in SCRIPTS} | {f"common.{module.stem}" for module in MODULES})
+
+
+def plumbing(path):
+    text = path.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1, path
+    return text[text.index(BEGIN) : text.index(END)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_imports_no_script_and_shares_its_plumbing(path):
+    assert not {name for name in imported(path) if not name.startswith("common.")}
+    assert plumbing(path) == plumbing(ROOT / "vsml.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_a_common_module_stands_alone(path):
+    assert not imported(path)
