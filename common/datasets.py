@@ -94,11 +94,13 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs x with (k - x) mod n and a coin that both share
     decides whether they swap. position: (...) int64 in [0, n); n and key (..., 2) broadcast against it. Returns (...) int64.
     """
-    for r in range(rounds):
-        k = integers(key, torch.tensor(r, device=key.device), n)
-        partner = (k - position) % n
-        coin = bits(fold(key, r + 1), torch.maximum(position, partner))
-        position = torch.where(coin & 1 == 0, position, partner)
+    each = torch.arange(rounds, device=key.device)
+    shifts = integers(key[..., None, :], each, n[..., None] if isinstance(n, Tensor) else n)
+    coins = fold(key[..., None, :], each + 1)
+    for shift, coin in zip(shifts.unbind(-1), coins.unbind(-2), strict=True):
+        partner = (shift - position) % n
+        swap = bits(coin, torch.maximum(position, partner)) & 1
+        position = torch.where(swap == 0, position, partner)
     return position
 
 
