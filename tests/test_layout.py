@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [path for name in "metagenrl vsml symla gpicl gla fme".split() if (path := ROOT / f"{name}.py").exists()]
+NAMES = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
+SCRIPTS = [path for name in NAMES if (path := ROOT / f"{name}.py").exists()]
 MODULES = sorted(path for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
 BEGIN, END = ("# ---- the same text in all six scripts: " + word for word in ("begin", "end"))
 

@@ -434,3 +434,38 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, t
     assert last.startswith("vsml.py: ")
     assert re.search(MISTAKES[flags], last), last
     assert before == ((finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes())
+
+
+# ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
+@pytest.mark.slow
+def test_the_laptop_preset_reaches_its_floors(tmp_path):
+    """`python vsml.py`, and its checkpoint on full-size data that it never saw if MNIST and Fashion-MNIST are at hand."""
+    data_dir = os.environ.get("CLEANMETA_DATA", ROOT / "data")
+
+    def run(name, *flags):
+        line = [sys.executable, ROOT / "vsml.py", "--preset", "laptop", "--run-dir", tmp_path, "--run-name", name, *flags]
+        start = time.time()
+        subprocess.run([*map(str, line), "--data-dir", str(data_dir)], check=True, cwd=tmp_path)
+        found = [row for row in rows(tmp_path / name) if row["metric"] == "cumulative_accuracy"]
+        return {(row["learner"], row["task"], row["step"]): row["mean"] for row in found}, time.time() - start
+
+    found, seconds = run("laptop")
+    assert seconds < 300
+    assert found["vsml", "digits", 100] >= 0.72 and found["vsml", "digits", 400] >= 0.80
+    assert found["vsml", "digits", 100] > max(found["sgd", "digits", 100], found["adam", "digits", 100])
+    assert found["rnn", "digits", 100] > 0.9  # it knows what it was trained on, and nothing else
+    for task, steps, majority in (
+        ("wine", 45, 0.4),
+        ("breast_cancer", 100, 0.64),
+        ("random", 1000, 0.2),
+        ("sum_sign", 1000, 0.6),
+    ):
+        assert found["vsml", task, steps] > majority + 0.2 > majority > found["rnn", task, steps], task
+    if not (Path(data_dir) / "FashionMNIST").exists():
+        pytest.skip("no MNIST and Fashion-MNIST in CLEANMETA_DATA")
+    checkpoint = str(tmp_path / "laptop" / "checkpoint.pt")
+    found, _ = run("full-size", "--mode", "test", "--checkpoint", checkpoint, "--test-datasets", "mnist", "fashion_mnist")
+    for task in ("mnist", "fashion_mnist"):
+        assert found["vsml", task, 1000] >= 0.6 and found["vsml", task, 1000] > found["vsml", task, 500]
+        assert found["vsml", task, 100] > max(found["sgd", task, 100], found["adam", task, 100])
+        assert found["rnn", task, 1000] < 0.3
