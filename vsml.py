@@ -10,16 +10,19 @@ And Improving It" (NeurIPS 2021).
     Eq. 3.1, 3.2   -> lstm_cell (with LSTMs in place of vanilla RNNs, as section 3.3 proposes)
     Eq. 3.3, 3.4   -> tests/test_vsml.py (the vanilla VSML RNN)
     Eq. 3.5, 3.6   -> tests/test_vsml.py (Theorem B.1.1: the same as one sparse RNN with shared weights)
-    Eq. 3.7, B.9   -> vsml_tick, forward_message, backward_message
+    Eq. 3.7, B.9   -> vsml_tick, Dense, Conv
     Algorithm 8    -> meta_train, around lifetime and one_example
     Algorithm 13   -> lifetime
+    Section 3.3.2  -> backprop_network, cloned_backprop, clone_gradient (learning-algorithm cloning)
 
     python vsml.py                                           # meta-train on digits, meta-test on unseen data: 5 minutes
     python vsml.py --dataset mnist                           # meta-train on another dataset
     python vsml.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
+    python vsml.py --preset clone --dataset mnist            # the LSTMs learn to be backpropagation
 
 Axes, everywhere: p population (each its own theta), s sequences in parallel, t time, a inputs, b outputs, n hidden state,
-m message, k layer. A state has shape (p, s, a, b, n), a forward message (p, s, a, m), a backward message (p, s, b, m).
+m message, k layer, q position of a kernel. A state has shape (p, s, a, b, n), a forward message (p, s, a, m), a backward
+message (p, s, b, m).
 """
 
 import ctypes
@@ -34,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,24 +51,27 @@ from tqdm import tqdm
 from common import es
 from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, fold, load, normal
 
-
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
+Name = Literal["vsml", "rnn", "hebbian", "fwmemory", "sgd", "adam", "sgd2", "adam2", "clone", "backprop"]
+
+
 @dataclass
 class Args:
     """VSML (chapter 3): meta-learn a learning algorithm from scratch, then watch it learn unseen datasets."""
 
-    preset: Literal["auto", "thesis", "laptop"] = "auto"
-    """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
+    preset: Literal["auto", "thesis", "laptop", "clone"] = "auto"
+    """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop; clone:
+    learning-algorithm cloning (section 3.3.2)."""
     seed: int = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
     compile: bool = True
     """Fuse the inner step with torch.compile (needs a C++ compiler on a CPU)."""
-    mode: Literal["train", "test"] = "train"
-    """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
+    mode: Literal["train", "test", "compare"] = "train"
+    """train: meta-train, then meta-test; test: only meta-test a --checkpoint; compare: draw --runs side by side."""
     checkpoint: Path | None = None
     """The checkpoint.pt to meta-test."""
     resume: Path | None = None
@@ -80,16 +86,26 @@ class Args:
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
     checkpoint_every: int = 100
     """Meta-steps between checkpoints."""
+    runs: tuple[Path, ...] = ()
+    """compare: finished run folders, one for each row of the heat-map (Figure 3.8)."""
 
-    learner: Literal["vsml", "rnn", "sgd", "adam"] = "vsml"
-    """What learns at meta-test time; rnn is the in-context RNN, sgd and adam have nothing to meta-train but their rate."""
-    baselines: tuple[Literal["rnn", "sgd", "adam"], ...] = ("rnn", "sgd", "adam")
-    """Learners trained and tested beside the first one, on the same budget of meta-steps (Figure 3.6)."""
+    learner: Name = "vsml"
+    """What learns at meta-test time. Meta-trained: vsml, rnn (in-context RNN), hebbian (fast weights), fwmemory (fast-weight
+    memory). With nothing but a tuned rate: sgd and adam (one layer), sgd2 and adam2 (two layers). For --preset clone: clone
+    and the backprop that it imitates."""
+    baselines: tuple[Name, ...] = ("rnn", "sgd", "adam")
+    """Learners trained and tested beside the first one, on the same budget of meta-steps (Figures 3.6 and 3.8)."""
 
     dataset: tuple[str, ...] = ("digits",)
     """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    leave_out: str | None = None
+    """Meta-train on all of --dataset but this one (Figure B.3: meta-test on what was left out)."""
     sizes: tuple[int, ...] = ()
     """Sides of the meta-training images in pixels, in turn (default: as they are; section 3.4.3: 14 28 32)."""
+    classes: tuple[int, ...] = ()
+    """Numbers of classes in meta-training tasks, in turn (default: all; section 3.4.3: 3 4 6 7)."""
+    shots: int = 0
+    """Few-shot episodes: this many examples of each class, then one more (Figure B.9: 1); 0: no episodes."""
     projected: float = 0.5
     """Share of VSML's meta-training tasks with randomly projected inputs (section 3.4.3; one half: the release)."""
     permuted_labels: float = 0.0
@@ -100,11 +116,17 @@ class Args:
     """The in-context RNN sees VSML's augmented tasks, not the plain datasets (Figure B.6; the thesis: it does not help)."""
     sequence_length: int = 500
     """Examples in a meta-training lifetime (section 3.4.2)."""
+    persistent: int = 1
+    """backprop: lifetimes go on from their last states for this many meta-steps (1: never; appendix B.2.2, future work)."""
+    meta_loss: Literal["mean", "last"] = "mean"
+    """Mean cross-entropy of a lifetime, or that of its last example (appendix B.3.2; Figure B.9: last)."""
 
     hidden: tuple[int, ...] = ()
     """Widths of hidden layers; none: one layer from inputs to outputs (section 3.4.2)."""
+    conv: tuple[int, ...] = ()
+    """Channels of convolutional layers, kernel 3 and stride 2, below the dense ones (Figure B.11: 8)."""
     state_size: int = 16
-    """N, units of each sub-LSTM (appendix B.3.2)."""
+    """N, units of each sub-LSTM (appendix B.3.2; 64 for cloning)."""
     message_size: int = 8
     """N' = N'', size of forward and backward messages (appendix B.3.2)."""
     micro_ticks: int = 2
@@ -125,6 +147,14 @@ class Args:
     """Added to the LSTM's input gate (not in the thesis; the release)."""
     rnn_size: int = 16
     """Units of the in-context RNN (appendix B.3.2)."""
+    memory_size: int = 16
+    """The fast-weight memory is a matrix of this size by its square, beside an LSTM of 32 (the release)."""
+    sgd_hidden: int = 160
+    """Hidden units of sgd2 and adam2 (appendix B.3.2)."""
+    clone_rate: float = 0.5
+    """clone: learning rate of the backpropagation that is imitated (not in the thesis)."""
+    clone_buffer: int = 64
+    """clone: states of whole networks that are kept for diversity (appendix B.3.1; the size is not in the thesis)."""
 
     meta_optimizer: Literal["es", "backprop"] = "es"
     """Evolution strategies, or backpropagation through the lifetime (Algorithm 8)."""
@@ -156,9 +186,18 @@ class Args:
     test_classes: int | None = None
     """Meta-test on this many classes of each dataset that has more."""
     test_steps: int = 2000
-    """Examples in a meta-test lifetime; never more than once through a dataset (Figure 3.8)."""
+    """Examples, or batches, in a meta-test lifetime; not more than once through a dataset (Figure 3.8)."""
+    repeat_examples: bool = False
+    """Let longer lifetimes go through a dataset again (Figure B.10: 12,000 examples)."""
+    test_batch: int = 1
+    """Examples learned from at once, from train splits, and accuracy on unseen ones; VSML averages half of its states
+    (appendix B.3.2, the release)."""
+    test_examples: int = 2000
+    """Examples of the test split to measure accuracy on with --test-batch."""
     test_seeds: int = 128
     """Meta-test lifetimes per dataset (Figure 3.6)."""
+    robustness: bool = False
+    """Meta-test on the six unseen configurations of Figure 3.7."""
 
 
 LAPTOP = dict(
@@ -184,6 +223,21 @@ LAPTOP = dict(
     test_steps=1000,  # seconds
     test_seeds=32,  # likewise
 )
+CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell was found on training data
+    learner="clone",
+    baselines=("backprop",),
+    state_size=64,  # appendix B.3
+    meta_optimizer="backprop",
+    input_bias=0.0,
+    forget_bias=8.0,  # a weight is kept for thousands of examples
+    meta_steps=2000,
+    backprop_lr=1e-2,
+    lr_decay=True,
+    test_batch=64,  # appendix B.3.1
+    test_steps=700,
+    test_seeds=1,
+)
+PRESETS = {"thesis": {}, "laptop": LAPTOP, "clone": CLONE}
 
 
 # ======================================================================================================================
@@ -213,6 +267,7 @@ class Learner(NamedTuple):
     predict: Callable
     learn: Callable
     compiled: Callable | None = None  # one_example of this learner, compiled
+    sizes: tuple[int, int] | None = None  # the numbers of inputs and outputs, where they cannot vary
 
     def params(self, theta: Tensor) -> dict[str, Tensor]:
         """Views of theta (p, d) as named parameters, each (p, *shape)."""
@@ -220,13 +275,18 @@ class Learner(NamedTuple):
         return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (p, ..., i) @ weight (p, i, j) + bias (p, j): the same everywhere, but for the population."""
+    y = x.flatten(1, -2) @ weight
+    return (y if bias is None else y + bias[:, None]).unflatten(1, x.shape[1:-1])
+
+
 def lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One tick of a x b LSTMs with shared weights and own states: Eq. 3.2 for an LSTM. Gates: input, cell, forget, output.
 
     weight (p, n, 4n); from_a (p, s, a, 4n) and from_b (p, s, b, 4n): what rows and columns feed to the gates.
     """
-    recurrent = (h.flatten(1, 3) @ weight).view(*h.shape[:-1], -1)
-    i, j, f, o = (from_a[..., :, None, :] + from_b[..., None, :, :] + recurrent).chunk(4, dim=-1)
+    i, j, f, o = (from_a[..., :, None, :] + from_b[..., None, :, :] + affine(h, weight)).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * j.tanh()
     return o.sigmoid() * c.tanh(), c
 
@@ -243,7 +303,8 @@ def fused_lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c
     def sigmoid(x):
         return 0.5 + 0.5 * tanh(0.5 * x)
 
-    gates = zip(from_a.chunk(4, -1), from_b.chunk(4, -1), weight[:, None, None, None].chunk(4, -1), strict=True)
+    weight = weight.view(len(weight), *(1,) * (h.ndim - 2), *weight.shape[1:])
+    gates = zip(from_a.chunk(4, -1), from_b.chunk(4, -1), weight.chunk(4, -1), strict=True)
     i, j, f, o = (a[..., :, None, :] + b[..., None, :, :] + (h[..., None] * w).sum(-2) for a, b, w in gates)
     c = sigmoid(f) * c + sigmoid(i) * tanh(j)
     return sigmoid(o) * tanh(c), c
@@ -253,26 +314,93 @@ def vsml_tick(cell: Callable, params: dict[str, Tensor], layer: Layer, micro_tic
     """s_ab <- f_RNN(s_ab, fwd_msg_a, bwd_msg_b) for all a, b of one layer (Eq. 3.7, B.9), some ticks on the same messages."""
     m = layer.fwd_msg.shape[-1]
     hear_fwd, hear_bwd, recurrent = params["lstm.weight"].split([m, m, params["lstm.weight"].shape[1] - 2 * m], dim=1)
-    from_a = layer.fwd_msg @ hear_fwd[:, None] + params["lstm.bias"][:, None, None]
-    from_b = layer.bwd_msg @ hear_bwd[:, None]
+    from_a = affine(layer.fwd_msg, hear_fwd, params["lstm.bias"])
+    from_b = affine(layer.bwd_msg, hear_bwd)
     h, c = layer.h, layer.c
     for _ in range(micro_ticks):
         h, c = cell(recurrent, from_a, from_b, h, c)
     return layer._replace(h=h, c=c)
 
 
-def forward_message(params: dict[str, Tensor], layer: Layer) -> Tensor:
-    """fwd_msg_b := mean over a of f_fwd(s_ab), (p, s, b, m). Averaged, not summed (appendix B.3); f_fwd is linear."""
-    return layer.h.mean(2) @ params["fwd_msg.weight"][:, None] + params["fwd_msg.bias"][:, None, None]
+def message(params: dict[str, Tensor], name: str, h: Tensor) -> Tensor:
+    """What sub-RNNs say, f_fwd or f_bwd of their mean hidden state (p, ..., n) -> (p, ..., m). Averaged, not summed (appendix
+    B.3); as f is linear, the mean may come first."""
+    return affine(h, params[name + ".weight"], params[name + ".bias"])
 
 
-def backward_message(params: dict[str, Tensor], layer: Layer) -> Tensor:
-    """bwd_msg_a := mean over b of f_bwd(s_ab), (p, s, a, m)."""
-    return layer.h.mean(3) @ params["bwd_msg.weight"][:, None] + params["bwd_msg.bias"][:, None, None]
+class Dense(NamedTuple):
+    """One sub-RNN for each weight of a dense layer."""
+
+    a: int
+    b: int
+    positions: int = 1
+
+    def tick(self, cell: Callable, params: dict[str, Tensor], layer: Layer, micro_ticks: int) -> tuple[Layer, Tensor]:
+        """The layer after some ticks, and the hidden states that its messages are made of."""
+        layer = vsml_tick(cell, params, layer, micro_ticks)
+        return layer, layer.h
+
+    def forward_message(self, params: dict[str, Tensor], h: Tensor) -> Tensor:
+        """fwd_msg_b := mean over a of f_fwd(s_ab), (p, s, b, m)."""
+        return message(params, "fwd_msg", h.mean(-3))
+
+    def backward_message(self, params: dict[str, Tensor], h: Tensor) -> Tensor:
+        """bwd_msg_a := mean over b of f_bwd(s_ab), (p, s, a, m)."""
+        return message(params, "bwd_msg", h.mean(-2))
+
+
+class Conv(NamedTuple):
+    """One sub-RNN for each weight of a kernel (appendix B.2.2). It visits all positions q of the image, hears another patch
+    at each, and keeps the mean of the states that it comes out with. Messages lie as (channels, rows, columns), flattened."""
+
+    a: int  # inputs of a patch
+    b: int  # channels out
+    side: int  # of the image in pixels
+    kernel: int = 3
+    stride: int = 2
+
+    @property
+    def positions(self) -> int:
+        return ((self.side - 1) // self.stride + 1) ** 2
+
+    def patches(self, msg: Tensor) -> Tensor:
+        """Messages of pixels (p, s, channels * side * side, m) -> those of patches (p, s, q, a, m)."""
+        p, s, _, m = msg.shape
+        image = msg.movedim(-1, 2).reshape(p * s * m, -1, self.side, self.side)
+        patches = F.unfold(image, self.kernel, padding=self.kernel // 2, stride=self.stride)
+        return patches.view(p, s, m, self.a, self.positions).permute(0, 1, 4, 3, 2)
+
+    def tick(self, cell: Callable, params: dict[str, Tensor], layer: Layer, micro_ticks: int) -> tuple[Layer, Tensor]:
+        fwd_msg = self.patches(layer.fwd_msg)
+        bwd_msg = layer.bwd_msg.unflatten(2, (self.b, self.positions)).transpose(2, 3)
+        for _ in range(micro_ticks):
+            at_q = vsml_tick(cell, params, Layer(layer.h[:, :, None], layer.c[:, :, None], fwd_msg, bwd_msg), 1)
+            layer = layer._replace(h=at_q.h.mean(2), c=at_q.c.mean(2))
+        return layer, at_q.h
+
+    def forward_message(self, params: dict[str, Tensor], h: Tensor) -> Tensor:
+        return message(params, "fwd_msg", h.mean(-3)).transpose(2, 3).flatten(2, 3)
+
+    def backward_message(self, params: dict[str, Tensor], h: Tensor) -> Tensor:
+        """The mean also runs over the patches that a pixel lies in."""
+        h = h.mean(-2).permute(0, 1, 4, 3, 2)  # (p, s, n, a, q)
+        fold = partial(F.fold, output_size=2 * (self.side,), kernel_size=self.kernel, padding=self.kernel // 2)
+        pixels, counts = (fold(x.flatten(0, 2).flatten(1, -2), stride=self.stride) for x in (h, torch.ones_like(h[:1, :1, :1])))
+        return message(params, "bwd_msg", (pixels / counts).view(*h.shape[:3], -1).transpose(2, 3))
+
+
+def wiring(args: Args, num_inputs: int, num_outputs: int) -> list[Dense | Conv]:
+    """The layers 1, ..., K. Convolutions take inputs for a square image of one or three channels."""
+    layers, channels = [], 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
+    for out in args.conv:
+        side = math.isqrt(num_inputs // channels)
+        layers.append(Conv(9 * channels, out, side))
+        channels, num_inputs = out, out * layers[-1].positions
+    return layers + [Dense(a, b) for a, b in pairwise((num_inputs, *args.hidden, num_outputs))]
 
 
 def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
-    """The VSML learner: dense layers of sub-LSTMs, any number of inputs, outputs and hidden layers."""
+    """The VSML learner: layers of sub-LSTMs, for any number of inputs and outputs."""
     n, m = args.state_size, args.message_size
     shapes = {
         "lstm.weight": (m + m + n, 4 * n),
@@ -292,23 +420,27 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
 
     def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> list[Layer]:
         """Random states V_L; the randomness is what tells sub-RNNs with the same inputs apart."""
-        widths, layers = (num_inputs, *args.hidden, num_outputs), []
-        for k, (a, b) in enumerate(pairwise(widths)):
-            h, c = normal(fold(keys, k), 2 * a * b * n).view(*keys.shape[:2], 2, a, b, n).unbind(2)
+        layers = []
+        for k, w in enumerate(wiring(args, num_inputs, num_outputs)):
+            h, c = normal(fold(keys, k), 2 * w.a * w.b * n).view(*keys.shape[:2], 2, w.a, w.b, n).unbind(2)
             if args.state_init == "half":
-                h, c = torch.zeros_like(h), torch.cat([c[..., : n // 2] / math.sqrt(a), torch.zeros_like(c[..., n // 2 :])], -1)
-            layers.append(Layer(h, c, *(h.new_zeros(*keys.shape[:2], width, m) for width in (a, b))))
+                h, c = (
+                    torch.zeros_like(h),
+                    torch.cat([c[..., : n // 2] / math.sqrt(w.a), torch.zeros_like(c[..., n // 2 :])], -1),
+                )
+            below = w.a if isinstance(w, Dense) else w.a // 9 * w.side**2
+            layers.append(Layer(h, c, *(h.new_zeros(*keys.shape[:2], size, m) for size in (below, w.b * w.positions))))
         return layers
 
     def predict(params: dict[str, Tensor], layers: list[Layer], x: Tensor) -> tuple[list[Layer], Tensor]:
         """The layers 1, ..., K in sequence (the blue box of Algorithm 8)."""
         layers = list(layers)
         fwd_msg = F.pad(x[..., None], (0, m - 1))  # m_a1^(1) := x_a, padded with zeros
-        for k in range(len(layers)):
-            layers[k] = vsml_tick(cell, params, layers[k]._replace(fwd_msg=fwd_msg), args.micro_ticks)
-            fwd_msg = forward_message(params, layers[k])
+        for k, w in enumerate(wiring(args, x.shape[-1], layers[-1].bwd_msg.shape[2])):
+            layers[k], h = w.tick(cell, params, layers[k]._replace(fwd_msg=fwd_msg), args.micro_ticks)
+            fwd_msg = w.forward_message(params, h)
             if k > 0:
-                layers[k - 1] = layers[k - 1]._replace(bwd_msg=backward_message(params, layers[k]))
+                layers[k - 1] = layers[k - 1]._replace(bwd_msg=w.backward_message(params, h))
         logits = args.logit_scale * fwd_msg[..., 0]  # y_b := m_b1^(K+1)
         return layers, args.logit_bound * torch.tanh(logits / args.logit_bound)
 
@@ -318,10 +450,11 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
         heard = torch.stack([error, label], -1) if args.feed_label else error[..., None]
         layers = [*layers[:-1], layers[-1]._replace(bwd_msg=F.pad(heard, (0, m - heard.shape[-1])))]
         if args.backward_pass:
+            wires = wiring(args, layers[0].fwd_msg.shape[2], error.shape[-1])
             for k in reversed(range(len(layers))):
-                layers[k] = vsml_tick(cell, params, layers[k], args.micro_ticks)
+                layers[k], h = wires[k].tick(cell, params, layers[k], args.micro_ticks)
                 if k > 0:
-                    layers[k - 1] = layers[k - 1]._replace(bwd_msg=backward_message(params, layers[k]))
+                    layers[k - 1] = layers[k - 1]._replace(bwd_msg=wires[k].backward_message(params, h))
             layers[-1] = layers[-1]._replace(bwd_msg=torch.zeros_like(layers[-1].bwd_msg))
         return layers
 
@@ -366,6 +499,11 @@ def lifetime(learner: Learner, theta: Tensor, state: Any, x: Tensor, y: Tensor) 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
+def over_lifetime(args: Args, values: Tensor) -> Tensor:
+    """What counts of a lifetime's losses (..., t): their mean, or the last one (appendix B.3.2)."""
+    return values[..., -1] if args.meta_loss == "last" else values.mean(-1)
+
+
 def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """The meta-gradient by evolution strategies: each antithetic pair lives one lifetime, both sides through the same one.
 
@@ -375,12 +513,12 @@ def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step:
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
         ids = step * args.population + pairs[: len(pairs) // 2]
-        x, y = tasks.sample(ids, ids, args.sequence_length)
+        x, y = tasks.sample(ids, ids, tasks.episode or args.sequence_length)
         state = learner.initial_state(tasks.keys(ids, 3).repeat(2, 1)[:, None], tasks.num_inputs, tasks.num_classes)
         x, y = x.repeat(2, 1, 1)[:, None], y.repeat(2, 1)[:, None]  # (p, s = 1, t, a) and (p, s = 1, t)
         _, losses, correct = lifetime(learner, population, state, x, y)
-        right.append(correct.float().mean())
-        return losses.mean((1, 2))
+        right.append(over_lifetime(args, correct.float()).mean())
+        return over_lifetime(args, losses).mean(1)
 
     grad, losses = es.gradient(
         theta,
@@ -395,49 +533,231 @@ def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step:
     return grad, losses.mean(), all_reduce_mean(torch.stack(right).mean())
 
 
-def backprop_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The meta-gradient by backpropagation through a batch of whole lifetimes; returns what es_gradient returns."""
+def backprop_gradient(
+    args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, turn: int = 1, carried: dict | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The meta-gradient by backpropagation through a batch of whole lifetimes; returns what es_gradient returns.
+
+    carried: the states at which lifetimes stopped when this dataset was last up, `turn` steps ago. They go on from there
+    for --persistent such visits in all and start anew one after the other, so that old and young ones are mixed.
+    """
     theta = theta.detach().requires_grad_()
-    ids = step * args.sequences + torch.tensor(es.share(args.sequences), device=theta.device)
-    x, y = tasks.sample(ids, ids, args.sequence_length)
+    slots = torch.tensor(es.share(args.sequences), device=theta.device)
+    age = ((step // turn + slots) % args.persistent).clamp(max=step // turn)
+    ids, length = (step - age * turn) * args.sequences + slots, tasks.episode or args.sequence_length
+    x, y = tasks.sample(ids, ids, length, start=age[:, None] * length)
     state = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
-    _, losses, correct = lifetime(learner, theta[None], state, x[None], y[None])
-    (grad,) = torch.autograd.grad(losses.mean(), theta)
-    grad, loss, accuracy = (all_reduce_mean(value) for value in (grad, losses.detach().mean(), correct.float().mean()))
+    if carried:
+        state = each(
+            lambda new, old: torch.where((age == 0).view(1, -1, *(1,) * (new.ndim - 2)), new, old), state, carried["state"]
+        )
+    state, losses, correct = lifetime(learner, theta[None], state, x[None], y[None])
+    if carried:
+        carried["state"] = each(Tensor.detach, state)
+    loss, right = over_lifetime(args, losses).mean(), over_lifetime(args, correct.float()).mean()
+    (grad,) = torch.autograd.grad(loss, theta)
+    grad, loss, accuracy = (all_reduce_mean(value) for value in (grad, loss.detach(), right))
     return grad * (args.clip / grad.norm()).clamp(max=1), loss, accuracy
+
+
+def each(f: Callable, *states: Any) -> Any:
+    """f of the tensors that have the same place in nested lists and tuples."""
+    if isinstance(states[0], Tensor):
+        return f(*states)
+    parts = [each(f, *part) for part in zip(*states, strict=True)]
+    return states[0]._make(parts) if hasattr(states[0], "_make") else parts
 
 
 def meta_train(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: dict[str, list[Tasks]], run: "Run", facts: dict
 ) -> None:
     """Algorithm 8, for learners side by side on the same budget. Changes thetas in place."""
-    gradient, lr = {"es": (es_gradient, args.es_lr), "backprop": (backprop_gradient, args.backprop_lr)}[args.meta_optimizer]
+    lr = args.es_lr if args.meta_optimizer == "es" else args.backprop_lr
     adam = {name: torch.optim.Adam([thetas[name]], lr, betas=(0.9, 0.999)) for name in learners}
-    for step in run.steps(args.meta_steps if learners else 0, keep={"thetas": thetas, "adam": adam} | facts):
+    memory = {name: [first_memory(args, learner, now) for now in tasks[name]] for name, learner in learners.items()}
+    for step in run.steps(args.meta_steps if learners else 0, {"thetas": thetas, "adam": adam, "memory": memory} | facts):
         log = {}
         for name, learner in learners.items():
-            now = tasks[name][step % len(tasks[name])]  # in parallel over datasets in the thesis, in turn here
-            thetas[name].grad, log[f"{name}_loss"], log[f"{name}_accuracy"] = gradient(args, learner, thetas[name], now, step)
+            turn = len(tasks[name])  # datasets in turn; in parallel in the thesis
+            now, kept = tasks[name][step % turn], memory[name][step % turn]
+            if name == "clone":
+                found = clone_gradient(args, learner, thetas[name], now, step, kept)
+            elif args.meta_optimizer == "es":
+                found = es_gradient(args, learner, thetas[name], now, step)
+            else:
+                found = backprop_gradient(args, learner, thetas[name], now, step, turn, kept)
+            thetas[name].grad, log[f"{name}_loss"], log[f"{name}_accuracy"] = found
             adam[name].param_groups[0]["lr"] = lr * (1 - step / args.meta_steps) if args.lr_decay else lr
             adam[name].step()  # theta <- theta - alpha * the gradient of the loss over the lifetime
         run.log(step, log)
 
 
+def first_memory(args: Args, learner: Learner, tasks: Tasks) -> dict[str, Any]:
+    """What a meta-optimiser takes from one step to the next: states of lifetimes (--persistent) or of networks (cloning)."""
+    count = args.clone_buffer if args.learner == "clone" else args.sequences if args.persistent > 1 else 0
+    if not count:
+        return {}
+    keys = tasks.keys(torch.arange(count, device=tasks.dataset.device), 3)
+    keys = keys[:, None] if args.learner == "clone" else keys[None]
+    return {"state": each(Tensor.clone, learner.initial_state(keys, tasks.num_inputs, tasks.num_classes))}
+
+
+# ======================================================================================================================
+# The outer loop: learning-algorithm cloning (section 3.3.2)
+# ======================================================================================================================
+class Weights(NamedTuple):
+    """The state of one layer of a network that is trained in batches by backpropagation, real or cloned."""
+
+    wb: Tensor  # (p, s, a, b, 2) weight and bias of each synapse; s is 1 where a batch shares them
+    x: Tensor  # (p, s, a) the last inputs, stored and fed back for the backward pass
+    error: Tensor  # (p, s, b) the last errors at the outputs
+
+
+def backprop(args: Args) -> tuple[Callable, Callable]:
+    """What is cloned: y_b = sum over a of (tanh(x_a) w_ab + b_ab) / sqrt(a), and gradient descent by backpropagation.
+
+    forward(params, wb, x) -> y (p, s, b);  backward(params, wb, x, error) -> error below (p, s, a), new wb (p, s, a, b, 2).
+    The factor 1/sqrt(a) keeps weights of all layers in the range of [-4, 4] (not in the thesis).
+    """
+
+    def forward(_, wb: Tensor, x: Tensor) -> Tensor:
+        w, b = wb.unbind(-1)
+        return ((x.tanh()[..., None, :] @ w).squeeze(-2) + b.sum(-2)) / math.sqrt(x.shape[-1])
+
+    def backward(_, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        below = (1 - x.tanh() ** 2) * (wb[..., 0] @ error[..., None]).squeeze(-1) / math.sqrt(x.shape[-1])
+        pre = torch.stack([x.tanh(), torch.ones_like(x)], -1)
+        return below, wb - args.clone_rate * pre[..., :, None, :] * error[..., None, :, None]
+
+    return forward, backward
+
+
+def cloned_backprop(args: Args) -> tuple[Callable, Callable]:
+    """The same by sub-LSTMs, which hold weight and bias, divided by 4, in two dimensions of their cells; all other dimensions
+    of states and of messages are zero (appendix B.3.1). After one tick messages are sent, after a second one the new weight
+    and bias are read; one tick alone cannot multiply input and error. Only what is read is computed."""
+    n, m = args.state_size, args.message_size
+
+    def tick(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> Layer:
+        c, fwd_msg, bwd_msg = F.pad(wb / 4, (0, n - 2)), F.pad(x[..., None], (0, m - 1)), F.pad(error[..., None], (0, m - 1))
+        return vsml_tick(lstm_cell, params, Layer(c.tanh(), c, fwd_msg, bwd_msg), 1)
+
+    def forward(params: dict[str, Tensor], wb: Tensor, x: Tensor) -> Tensor:
+        h = tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3])).h
+        return message(params, "fwd_msg", h.mean(-3))[..., 0] * math.sqrt(x.shape[-1])
+
+    def backward(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        layer = tick(params, wb, x, error)
+        below = message(params, "bwd_msg", layer.h.mean(-2))[..., 0] * error.shape[-1] / math.sqrt(x.shape[-1])
+        two = {name: params[name].unflatten(-1, (4, n))[..., :2].flatten(-2) for name in ("lstm.weight", "lstm.bias")}
+        return below, 4 * vsml_tick(lstm_cell, two, layer._replace(c=layer.c[..., :2]), 1).c.clamp(-4, 4)
+
+    return forward, backward
+
+
+def batch_learner(args: Args, rnn: Learner | None, rules: tuple[Callable, Callable]) -> Learner:
+    """A feed-forward network that learns from batches: s are the examples of a batch, whose new weights are averaged."""
+    forward, backward = rules
+
+    def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> list[Weights]:
+        """Weights 0.3 N(0, 1) and zero biases, the same for the whole batch."""
+        layers = []
+        for k, (a, b) in enumerate(pairwise((num_inputs, *args.hidden, num_outputs))):
+            w = 0.3 * normal(fold(keys[:, :1], k), a * b).view(-1, 1, a, b)
+            below, above = (w.new_zeros(*keys.shape[:2], size) for size in (a, b))
+            layers.append(Weights(torch.stack([w, torch.zeros_like(w)], -1), below, above))
+        return layers
+
+    def parts(layer: Weights, x: Tensor) -> list[Tensor]:
+        """As many examples at a time as keep the sub-RNNs in the cache, a power of two."""
+        few = 2 ** max(0, int(math.log2(2**17 / layer.wb[:, 0, ..., 0].numel()))) if rnn and args.device == "cpu" else 4096
+        return [part.contiguous() for part in x.split(few, 1)]
+
+    def predict(params: dict[str, Tensor], layers: list[Weights], x: Tensor) -> tuple[list[Weights], Tensor]:
+        """The layers in order 1, ..., K, with frozen states."""
+        heard = []
+        for layer in layers:
+            heard.append(layer._replace(x=x))
+            x = torch.cat([forward(params, layer.wb, part) for part in parts(layer, x)], 1)
+        return heard, x
+
+    def learn(params: dict[str, Tensor], layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
+        """The layers in order K, ..., 1."""
+        learned = []
+        for layer in reversed(layers):
+            pairs = zip(parts(layer, layer.x), parts(layer, error), strict=True)
+            below, wb = zip(*(backward(params, layer.wb, *pair) for pair in pairs), strict=True)
+            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
+            learned.append(layer._replace(wb=wb, error=error))
+            error = torch.cat(below, 1)
+        return learned[::-1]
+
+    if rnn:
+        return rnn._replace(initial_state=initial_state, predict=predict, learn=learn)
+    return Learner({}, lambda generator: torch.zeros(0), initial_state, predict, learn)
+
+
+def clone_gradient(
+    args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, memory: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regress y, the error below, and the changes of w and b toward their targets, at thousands of random synapses.
+
+    The curriculum (appendix B.2.1): random data; then inputs and errors of a true network in training; then those of the
+    network of sub-RNNs itself. memory["state"]: the buffer of networks (one along p each); one in twenty steps lets the
+    sub-RNNs train one of them on a batch and keeps what comes out. Returns gradient, loss and the share explained.
+    """
+    progress, device = step / args.meta_steps, theta.device
+    w, b, x, error = torch.randn(4, 1, 4096, 1, device=device) * torch.tensor([2.0, 0.3, 1.0, 0.3], device=device).view(
+        4, 1, 1, 1
+    )
+    wb = torch.stack([w, b], -1)[..., None, :]
+    if progress >= 0.25:
+        own = progress >= 0.6
+        one = torch.randint(args.clone_buffer, ()).item()
+        layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in memory["state"]]
+        x_batch, y = tasks.sample(*torch.full((2, 1), step, device=device), 16)
+        live = partial(one_example, x=x_batch, y=y)
+        with torch.no_grad():
+            if own or step % 20 == 0:
+                after = live(learner, learner.params(theta[None]), layers)[0]
+                fresh = learner.initial_state(
+                    tasks.keys(torch.tensor([step], device=device), 3)[None], *x_batch.shape[2:], tasks.num_classes
+                )
+                for kept, new in zip(memory["state"], fresh if step % 400 == 0 else after, strict=True):
+                    kept.wb[one] = new.wb[0]
+            if not own:
+                after = live(batch_learner(args, None, backprop(args)), {}, layers)[0]
+        k = step % len(layers)
+        s, a, b = (torch.randint(size, (3072,), device=device) for size in (*after[k].x.shape[1:], after[k].error.shape[2]))
+        wb[0, 1024:, 0, 0] = layers[k].wb[0, 0, a, b]
+        x[0, 1024:, 0], error[0, 1024:, 0] = after[k].x[0, s, a], after[k].error[0, s, b]
+
+    theta = theta.detach().requires_grad_()
+    answers = []
+    for params, (forward, backward) in ((learner.params(theta[None]), cloned_backprop(args)), ({}, backprop(args))):
+        below, new = backward(params, wb, x, error)
+        answers.append(torch.cat([forward(params, wb, x), below, (new - wb).flatten(2)], 2)[0])
+    found, target = answers
+    loss = (((found - target) ** 2).mean(0) / target.var(0)).mean()
+    (grad,) = torch.autograd.grad(loss, theta)
+    return grad * (1 / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
+
+
 # ======================================================================================================================
 # Baselines
 # ======================================================================================================================
-def in_context_rnn(args: Args, num_inputs: int, num_outputs: int) -> Learner:
+def in_context_rnn(args: Args, num_inputs: int, num_outputs: int, memory: int = 0) -> Learner:
     """The in-context RNN (Hochreiter et al. 2001; appendix B.3.2): one LSTM that hears image, error and previous label.
 
-    Its sizes are fixed: smaller inputs and outputs are padded with zeros.
+    memory: also give it a fast-weight memory (Schlag et al. 2021), a matrix (memory, memory^2) that it writes to by the delta
+    rule and reads from, one tick per example. Its sizes are fixed: smaller inputs and outputs are padded with zeros.
     """
-    n = args.rnn_size
-    shapes = {
-        "lstm.weight": (num_inputs + 2 * num_outputs + n, 4 * n),
-        "lstm.bias": (4 * n,),
-        "out.weight": (n, num_outputs),
-        "out.bias": (num_outputs,),
-    }
+    n = 2 * memory or args.rnn_size
+    shapes = {"lstm.weight": (num_inputs + 2 * num_outputs + n, 4 * n), "lstm.bias": (4 * n,)}
+    if memory:
+        shapes |= {"write.weight": (n, 3 * memory + 1), "write.bias": (3 * memory + 1,)}
+        shapes |= {"read.weight": (n, 2 * memory), "read.bias": (2 * memory,), "found.weight": (memory, n), "found.bias": (n,)}
+    shapes |= {"out.weight": (n, num_outputs), "out.bias": (num_outputs,)}
 
     def init(generator: torch.Generator) -> Tensor:
         theta = {name: initial_weight(shape, generator) for name, shape in shapes.items()}
@@ -445,66 +765,136 @@ def in_context_rnn(args: Args, num_inputs: int, num_outputs: int) -> Learner:
         return torch.cat([value.flatten() for value in theta.values()])
 
     def initial_state(keys: Tensor, _: int, outputs: int) -> tuple[Tensor, ...]:
-        sizes = (n, n, outputs, outputs)  # h, c, the last error, the last label
-        return tuple(torch.zeros(*keys.shape[:2], size, device=keys.device) for size in sizes)
+        shapes = ((n,), (n,), (outputs,), (outputs,), (memory, memory**2))  # h, c, the last error, the last label, memory
+        return tuple(torch.zeros(*keys.shape[:2], *shape, device=keys.device) for shape in shapes)
 
     def predict(params: dict[str, Tensor], state: tuple[Tensor, ...], x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        h, c, error, label = state
-        heard = [F.pad(v, (0, size - v.shape[-1])) for v, size in ((x, num_inputs), (error, num_outputs), (label, num_outputs))]
-        for _ in range(args.micro_ticks):
-            gates = torch.cat([*heard, h], -1) @ params["lstm.weight"] + params["lstm.bias"][:, None]
-            i, j, f, o = gates.chunk(4, -1)
+        def layer(name: str, x: Tensor) -> Tensor:
+            return affine(x, params[name + ".weight"], params[name + ".bias"])
+
+        h, c, error, label, fast = state
+        heard = [pad(v, size) for v, size in ((x, num_inputs), (error, num_outputs), (label, num_outputs))]
+        for _ in range(1 if memory else args.micro_ticks):
+            i, j, f, o = layer("lstm", torch.cat([*heard, h], -1)).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * j.tanh()
             h = o.sigmoid() * c.tanh()
-        logits = (h @ params["out.weight"] + params["out.bias"][:, None])[..., : error.shape[-1]]
-        return (h, c, error, label), args.logit_bound * torch.tanh(logits / args.logit_bound)
+        said = h
+        if memory:
+            *write, beta = layer("write", h).split([memory, memory, memory, 1], -1)
+            k1, k2, v = (part.tanh() for part in write)
+            k = (k1[..., :, None] * k2[..., None, :]).flatten(-2)
+            fast = fast + ((v - (fast @ k[..., None]).squeeze(-1)) * beta.sigmoid())[..., None] * k[..., None, :]
+            fast = fast / fast.flatten(-2).norm(dim=-1).clamp(min=1)[..., None, None]
+            q1, q2 = layer("read", h).tanh().chunk(2, -1)
+            q = (q1[..., :, None] * q2[..., None, :]).flatten(-2)
+            said = h + layer("found", F.layer_norm((fast @ q[..., None]).squeeze(-1), (memory,)))
+        logits = layer("out", said)[..., : error.shape[-1]]
+        return (h, c, error, label, fast), args.logit_bound * torch.tanh(logits / args.logit_bound)
 
     def learn(params: dict[str, Tensor], state: tuple[Tensor, ...], error: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        return (*state[:2], error, label)
+        return (*state[:2], error, label, state[4])
 
-    return Learner(shapes, init, initial_state, predict, learn)
+    return Learner(shapes, init, initial_state, predict, learn, sizes=(num_inputs, num_outputs))
 
 
-def online_sgd(args: Args, adam: bool, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Learner:
-    """One dense layer trained by online gradient descent, plain or with Adam. Its only meta-parameter is log10 of the rate."""
+def pad(x: Tensor, size: int) -> Tensor:
+    return F.pad(x, (0, size - x.shape[-1]))
+
+
+def hebbian(args: Args, num_inputs: int, num_outputs: int) -> Learner:
+    """Hebbian fast weights (Miconi et al. 2018; appendix B.3.2): one layer of weights w + alpha * fast, fast by Oja's rule.
+
+    A first pass predicts; a second one, which also hears error and label, changes the fast weights. Sizes are fixed.
+    """
+    shape = (num_inputs + 2 * num_outputs, num_outputs)
+    shapes = {"weight": shape, "bias": shape[1:], "alpha": shape, "rate": (1,)}
+
+    def init(generator: torch.Generator) -> Tensor:
+        alpha, rate = torch.full(shape, 0.01), torch.tensor([-4.5])  # the release
+        return torch.cat([initial_weight(shape, generator).flatten(), torch.zeros(num_outputs), alpha.flatten(), rate])
+
+    def initial_state(keys: Tensor, _: int, outputs: int) -> tuple[Tensor, Tensor]:
+        fast = torch.zeros(*keys.shape[:2], *shape, device=keys.device)
+        return fast, fast[..., 0]  # and the last input
+
+    def layer(params: dict[str, Tensor], fast: Tensor, x: Tensor) -> Tensor:
+        fixed = affine(x, params["weight"], params["bias"])
+        return fixed + (x[..., None, :] @ (params["alpha"][:, None] * fast)).squeeze(-2)
+
+    def predict(params: dict[str, Tensor], state: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        x = pad(x, shape[0])
+        return (state[0], x), args.logit_bound * torch.tanh(layer(params, state[0], x) / args.logit_bound)
+
+    def learn(params: dict[str, Tensor], state: tuple[Tensor, Tensor], error: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        fast, x = state
+        x = torch.cat([x[..., :num_inputs], pad(error, num_outputs), pad(label, num_outputs)], -1)
+        y = layer(params, fast, x).softmax(-1)[..., None, :]
+        return fast + params["rate"][..., None, None].sigmoid() * y * (x[..., None] - y * fast), x  # Oja's rule
+
+    return Learner(shapes, init, initial_state, predict, learn, sizes=(num_inputs, num_outputs))
+
+
+def descend(weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
+    """One step of gradient descent on weight (p, s, a, b), which hears x (p, s, a) and whose outputs have the error (p, s, b);
+    with two moments, by Adam (Kingma and Ba 2015, Algorithm 1). Returns the new weight and moments."""
+    step = grad = x[..., :, None] * error[..., None, :]
+    if moments:
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
+        moments = torch.lerp(grad, moments[0], beta1), torch.lerp(grad**2, moments[1], beta2)
+        step = moments[0] / (1 - beta1**t) / ((moments[1] / (1 - beta2**t)).sqrt() + eps)
+    return weight - lr * step, *moments
+
+
+def online_sgd(args: Args, adam: bool, hidden: tuple[int, ...] = (), descend: Callable = descend) -> Learner:
+    """Dense tanh layers trained online by gradient descent, or Adam. The only meta-parameter is log10 of the rate."""
     shapes = {"log_lr": (1,)}
 
     def init(generator: torch.Generator) -> Tensor:
         return torch.tensor([-3.0 if adam else -2.0])  # appendix B.3.2
 
-    def initial_state(keys: Tensor, a: int, b: int) -> tuple[Tensor, ...]:
-        weight = normal(keys, a * b).view(*keys.shape[:2], a, b) / math.sqrt(a)
-        weight = F.pad(weight, (0, 0, 0, 1))  # the last row is the bias
-        moments = (torch.zeros_like(weight), torch.zeros_like(weight)) if adam else ()
-        return (weight, torch.zeros(*keys.shape[:2], a + 1, device=keys.device), weight.new_zeros(()), *moments)
+    def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> tuple[Any, ...]:
+        layers, inputs = [], []
+        for k, (a, b) in enumerate(pairwise((num_inputs, *hidden, num_outputs))):
+            weight = normal(fold(keys, k) if k else keys, a * b).view(*keys.shape[:2], a, b) / math.sqrt(a)
+            weight = F.pad(weight, (0, 0, 0, 1))  # the last row is the bias
+            layers.append((weight, *(torch.zeros_like(weight) for _ in range(2 if adam else 0))))
+            inputs.append(weight.new_zeros(*keys.shape[:2], a + 1))
+        return layers, inputs, keys.new_zeros((), dtype=torch.float32)
 
-    def predict(params: dict[str, Tensor], state: tuple[Tensor, ...], x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        weight, _, *rest = state
-        x = F.pad(x, (0, 1), value=1.0)
-        return (weight, x, *rest), (x[..., None, :] @ weight).squeeze(-2)
+    def predict(params: dict[str, Tensor], state: tuple[Any, ...], x: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+        layers, inputs, t = state
+        inputs = []
+        for weight, *_ in layers:
+            inputs.append(F.pad(x.tanh() if inputs else x, (0, 1), value=1.0))
+            x = (inputs[-1][..., None, :] @ weight).squeeze(-2)
+        return (layers, inputs, t), x
 
-    def learn(params: dict[str, Tensor], state: tuple[Tensor, ...], error: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        weight, x, t, *moments = state
-        step = grad = x[..., :, None] * error[..., None, :]  # gradient of the cross-entropy with respect to the weights
-        t = t + 1
-        if adam:  # Kingma and Ba (2015), Algorithm 1
-            moments = [torch.lerp(grad, moments[0], beta1), torch.lerp(grad**2, moments[1], beta2)]
-            step = moments[0] / (1 - beta1**t) / ((moments[1] / (1 - beta2**t)).sqrt() + eps)
-        return (weight - 10 ** params["log_lr"][..., None, None] * step, x, t, *moments)
+    def learn(params: dict[str, Tensor], state: tuple[Any, ...], error: Tensor, label: Tensor) -> tuple[Any, ...]:
+        layers, inputs, t = state
+        layers, lr = list(layers), 10 ** params["log_lr"][..., None, None]
+        for k in reversed(range(len(layers))):
+            weight, x = layers[k][0], inputs[k]
+            below = (weight @ error[..., None]).squeeze(-1) * (1 - x**2) if k else None  # backpropagation through tanh
+            layers[k] = descend(weight, x, error, lr, t + 1, *layers[k][1:])
+            error = below[..., :-1] if k else None
+        return layers, inputs, t + 1
 
     return Learner(shapes, init, initial_state, predict, learn)
 
 
 def search_rate(args: Args, learner: Learner, tasks: Tasks) -> Tensor:
-    """Grid search (appendix B.3.2): the rate, of four in each factor of ten, with the best cumulative accuracy over 500
-    examples of the meta-training data. The grid is a population."""
+    """Grid search (appendix B.3.2): the rate, of four in each factor of ten, with the best accuracy over (at most) 500 examples
+    of the meta-training data. The grid is a population."""
     grid = torch.linspace(-4, 0, 17, device=tasks.dataset.device)[:, None]
-    ids = torch.arange(16, device=tasks.dataset.device)
-    x, y = tasks.sample(ids, ids, min(500, args.test_steps))
-    state = learner.initial_state(tasks.keys(ids, 3).expand(len(grid), -1, -1), tasks.num_inputs, tasks.num_classes)
-    x, y = x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1)
-    _, _, correct = lifetime(learner, grid, state, x, y)
-    return grid[correct.float().mean((1, 2)).argmax()]
+    length = tasks.episode or min(500, args.test_steps)
+    ids = torch.arange(16 if length > 100 else 128, device=tasks.dataset.device)
+    found = []
+    for part in ids.split(4):
+        x, y = tasks.sample(part, part, length)
+        state = learner.initial_state(tasks.keys(part, 3).expand(len(grid), -1, -1), tasks.num_inputs, tasks.num_classes)
+        _, _, correct = lifetime(learner, grid, state, x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1))
+        found.append(over_lifetime(args, correct.float()))
+    return grid[torch.cat(found, 1).mean(1).argmax()]
 
 
 # ======================================================================================================================
@@ -512,60 +902,142 @@ def search_rate(args: Args, learner: Learner, tasks: Tasks) -> Tensor:
 # ======================================================================================================================
 def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: int) -> tuple[Tensor, Tensor]:
     """Lifetimes on unseen examples, each from its own random state: whether each prediction was right (seeds, t), and its
-    cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated).
+    cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated), or
+    more with --repeat-examples. In blocks of examples: memory does not grow with time but for what is returned.
     together: how many lifetimes run at once."""
-    ids = torch.arange(args.test_seeds, device=theta.device)
-    steps = min(args.test_steps, len(tasks.dataset) or args.test_steps)
+    steps = tasks.episode or args.test_steps
+    if len(tasks.dataset) and not args.repeat_examples:
+        steps = min(steps, len(tasks.dataset))
     parts = []
-    for part in ids.split(together):
-        x, y = tasks.sample(part, part, steps)
-        state = learner.initial_state(tasks.keys(part, 3)[None], tasks.num_inputs, tasks.num_classes)
-        parts.append(lifetime(learner, theta[None], state, x[None], y[None])[1:])
-    losses, correct = (torch.cat([part[i][0] for part in parts]) for i in (0, 1))
+    for part in torch.arange(args.test_seeds, device=theta.device).split(together):
+        state, blocks = learner.initial_state(tasks.keys(part, 3)[None], tasks.num_inputs, tasks.num_classes), []
+        for start in range(0, steps, 1000):
+            x, y = tasks.sample(part, part, min(1000, steps - start), start)
+            state, *block = lifetime(learner, theta[None], state, x[None], y[None])
+            blocks.append(block)
+        parts.append([torch.cat(kind, -1)[0] for kind in zip(*blocks, strict=True)])
+    losses, correct = (torch.cat(kind) for kind in zip(*parts, strict=True))
     return correct.float(), losses
+
+
+def batched_curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, train: Tasks) -> dict[str, dict[int, Tensor]]:
+    """Learning from batches of train examples: accuracy and cross-entropy on unseen ones (seeds,), after so many batches.
+    Batches lie along s and seeds along p."""
+    size, ids = args.test_batch, torch.arange(args.test_seeds, device=theta.device)
+    keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
+    state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
+    unseen = min(args.test_examples, len(tasks.dataset) or args.test_examples) // size * size
+    x_test, y_test = tasks.sample(*torch.zeros(2, 1, dtype=torch.int64, device=theta.device), max(unseen, size))
+    found = {"accuracy": {}, "cross_entropy": {}}
+    for last, step in pairwise([0, *plotted_steps(args.test_steps)]):
+        x, y = (v.unflatten(1, (-1, size)).transpose(1, 2) for v in train.sample(ids, ids, (step - last) * size, last * size))
+        state = lifetime(learner, theta[None].expand(len(ids), -1), state, x, y)[0]
+        logits = [learner.predict(params, state, part.expand(len(ids), -1, -1))[1] for part in x_test.split(size, 1)]
+        logits = torch.cat(logits, 1)
+        found["accuracy"][step] = (logits.argmax(-1) == y_test).float().mean(1)
+        found["cross_entropy"][step] = F.cross_entropy(logits.mT, y_test.expand(len(ids), -1), reduction="none").mean(1)
+    return found
+
+
+def batched(learner: Learner) -> Learner:
+    """VSML that learns from a batch (appendix B.3.2): the first half of each state is averaged over the examples s. They
+    start from one state."""
+
+    def mix(v: Tensor) -> Tensor:
+        half = v.shape[-1] // 2
+        return torch.cat([v[..., :half].mean(1, keepdim=True).expand_as(v[..., half:]), v[..., half:]], -1)
+
+    def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> list[Layer]:
+        return learner.initial_state(keys[:, :1].expand_as(keys), num_inputs, num_outputs)
+
+    def learn(params: dict[str, Tensor], state: list[Layer], error: Tensor, label: Tensor) -> list[Layer]:
+        return [layer._replace(h=mix(layer.h), c=mix(layer.c)) for layer in learner.learn(params, state, error, label)]
+
+    return learner._replace(initial_state=initial_state, learn=learn)
 
 
 def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
-) -> list[dict[str, Any]]:
-    """All learners on the test splits of all test datasets: result rows, and a figure like Figure 3.6."""
-    rows, curves = [], {}
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All learners on the test splits of all test datasets: result rows, further facts, and figures."""
+    rows, curves, seen_before = [], {}, trained_on(args)
     for task, tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
-        novelty = "task" if tasks.dataset.name in args.dataset else "domain"
+        novelty = "task" if tasks.dataset.name in seen_before else "domain"
         for label, learner in learners.items():
             try:
-                fitting = replace(tasks, dataset=fit(learner, tasks.dataset)) if label == "rnn" else tasks
+                fitting = replace(tasks, dataset=fit(args, learner, tasks.dataset))
             except DatasetError as error:
                 run.say(f"{label} is left out on {task}: {error}")
                 continue
-            together = at_a_time(args, tasks) * (1 if label == "vsml" else args.state_size)  # others keep a number a weight
-            correct, losses = curve(args, learner, thetas[label], fitting, together)
-            seen = torch.arange(1, correct.shape[1] + 1, device=correct.device)
-            curves.setdefault(task, {})[label] = cumulative = correct.cumsum(1) / seen
-            for metric, values in {"cumulative_accuracy": cumulative, "accuracy": correct, "cross_entropy": losses}.items():
-                for step in plotted_steps(values.shape[1]):
-                    rows.append(result_row(label, task, novelty, metric, step, values[:, step - 1]))
-    if run.rank == 0:
-        draw_curves(run.folder / "cumulative_accuracy.png", curves)
-    return rows
+            if args.test_batch > 1:
+                train = load(tasks.dataset.name, "train", args.data_dir, run.device, None)
+                train = replace(fitting, dataset=train.resize(tasks.dataset.shape[1]) if len(train.shape) == 3 else train)
+                values = batched_curve(args, learner, thetas[label], fitting, train)
+                curves.setdefault(task, {})[label] = values["accuracy"]
+            else:
+                correct, losses = curve(args, learner, thetas[label], fitting, at_a_time(args, tasks, label))
+                cumulative = correct.cumsum(1) / torch.arange(1, correct.shape[1] + 1, device=correct.device)
+                values = {"cumulative_accuracy": cumulative, "accuracy": correct, "cross_entropy": losses}
+                if tasks.episode:
+                    del values["cumulative_accuracy"]  # shots are not predictions
+                curves.setdefault(task, {})[label] = dict(enumerate(next(iter(values.values())).T, 1))
+                points = plotted_steps(correct.shape[1])
+                values = {metric: {step: value[:, step - 1] for step in points} for metric, value in values.items()}
+            for metric, points in values.items():
+                rows += [result_row(label, task, novelty, metric, step, value) for step, value in points.items()]
+    unit = "batches" if args.test_batch > 1 else "examples"
+    draw_curves(run.folder / f"{rows[0]['metric']}.png", curves, unit)
+    facts = {"overtaken": {task: overtaken(args.learner, by_learner) for task, by_learner in curves.items()}}
+    for task, by_learner in facts["overtaken"].items():
+        for label, step in by_learner.items():
+            run.say(f"{task}: {LABELS[label]} overtakes {LABELS[args.learner]} after {step} {unit}.")
+    if args.learner == "clone":
+        facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])
+    if unit == "examples" and not args.shots:
+        shown = {label: learners[label] for label in (args.learner, "sgd", "adam") if label in learners}
+        draw_introspection(run.folder / "introspection.png", shown, thetas, next(iter(tests.values())))
+    return rows, facts
+
+
+def overtaken(ours: str, curves: dict[str, dict[int, Tensor]]) -> dict[str, int]:
+    """The short horizon (Figure B.10): for learners that ours was ahead of once, the step from which on they stay ahead."""
+    found = {}
+    for label, points in curves.items():
+        ahead = [step for step in points if ours in curves and curves[ours][step].mean() >= points[step].mean()]
+        if label != ours and ahead and ahead[-1] < max(points):
+            found[label] = min(step for step in points if step > ahead[-1])
+    return found
+
+
+def trained_on(args: Args) -> tuple[str, ...]:
+    return tuple(name for name in args.dataset if name != args.leave_out)
 
 
 def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
-    """The test splits of all test datasets at all sizes, by the name that results give them."""
+    """The test splits of all test datasets at all sizes, by the name that results give them; with --robustness, those of
+    images in the configurations of Figure 3.7."""
     tests = {}
     for name in dict.fromkeys(args.test_datasets or args.dataset + BUNDLED + GENERATED):
         for size in args.test_sizes or (None,):
             dataset = load(name, "test", args.data_dir, device, size)
             task = f"{name}@{size}" if size and len(dataset.shape) == 3 else name
-            tests[task] = Tasks(dataset, classes=args.test_classes, seed=args.seed)
+            tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
+            if args.robustness and len(dataset.shape) == 3 and len(dataset):
+                tests[f"{task} 5 classes"] = replace(plain, classes=min(5, dataset.num_classes))
+                tests |= {f"{task} at {size} x {size}": replace(plain, dataset=dataset.resize(size)) for size in (21, 48)}
+                tests[f"{task} projected"] = replace(plain, projected=1.0)
+                tests[f"{task} permuted"] = replace(plain, permuted_inputs=1.0)
     return tests
 
 
-def fit(learner: Learner, dataset: Dataset) -> Dataset:
-    """The dataset at a size that the in-context RNN was made for. Raises DatasetError if there is none."""
-    outputs = learner.shapes["out.bias"][0]
-    inputs = learner.shapes["lstm.weight"][0] - 2 * outputs - learner.shapes["lstm.weight"][1] // 4
-    if dataset.num_classes > outputs:
+def fit(args: Args, learner: Learner, dataset: Dataset) -> Dataset:
+    """The dataset at a size that the learner was made for. Raises DatasetError if there is none."""
+    if learner.sizes is None:
+        if args.conv and learner.shapes.get("fwd_msg.weight") and len(dataset.shape) != 3:
+            raise DatasetError("convolutions need images.")
+        return dataset
+    inputs, outputs = learner.sizes
+    if (dataset.num_classes if not args.test_classes else args.test_classes) > outputs:
         raise DatasetError(f"it was made for {outputs} classes, and '{dataset.name}' has {dataset.num_classes}.")
     if dataset.num_inputs <= inputs:
         return dataset
@@ -578,22 +1050,33 @@ def plotted_steps(steps: int) -> list[int]:
     return sorted(point for point in points if point <= steps)
 
 
-def draw_curves(path: Path, curves: dict[str, dict[str, Tensor]]) -> None:
-    """Figure 3.6: cumulative accuracy against examples seen, mean and standard deviation over seeds; a panel per dataset."""
+LABELS = {"vsml": "VSML", "rnn": "in-context RNN", "hebbian": "Hebbian fast weights", "fwmemory": "fast-weight memory"}
+LABELS |= {"sgd": "online SGD", "adam": "online SGD with Adam", "sgd2": "SGD, 2 layers", "adam2": "Adam, 2 layers"}
+LABELS |= {"clone": "VSML, cloned backpropagation", "backprop": "SGD in batches"}
+
+
+def figures() -> Any:
+    """matplotlib, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(curves))
+    return plt
+
+
+def draw_curves(path: Path, curves: dict[str, dict[str, dict[int, Tensor]]], unit: str) -> None:
+    """Figure 3.6: accuracy against examples seen, mean and standard deviation over seeds; a panel per dataset."""
+    plt, columns = figures(), min(3, len(curves))
     lines = -(-len(curves) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False, layout="constrained")
     for axis, (task, by_learner) in zip(axes.flat, curves.items(), strict=False):
-        for label, values in by_learner.items():
-            mean, std, seen = values.mean(0).cpu(), values.std(0).cpu(), range(1, values.shape[1] + 1)
+        for label, points in by_learner.items():
+            values = torch.stack(list(points.values()), 1).cpu()
+            mean, std, seen = values.mean(0), values.std(0, correction=0), list(points)
             (line,) = axis.plot(seen, mean, label=LABELS[label])
             axis.fill_between(seen, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=task, xlabel="examples seen", ylabel="cumulative accuracy", ylim=(0, 1.02), xlim=(0, values.shape[1]))
+        axis.set(title=task, xlabel=f"{unit} seen", ylabel=path.stem.replace("_", " "), ylim=(0, 1.02), xlim=(0, seen[-1]))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(curves) :]:
         axis.axis("off")
@@ -603,7 +1086,90 @@ def draw_curves(path: Path, curves: dict[str, dict[str, Tensor]]) -> None:
     plt.close(figure)
 
 
-LABELS = {"vsml": "VSML", "rnn": "in-context RNN", "sgd": "online SGD", "adam": "online SGD with Adam"}
+def draw_introspection(path: Path, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: Tasks) -> None:
+    """Figures 3.9 and B.8: the probability of each class (rows) as examples come in (columns); the true class is framed, the
+    predicted one dotted. Left two unseen examples of each class, one after the other; right a hundred random ones."""
+    plt, data = figures(), tasks.dataset
+    ids = torch.zeros(1, dtype=torch.int64, device=data.device)
+    x, y = tasks.sample(ids, ids, min(100, len(data) or 100))
+    order = torch.cat([(y[0] == label).nonzero()[:2, 0] for label in y[0].unique()])
+    figure, axes = plt.subplots(
+        len(learners), 2, figsize=(18, 2.4 * len(learners)), width_ratios=(1, 4), squeeze=False, layout="constrained"
+    )
+    for (label, learner), lines in zip(learners.items(), axes, strict=True):
+        for axis, index in zip(lines, (order, torch.arange(y.shape[1], device=data.device)), strict=True):
+            state = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
+            params, columns = learner.params(thetas[label][None]), []
+            for t in index:
+                state, logits = learner.predict(params, state, x[None, :, t])
+                columns.append(logits[0, 0].softmax(-1))
+                answer = F.one_hot(y[None, :, t], tasks.num_classes).float()
+                state = learner.learn(params, state, logits.softmax(-1) - answer, answer)
+            axis.imshow(torch.stack(columns, 1).cpu(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            seen = range(len(index))
+            axis.plot(seen, y[0, index].cpu(), "s", mfc="none", mec="tab:red", ms=7)
+            axis.plot(seen, torch.stack(columns, 1).argmax(0).cpu(), ".", color="black", ms=4)
+            axis.set(title=LABELS[label], xlabel="examples seen", ylabel="class")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_error_map(path: Path, args: Args, learner: Learner, theta: Tensor) -> float:
+    """Figure B.1: the cloned y = tanh(x) w, and its error everywhere. Returns the mean absolute error on the grid."""
+    plt, n = figures(), 81
+    x, w = torch.meshgrid(torch.linspace(-3, 3, n), torch.linspace(-4, 4, n), indexing="xy")
+    wb = torch.stack([w, torch.zeros_like(w)], -1).view(1, -1, 1, 1, 2).to(theta.device)
+    params, x_in = learner.params(theta[None]), x.reshape(1, -1, 1).to(theta.device)
+    y, target = (rule[0](params, wb, x_in).view(n, n).cpu() for rule in (cloned_backprop(args), backprop(args)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for row in range(0, n, 20):
+        (line,) = left.plot(x[row], y[row], label=f"w = {w[row, 0]:.0f}")
+        left.plot(x[row], target[row], ":", color=line.get_color())
+    left.set(title="y = tanh(x) w (dotted: target)", xlabel="x", ylabel="y")
+    left.legend()
+    error = (y - target).abs()
+    image = right.imshow(error, origin="lower", extent=(-3, 3, -4, 4), aspect="auto")
+    right.set(title=f"absolute error, {error.mean():.3f} on average", xlabel="x", ylabel="w")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return error.mean().item()
+
+
+def compare(args: Args) -> None:
+    """Figures 3.8 and B.4: what each finished run (rows) reached on each task (columns), a heat-map per number of examples."""
+    if not args.runs:
+        raise Mistake("--mode compare needs --runs FOLDER FOLDER ...")
+    plt, found, tasks = figures(), {}, {}
+    for folder in args.runs:
+        try:
+            results = json.loads((folder / "results.json").read_text())
+            trained = [name for name in results["args"]["dataset"] if name != results["args"]["leave_out"]]
+            for row in results["results"]:
+                if row["metric"] == "cumulative_accuracy":
+                    meta_trained = row["learner"] in ("vsml", "rnn", "hebbian", "fwmemory")
+                    name = LABELS[row["learner"]] + (f" on {', '.join(trained)}" if meta_trained else "")
+                    found.setdefault(name, {}).setdefault(row["task"], {})[row["step"]] = row["mean"], row["novelty"]
+                    tasks[row["task"]] = True
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Mistake(f"{folder} holds no finished run of {SCRIPT}.py.") from error
+    lines = sorted(found, key=lambda name: [name.split(" on ")[0] != text for text in LABELS.values()])
+    for step in (100, args.test_steps):
+        figure, axis = plt.subplots(figsize=(3 + 1.1 * len(tasks), 1.5 + 0.35 * len(lines)), layout="constrained")
+        at = [[(found[name].get(task) or {0: (math.nan, "")}) for task in tasks] for name in lines]
+        cells = [[points[max((s for s in points if s <= step), default=min(points))] for points in line] for line in at]
+        axis.imshow([[mean for mean, _ in line] for line in cells], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for i, line in enumerate(cells):
+            for j, (mean, novelty) in enumerate(line):
+                text = "" if math.isnan(mean) else f"{100 * mean:.0f}" + ("" if novelty == "domain" else "*")
+                axis.text(j, i, text, ha="center", va="center", color="white" if mean < 0.6 else "black")
+        axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+        axis.set_yticks(range(len(lines)), lines)
+        axis.set_title(f"cumulative accuracy in % after {step} examples, or all there are (*: meta-trained on this dataset)")
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.run_dir / f"compare_{step}.png", dpi=110)
+        plt.close(figure)
+        print(f"Written to {args.run_dir / f'compare_{step}.png'}")
 
 
 # ======================================================================================================================
@@ -641,7 +1207,7 @@ def parse_args() -> Args:
         if args.preset == "auto":
             args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
         preset = args.preset
-        args = tyro.cli(Args, default=Args(**(LAPTOP if preset == "laptop" else {})))
+        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
         args.preset = preset
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -654,7 +1220,7 @@ def saved_args(path: Path, **changes: Any) -> Args:
     """The Args of a checkpoint, with changes."""
     saved = read_checkpoint(path)["args"]
     try:
-        kinds = {f.name: Path if "Path" in str(f.type) else tuple if "tuple" in str(f.type) else None for f in fields(Args)}
+        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
         return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
     except (KeyError, TypeError) as error:
         raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
@@ -684,9 +1250,11 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 def take_out(keep: Any) -> Any:
-    """The state of nested dicts of tensors and of things with a state_dict, ready to be saved."""
+    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
     if isinstance(keep, dict):
         return {name: take_out(value) for name, value in keep.items()}
+    if isinstance(keep, (list, tuple)):
+        return [take_out(value) for value in keep]
     return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
 
 
@@ -695,6 +1263,9 @@ def put_back(keep: Any, state: Any) -> None:
     if isinstance(keep, dict):
         for name, value in keep.items():
             put_back(value, state[name])
+    elif isinstance(keep, (list, tuple)):
+        for value, saved in zip(keep, state, strict=True):
+            put_back(value, saved)
     elif isinstance(keep, Tensor):
         keep.data.copy_(state)
     else:
@@ -705,8 +1276,8 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a nested state, with the names that lead to them."""
     if isinstance(state, Tensor):
         yield name, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
+    elif isinstance(state, (dict, list)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             yield from leaves(value, f"{name} {key}".strip())
 
 
@@ -901,24 +1472,45 @@ def run_as_script(main: Any) -> None:
 
 
 # ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+META_TRAINED = ("vsml", "rnn", "hebbian", "fwmemory", "clone")  # the others have nothing but a learning rate
+
+
 def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "sequence_length meta_steps population sequences test_steps test_seeds micro_ticks rnn_size checkpoint_every"
-    for name in counts.split():
+    counts = "sequence_length meta_steps population sequences test_steps test_seeds test_batch test_examples micro_ticks"
+    for name in f"{counts} persistent rnn_size memory_size sgd_hidden clone_buffer checkpoint_every".split():
         if getattr(args, name) < 1:
             raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
     if not args.dataset:
         raise Mistake("--dataset needs at least one dataset.")
+    if args.leave_out and (args.leave_out not in args.dataset or not trained_on(args)):
+        raise Mistake(f"--leave-out {args.leave_out} leaves out one of several --dataset; these are {', '.join(args.dataset)}.")
+    names = {args.learner, *args.baselines}
+    if (args.preset == "clone") != (args.learner == "clone") or "clone" in args.baselines:
+        raise Mistake("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
+    if args.test_batch > 1 and names - {"vsml", "clone", "backprop"}:
+        raise Mistake("Only vsml, clone and backprop learn from batches; add --baselines backprop to --test-batch.")
+    if args.test_batch == 1 and names & {"clone", "backprop"}:
+        raise Mistake("clone and backprop learn from batches; use --test-batch 64.")
+    if args.persistent > 1 and (args.meta_optimizer == "es" or world > 1):
+        raise Mistake("--persistent is for --meta-optimizer backprop in one process.")
+    if args.learner == "clone" and world > 1:
+        raise Mistake("Cloning runs in one process; start it without torchrun.")
     members, flag = (args.population, "population") if args.meta_optimizer == "es" else (args.sequences, "sequences")
     if members % world:
         raise Mistake(f"--{flag} {members} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
 
 
-def at_a_time(args: Args, tasks: Tasks) -> int:
+def at_a_time(args: Args, tasks: Tasks, name: str = "vsml") -> int:
     """How many lifetimes to run at once: their states should stay in a CPU's cache, or use a GPU's memory well."""
-    widths = (tasks.num_inputs, *args.hidden, tasks.num_classes)
-    sub_rnns = sum(a * b for a, b in pairwise(widths))
-    return max(1, (2**14 if args.device == "cpu" else 2**22) // sub_rnns)
+    a, b = tasks.num_inputs, tasks.num_classes
+    if name == "vsml":
+        numbers = args.state_size * sum(w.a * w.b * w.positions for w in wiring(args, a, b))
+    else:
+        numbers = {"fwmemory": args.memory_size**3, "sgd2": args.sgd_hidden * (a + b), "adam2": args.sgd_hidden * (a + b)}.get(
+            name, a * b
+        )
+    return max(1, (2**18 if args.device == "cpu" else 2**26) // numbers)
 
 
 def even_chunk(args: Args, tasks: Tasks) -> int:
@@ -928,31 +1520,42 @@ def even_chunk(args: Args, tasks: Tasks) -> int:
 
 
 def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
-    """What is meta-trained on: the train splits of the datasets at all sizes."""
-    shares = dict(projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked) if augment else {}
-    settings = [(name, size) for name in args.dataset for size in args.sizes or (None,)]
-    datasets = [load(name, "train", args.data_dir, run.device, size) for name, size in settings]
-    return [Tasks(dataset, seed=args.seed, **shares) for dataset in datasets]
+    """What is meta-trained on: the train splits of the datasets, at all sizes, with all numbers of classes."""
+    settings = dict(shots=args.shots, seed=args.seed)
+    if augment:
+        settings |= dict(projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked)
+    found = []
+    for name, size in product(trained_on(args), args.sizes or (None,)):
+        dataset = load(name, "train", args.data_dir, run.device, size)
+        if args.conv and len(dataset.shape) != 3:
+            raise DatasetError(f"Convolutions need images, and '{name}' has none.")
+        found += [Tasks(dataset, classes=classes, **settings) for classes in args.classes or (None,)]
+    return found
 
 
-def make_learner(name: str, args: Args, run: Run, rnn_sizes: tuple[int, int], use: str) -> Learner:
-    """A learner by its name, compiled for its use: "backprop" or "es" to meta-train it, or "test"."""
-    if name == "rnn":
-        learner = in_context_rnn(args, *rnn_sizes)
-    elif name == "vsml":
-        learner = vsml(args)
-    else:
-        return online_sgd(args, adam=name == "adam")
-    if not run.compiles:
-        return learner
-    if use == "backprop":
-        return learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False))
-    if name == "rnn":
-        return learner
-    if use == "es":
+def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: str) -> Learner:
+    """A learner by its name, compiled for its use: "backprop" or "es" to meta-train it, or "test". sizes: the numbers of
+    inputs and outputs for those that need to know."""
+    fixed = {"rnn": in_context_rnn, "hebbian": hebbian, "fwmemory": partial(in_context_rnn, memory=args.memory_size)}
+    if name in ("clone", "backprop"):
+        rules = (cloned_backprop if name == "clone" else backprop)(args)
+        if run.compiles and name == "clone":
+            rules = [torch.compile(rule, dynamic=False) for rule in rules]
+        return batch_learner(args, vsml(args) if name == "clone" else None, rules)
+    if name not in META_TRAINED:
+        deep = name.endswith("2")
+        step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
+        return online_sgd(args, "adam" in name, (args.sgd_hidden,) if deep else (), step)
+    learner = vsml(args) if name == "vsml" else fixed[name](args, *sizes)
+    if run.compiles and use == "backprop":
+        few = len(args.dataset) * len(args.sizes or (0,)) * len(args.classes or (0,)) <= 4  # one compilation each
+        learner = learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False if few else None))
+    elif run.compiles and use == "es" and name == "vsml":
         learner = vsml(args, fused_lstm_cell)
-        return learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False, options=fuse(args)))
-    return vsml(args, torch.compile(fused_lstm_cell, options=fuse(args)))  # one compilation fits all sizes
+        learner = learner._replace(compiled=torch.compile(partial(one_example, learner), dynamic=False, options=fuse(args)))
+    elif run.compiles and name == "vsml":
+        learner = vsml(args, torch.compile(fused_lstm_cell, options=fuse(args)))  # one compilation fits all sizes
+    return batched(learner) if name == "vsml" and use == "test" and args.test_batch > 1 else learner
 
 
 def fuse(args: Args) -> dict[str, Any]:
@@ -962,6 +1565,8 @@ def fuse(args: Args) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_args()
+    if args.mode == "compare":
+        return compare(args)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
     names = list(dict.fromkeys([args.learner, *args.baselines]))
     run = Run(args)
@@ -970,41 +1575,43 @@ def main() -> None:
 
     if args.mode == "test":
         state = read_checkpoint(args.checkpoint)["state"]
-        rnn_sizes, saved = state["rnn_sizes"], state["thetas"]
-        missing = [name for name in names if name not in saved]
+        sizes, saved = state["rnn_sizes"], state["thetas"]
+        missing = [name for name in names if name not in saved and name != "backprop"]
         if missing:
             raise Mistake(f"{args.checkpoint} holds no learner {missing[0]}; choose from {', '.join(saved)}.")
     else:
         plain, augmented = train_tasks(args, run, augment=False), train_tasks(args, run, augment=True)
-        rnn_sizes = torch.tensor([max(tasks.num_inputs for tasks in plain), max(tasks.num_classes for tasks in plain)])
-    learners = {name: make_learner(name, args, run, rnn_sizes.tolist(), "test") for name in names}
+        sizes = torch.tensor([max(tasks.num_inputs for tasks in plain), max(tasks.num_classes for tasks in plain)])
+    learners = {name: make_learner(name, args, run, sizes.tolist(), "test") for name in names}
     thetas = {name: learner.init(torch.Generator().manual_seed(args.seed)).to(run.device) for name, learner in learners.items()}
 
     if args.mode == "test":
         for name, theta in thetas.items():
-            if theta.shape != saved[name].shape:
-                sizes = f"{saved[name].numel()} parameters, these flags ask for {theta.numel()}"
-                raise Mistake(f"The checkpoint's learner {name} has {sizes}; leave out the flags that set its size.")
-            theta.copy_(saved[name])
+            if theta.shape != saved.get(name, theta).shape:
+                found = f"{saved[name].numel()} parameters, these flags ask for {theta.numel()}"
+                raise Mistake(f"The checkpoint's learner {name} has {found}; leave out the flags that set its size.")
+            theta.copy_(saved.get(name, theta))
     else:
         with torch.no_grad():
-            for name in {"sgd", "adam"} & set(names):
+            for name in {"sgd", "adam", "sgd2", "adam2"} & set(names):
                 thetas[name] = search_rate(args, learners[name], plain[0])
         use = args.meta_optimizer
-        trained = {name: make_learner(name, args, run, rnn_sizes.tolist(), use) for name in names if name in ("vsml", "rnn")}
-        tasks = {"vsml": augmented, "rnn": augmented if args.augment_baselines else plain}
-        meta_train(args, trained, thetas, tasks, run, {"rnn_sizes": rnn_sizes})
+        trained = {name: make_learner(name, args, run, sizes.tolist(), use) for name in names if name in META_TRAINED}
+        tasks = {name: augmented if name == "vsml" or args.augment_baselines else plain for name in trained}
+        meta_train(args, trained, thetas, tasks, run, {"rnn_sizes": sizes})
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
     with torch.no_grad():
-        rows = meta_test(args, learners, thetas, tests, run)
-    rates = {name: 10 ** thetas[name].item() for name in ("sgd", "adam") if name in thetas}
+        rows, facts = meta_test(args, learners, thetas, tests, run)
+    facts["learning_rates"] = {
+        name: 10 ** theta.item() for name, theta in thetas.items() if learners[name].shapes.keys() == {"log_lr"}
+    }
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
         parameters=thetas[args.learner].numel(),
-        learning_rates=rates,
+        **facts,
     )
 
 

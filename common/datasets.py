@@ -283,7 +283,8 @@ class Tasks:
     projection: "gaussian" draws the matrix from N(0, 1/a) (section 5.3.1, Algorithm 9), "glorot" from the uniform
     distribution of Glorot and Bengio (2010) (VSML, section 3.4.3). projection_size: number of projected inputs (default:
     as many as the dataset has). blanked: each task replaces a share of its inputs, up to this one, by a constant, like the
-    empty border of an image. classes: each task sees this many classes of the dataset, relabelled 0, 1, ...
+    empty border of an image. classes: each task sees this many classes of the dataset, relabelled 0, 1, ... shots: sequences
+    are few-shot episodes: so many examples of each class in random order, then one other example of any class.
 
     Raises DatasetError for a combination that cannot be.
     """
@@ -296,6 +297,7 @@ class Tasks:
     permuted_labels: float = 0.0
     blanked: float = 0.0
     classes: int | None = None
+    shots: int = 0
     seed: int = 0
 
     def __post_init__(self):
@@ -304,6 +306,8 @@ class Tasks:
             raise DatasetError(f"Asked for {self.classes} classes, but '{name}' has {available}; choose from 2 to {available}.")
         if self.classes and not len(self.dataset):
             raise DatasetError(f"The classes of '{name}' are made on the fly and cannot be chosen from.")
+        if self.shots and (not len(self.dataset) or self.shots >= self.dataset.counts.min()):
+            raise DatasetError(f"'{name}' has too few stored examples of a class for episodes of {self.shots} shots.")
         if self.projection_size not in (None, self.dataset.num_inputs) and self.projected != 1:
             raise DatasetError("A projection to another size has to be applied to all tasks (projected = 1).")
 
@@ -315,6 +319,11 @@ class Tasks:
     def num_classes(self) -> int:
         return self.classes or self.dataset.num_classes
 
+    @property
+    def episode(self) -> int:
+        """Examples in a few-shot episode; 0 if sequences are no episodes."""
+        return self.shots * self.num_classes + 1 if self.shots else 0
+
     def keys(self, ids: Tensor, salt: int) -> Tensor:
         """(s, 2) keys of the ids (s,), different for each salt."""
         return fold(fold(key(self.seed, ids.device), salt), ids)
@@ -323,15 +332,15 @@ class Tasks:
         """Which of the tasks (s, 2) an augmentation falls on: (s, 1) bool."""
         return uniform(fold(task, salt), 1) < share
 
-    def sample(self, tasks: Tensor, sequences: Tensor, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Examples start, start + 1, ..., start + length - 1 of one sequence of each task.
+    def sample(self, tasks: Tensor, sequences: Tensor, length: int, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """Examples start, start + 1, ..., start + length - 1 of one sequence of each task. start may be a tensor (s, 1).
 
         tasks, sequences: (s,) int64 ids. Returns x (s, t, a) float32 and y (s, t) int64 on the dataset's device. A sequence
         runs through its task's examples in random order and starts over, in another order, when it has seen them all.
         """
         data, task = self.dataset, self.keys(tasks.to(self.dataset.device), 1)
         sequence = self.keys(sequences.to(data.device), 2)
-        position = torch.arange(start, start + length, device=data.device).expand(len(task), -1)
+        position = (torch.arange(length, device=data.device) + start).expand(len(task), -1)
         x, y = data.make(task, position, sequence) if data.make else self._draw(task, position, sequence)
         if self.permuted_labels:
             y = torch.where(self._share(task, 3, self.permuted_labels), shuffle(y, self.num_classes, fold(task, 4)[:, None]), y)
@@ -361,9 +370,24 @@ class Tasks:
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
         if self.classes:
             chosen = shuffle(chosen, data.num_classes, fold(task, 9)[:, None])[:, : self.classes].sort(-1).values
+        if self.shots:
+            return self._episode(chosen, sequence, position)
         end = count[chosen].cumsum(-1)  # (s, c) of the task's own numbering of its examples, class by class
         total = end[:, -1:]
         example = shuffle(position % total, total, fold(sequence[:, None], position // total))
         label = torch.searchsorted(end, example, right=True)
         within = example - (end - count[chosen]).gather(1, label)
         return data.inputs(first[chosen.gather(1, label)] + within), label
+
+    def _episode(self, chosen: Tensor, sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Few-shot episodes with the classes chosen (s, c): one after the other if they are longer than one."""
+        data, c, last = self.dataset, self.num_classes, self.shots * self.num_classes
+        episode, position = fold(sequence[:, None], position // (last + 1)), position % (last + 1)
+        order = shuffle(position.clamp(max=last - 1), last, episode)
+        query = position == last
+        label = torch.where(query, integers(fold(episode, 2), torch.zeros_like(position), c), order % c)
+        shot = torch.where(query, self.shots, order // c)
+        index = chosen.gather(1, label)
+        count = data.counts[index]
+        within = shuffle(shot, count, fold(fold(episode, 1), label))
+        return data.inputs((data.counts.cumsum(0) - data.counts)[index] + within), label

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import vsml
 from common.datasets import Tasks, fold, key, load
@@ -188,21 +189,219 @@ def test_es_and_backprop_agree_on_the_gradient():
     assert (exact - estimate).norm() < 0.25 * exact.norm()
 
 
+@pytest.mark.parametrize("hidden", [(), (4,)])
 @pytest.mark.parametrize("adam", [False, True])
-def test_online_sgd_equals_torch_optim(adam):
-    learner, rate = vsml.online_sgd(ARGS, adam), -1.5
+def test_online_sgd_equals_torch_optim(adam, hidden):
+    learner, rate = vsml.online_sgd(ARGS, adam, hidden), -1.5
     keys, x, y = some_data(1, 1, 20, 6, 3)
     state = learner.initial_state(keys, 6, 3)
-    layer = torch.nn.Linear(6, 3)
-    layer.weight.data, layer.bias.data = state[0][0, 0, :-1].T.clone(), state[0][0, 0, -1].clone()
-    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(layer.parameters(), 10**rate)
+    net = torch.nn.Sequential()
+    for weight, *_ in state[0]:
+        layer = torch.nn.Linear(weight.shape[2] - 1, weight.shape[3])
+        layer.weight.data, layer.bias.data = weight[0, 0, :-1].T.clone(), weight[0, 0, -1].clone()
+        net.extend([torch.nn.Tanh(), layer] if len(net) else [layer])
+    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(net.parameters(), 10**rate)
     _, losses, _ = vsml.lifetime(learner, torch.tensor([[rate]]), state, x, y)
     for t in range(20):
-        loss = F.cross_entropy(layer(x[0, 0, t : t + 1]), y[0, 0, t : t + 1])
+        loss = F.cross_entropy(net(x[0, 0, t : t + 1]), y[0, 0, t : t + 1])
         torch.testing.assert_close(losses[0, 0, t], loss.detach(), atol=1e-5, rtol=1e-4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def test_conv_equals_a_loop_over_positions():
+    """Each position hears its patch; the kernel's states are averaged over positions after each tick; messages too."""
+    args, side, channels, out = replace(ARGS, micro_ticks=1), 5, 2, 3
+    theta, n, m = some_theta(args), args.state_size, args.message_size
+    params, conv = vsml.vsml(args).params(theta), vsml.Conv(9 * channels, out, side)
+    generator = torch.Generator().manual_seed(3)
+    h, c = torch.randn(2, 1, 1, 9 * channels, out, n, generator=generator)
+    fwd = torch.randn(1, 1, channels * side * side, m, generator=generator)
+    bwd = torch.randn(1, 1, out * conv.positions, m, generator=generator)
+    layer, fast = conv.tick(vsml.lstm_cell, params, vsml.Layer(h, c, fwd, bwd), 1)
+
+    padded = F.pad(fwd.view(channels, side, side, m), (0, 0, 1, 1, 1, 1))
+    states, said, back = [], torch.zeros(out, 3, 3, m), [[[] for _ in range(side)] for _ in range(side * channels)]
+    for row in range(3):
+        for column in range(3):
+            patch = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(-1, m)
+            above = bwd.view(out, 3, 3, m)[:, row, column]
+            new_h, new_c, forward, _ = slow_tick(params, args, h[0, 0], c[0, 0], patch, above)
+            states.append((new_h, new_c))
+            said[:, row, column] = forward
+            for channel in range(channels):
+                for i in range(3):
+                    for j in range(3):
+                        at = 2 * row + i - 1, 2 * column + j - 1
+                        if 0 <= at[0] < side and 0 <= at[1] < side:
+                            back[channel * side + at[0]][at[1]].append(new_h[9 * channel + 3 * i + j].mean(0))
+    torch.testing.assert_close(layer.h[0, 0], torch.stack([s[0] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.c[0, 0], torch.stack([s[1] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(conv.forward_message(params, fast)[0, 0], said.view(-1, m), atol=1e-5, rtol=1e-4)
+    slow = torch.stack([torch.stack(pixel).mean(0) for line in back for pixel in line])
+    slow = slow @ params["bwd_msg.weight"][0] + params["bwd_msg.bias"][0]
+    torch.testing.assert_close(conv.backward_message(params, fast)[0, 0], slow, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cell", [vsml.lstm_cell, vsml.fused_lstm_cell])
+def test_conv_network_with_a_population(cell):
+    """Members and sequences do not mix: a batch of them gives what each gives alone."""
+    args = replace(ARGS, conv=(2,), backward_pass=True)
+    theta, (keys, x, y) = some_theta(args, 2), some_data(2, 2, 3, 3 * 4 * 4, 3)
+    learner = vsml.vsml(args, cell)
+    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 48, 3), x, y)
+    exact = vsml.vsml(args)
+    for i, j in ((0, 1), (1, 0)):
+        state = exact.initial_state(keys[i : i + 1, j : j + 1], 48, 3)
+        _, alone, _ = vsml.lifetime(exact, theta[i : i + 1], state, x[i : i + 1, j : j + 1], y[i : i + 1, j : j + 1])
+        torch.testing.assert_close(losses[i, j], alone[0, 0], atol=1e-3, rtol=1e-3)
+
+
+def test_backprop_rules_are_gradient_descent():
+    """The network that is cloned, against autograd on the same mini-batches."""
+    args = replace(ARGS, hidden=(4,), clone_rate=0.3)
+    learner = vsml.batch_learner(args, None, vsml.backprop(args))
+    keys, x, y = some_data(1, 8, 5, 6, 3)
+    state = learner.initial_state(keys, 6, 3)
+    weights = [layer.wb.clone().requires_grad_() for layer in state]
+    for t in range(5):
+        state, loss, _ = vsml.one_example(learner, {}, state, x[:, :, t], y[:, :, t])
+        out = x[0, :, t]
+        for wb in weights:
+            out = (out.tanh() @ wb[0, 0, ..., 0] + wb[0, 0, ..., 1].sum(0)) / math.sqrt(out.shape[-1])
+        slow = F.cross_entropy(out, y[0, :, t])
+        torch.testing.assert_close(loss.mean(), slow.detach())
+        grads = torch.autograd.grad(slow, weights)
+        # each synapse hears its inputs and errors unscaled: the rate is clone_rate * sqrt(a) for the weights of a inputs
+        weights = [
+            (wb - args.clone_rate * math.sqrt(wb.shape[2]) * grad).detach().requires_grad_()
+            for wb, grad in zip(weights, grads, strict=True)
+        ]
+    for layer, wb in zip(state, weights, strict=True):
+        torch.testing.assert_close(layer.wb, wb.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_sub_rnns_hold_weights_and_compute_only_what_is_read():
+    """The pruned second tick of a cloned network is the whole tick of vsml_tick, of which two dimensions are kept."""
+    args = vsml.Args(**vsml.CLONE)
+    learner = vsml.vsml(args)
+    params = learner.params(learner.init(torch.Generator().manual_seed(0))[None] * 1.5)
+    wb, x, error = torch.randn(1, 1, 5, 3, 2), torch.randn(1, 4, 5), torch.randn(1, 4, 3)
+    below, new = vsml.cloned_backprop(args)[1](params, wb, x, error)
+    pad = [F.pad(v[..., None], (0, 7)) for v in (x, error)]
+    start, once = F.pad(wb[0, 0] / 4, (0, 62)), replace(args, micro_ticks=1)
+    for s in range(4):
+        h, c, _, back = slow_tick(params, once, start.tanh(), start, pad[0][0, s], pad[1][0, s])
+        _, c, _, _ = slow_tick(params, once, h, c, pad[0][0, s], pad[1][0, s])
+        torch.testing.assert_close(new[0, s], 4 * c[..., :2].clamp(-4, 4), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(below[0, s], back[:, 0] * 3 / math.sqrt(5), atol=1e-5, rtol=1e-4)
+
+
+def test_batched_vsml_shares_half_of_its_states():
+    learner = vsml.batched(vsml.vsml(ARGS))
+    keys, x, y = some_data(2, 3, 4, 5, 3)
+    state, _, _ = vsml.lifetime(learner, some_theta(ARGS, 2), learner.initial_state(keys, 5, 3), x, y)
+    for v in (state[0].h, state[0].c):
+        torch.testing.assert_close(v[:, :1, ..., :8].expand_as(v[..., :8]), v[..., :8])
+        assert (v[:, 0, ..., 8:] - v[:, 1, ..., 8:]).abs().min() > 0
+
+
+def test_persistent_lifetimes_are_long_ones_in_pieces():
+    """With theta held still, three visits are one lifetime of three times the length; others start anew meanwhile."""
+    args = replace(ARGS, persistent=3, sequences=2, sequence_length=4, clip=1e9)
+    learner, tasks = vsml.vsml(args), Tasks(load("digits", "train"), projected=0.5)
+    theta, turn = some_theta(args)[0], 2
+    memory = vsml.first_memory(args, learner, tasks)
+    found = {}
+    for step in range(0, 8, turn):
+        vsml.backprop_gradient(args, learner, theta, tasks, step, turn, memory)
+        found[step] = vsml.each(Tensor.clone, memory["state"])
+
+    def whole(identity, length):
+        ids = torch.tensor([identity])
+        x, y = tasks.sample(ids, ids, length)
+        state = learner.initial_state(tasks.keys(ids, 3)[None], 64, 10)
+        return vsml.lifetime(learner, theta[None], state, x[None], y[None])[0][0].c[0, 0].detach()
+
+    torch.testing.assert_close(found[4][0].c[0, 0], whole(0, 12), atol=1e-4, rtol=1e-3)  # slot 0, born at step 0
+    torch.testing.assert_close(found[2][0].c[0, 1], whole(1, 8), atol=1e-4, rtol=1e-3)  # slot 1, born at step 0
+    torch.testing.assert_close(found[6][0].c[0, 1], whole(9, 8), atol=1e-4, rtol=1e-3)  # slot 1, born at step 4: 4 * 2 + 1
+
+
+def test_blocks_of_a_long_lifetime_are_one_lifetime():
+    args = replace(ARGS, test_steps=1100, test_seeds=3)
+    learner, theta, tasks = vsml.online_sgd(args, adam=False), torch.tensor([-1.0]), Tasks(load("random", "test", size=3))
+    correct, losses = vsml.curve(args, learner, theta, tasks, together=2)
+    ids = torch.arange(3)
+    x, y = tasks.sample(ids, ids, 1100)
+    _, whole, right = vsml.lifetime(
+        learner, theta[None], learner.initial_state(tasks.keys(ids, 3)[None], 9, 10), x[None], y[None]
+    )
+    torch.testing.assert_close(losses, whole[0])
+    assert torch.equal(correct.bool(), right[0])
+    digits = Tasks(load("digits", "test"))
+    assert vsml.curve(args, learner, theta, digits, 3)[0].shape == (3, len(digits.dataset))
+    assert vsml.curve(replace(args, repeat_examples=True), learner, theta, digits, 3)[0].shape == (3, 1100)
+
+
+def test_when_a_learner_is_overtaken():
+    def points(*values):
+        return {step: torch.tensor([value]) for step, value in enumerate(values, 1)}
+
+    curves = {"vsml": points(0.1, 0.5, 0.6, 0.6), "sgd": points(0.2, 0.4, 0.7, 0.8), "adam": points(0.0, 0.0, 0.0, 0.0)}
+    assert vsml.overtaken("vsml", curves) == {"sgd": 3}
+    assert vsml.overtaken("vsml", {"vsml": points(0.0, 0.0), "sgd": points(1.0, 1.0)}) == {}
+
+
+def test_fast_weight_memory_against_loops():
+    """Writing and reading of Schlag et al. (2021), entry by entry."""
+    learner = vsml.in_context_rnn(ARGS, 4, 3, memory=3)
+    theta = torch.randn(1, sum(map(math.prod, learner.shapes.values())), generator=torch.Generator().manual_seed(0))
+    q = {name: value[0] for name, value in learner.params(theta).items()}
+    keys, x, y = some_data(1, 1, 5, 4, 3)
+    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
+    (h, c), (error, label), fast = torch.zeros(2, 6), torch.zeros(2, 3), torch.zeros(3, 3, 3)
+    for t in range(5):
+        i, j, f, o = (torch.cat([x[0, 0, t], error, label, h]) @ q["lstm.weight"] + q["lstm.bias"]).split(6)
+        c = f.sigmoid() * c + i.sigmoid() * j.tanh()
+        h = o.sigmoid() * c.tanh()
+        k1, k2, v, beta = (h @ q["write.weight"] + q["write.bias"]).split([3, 3, 3, 1])
+        k1, k2, v = k1.tanh(), k2.tanh(), v.tanh()
+        old = torch.einsum("vij,i,j->v", fast, k1, k2)
+        fast = fast + beta.sigmoid() * torch.einsum("v,i,j->vij", v - old, k1, k2)
+        fast = fast / max(1.0, fast.norm().item())
+        q1, q2 = (h @ q["read.weight"] + q["read.bias"]).tanh().split(3)
+        read = torch.einsum("vij,i,j->v", fast, q1, q2)
+        read = (read - read.mean()) / (read.var(correction=0) + 1e-5).sqrt()
+        out = (h + read @ q["found.weight"] + q["found.bias"]) @ q["out.weight"] + q["out.bias"]
+        logits = 100 * torch.tanh(out / 100)
+        torch.testing.assert_close(losses[0, 0, t], F.cross_entropy(logits, y[0, 0, t]), atol=1e-4, rtol=1e-4)
+        label = F.one_hot(y[0, 0, t], 3).float()
+        error = logits.softmax(-1) - label
+
+
+def test_hebbian_fast_weights_follow_ojas_rule():
+    learner = vsml.hebbian(ARGS, 4, 3)
+    theta = learner.init(torch.Generator().manual_seed(0))[None] + 0.3 * torch.randn(
+        1, 10 * 3 * 2 + 4, generator=torch.Generator().manual_seed(1)
+    )
+    q = {name: value[0] for name, value in learner.params(theta).items()}
+    keys, x, y = some_data(1, 1, 5, 4, 3)
+    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
+    fast = torch.zeros(10, 3)
+    for t in range(5):
+        heard = torch.cat([x[0, 0, t], torch.zeros(6)])
+        logits = 100 * torch.tanh((heard @ (q["weight"] + q["alpha"] * fast) + q["bias"]) / 100)
+        torch.testing.assert_close(losses[0, 0, t], F.cross_entropy(logits, y[0, 0, t]), atol=1e-4, rtol=1e-4)
+        label = F.one_hot(y[0, 0, t], 3).float()
+        heard = torch.cat([x[0, 0, t], logits.softmax(-1) - label, label])
+        out = (heard @ (q["weight"] + q["alpha"] * fast) + q["bias"]).softmax(-1)
+        change = torch.zeros(10, 3)
+        for a in range(10):
+            for b in range(3):
+                change[a, b] = q["rate"].sigmoid() * out[b] * (heard[a] - out[b] * fast[a, b])
+        fast = fast + change
 
 
 def test_in_context_rnn_is_torchs_lstm():
@@ -288,7 +487,14 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves_behind(finished):
     folder, done = finished
     names = {path.name for path in folder.iterdir()}
-    assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "cumulative_accuracy.png"} <= names
+    assert {
+        "args.json",
+        "metrics.csv",
+        "checkpoint.pt",
+        "results.json",
+        "cumulative_accuracy.png",
+        "introspection.png",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any("partial" in name for name in names)
     results = json.loads((folder / "results.json").read_text())
@@ -313,8 +519,25 @@ def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     assert rows(tmp_path / "other") != rows(finished[0])
 
 
-def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
-    line = [sys.executable, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), "--run-name", "killed", *TINY.split()]
+@pytest.mark.parametrize("flags", ["", "--persistent 3 --sizes 4 8 --baselines"])
+def test_kill_and_resume_end_in_the_same_numbers(flags, finished, tmp_path):
+    """Also where lifetimes are carried from one meta-step to the next."""
+    whole = finished[0]
+    if flags:
+        assert command(tmp_path, f"{flags} --run-name whole").returncode == 0
+        whole = tmp_path / "whole"
+        memory = torch.load(whole / "checkpoint.pt", weights_only=True)["state"]["memory"]["vsml"]
+        assert len(memory) == 2 and memory[0]["state"][0][1].abs().sum() > 0  # one for each size
+    line = [
+        sys.executable,
+        str(ROOT / "vsml.py"),
+        "--run-dir",
+        str(tmp_path),
+        "--run-name",
+        "killed",
+        *TINY.split(),
+        *flags.split(),
+    ]
     process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     deadline = time.time() + 120
@@ -326,8 +549,8 @@ def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     assert not (tmp_path / "killed" / "results.json").exists(), "killed too late to be a test"
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}")
     assert resumed.returncode == 0, resumed.stderr
-    assert rows(tmp_path / "killed") == rows(finished[0])
-    with open(tmp_path / "killed" / "metrics.csv") as mine, open(finished[0] / "metrics.csv") as theirs:
+    assert rows(tmp_path / "killed") == rows(whole)
+    with open(tmp_path / "killed" / "metrics.csv") as mine, open(whole / "metrics.csv") as theirs:
         mine, theirs = (
             [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(file)] for file in (mine, theirs)
         )
@@ -365,7 +588,7 @@ def test_a_population_that_two_processes_cannot_share(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("learner", ["rnn", "sgd", "adam"])
+@pytest.mark.parametrize("learner", ["hebbian", "fwmemory", "adam2"])
 def test_a_baseline_as_the_learner(learner, tmp_path):
     done = command(tmp_path, f"--learner {learner} --baselines --run-name {learner}")
     assert done.returncode == 0, done.stderr
@@ -385,6 +608,130 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
     checkpoint = tmp_path / "wild" / "checkpoint.pt"
     if checkpoint.exists():
         assert torch.load(checkpoint, weights_only=True)["state"]["thetas"]["vsml"].isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", ["es", "backprop"])
+def test_all_baselines_and_the_heat_map(optimizer, tmp_path):
+    """Several datasets, one left out; a row for each learner and run in the heat-map."""
+    for left_out in ("digits", "wine"):
+        flags = f"--dataset digits wine breast_cancer --leave-out {left_out} --test-datasets digits wine"
+        flags += (
+            f" --baselines rnn hebbian fwmemory sgd adam2 sgd2 --meta-optimizer {optimizer} --run-name {left_out} --sequences 4"
+        )
+        done = command(tmp_path, flags)
+        assert done.returncode == 0, done.stderr
+        novelty = {row["task"]: row["novelty"] for row in rows(tmp_path / left_out)}
+        assert novelty == {name: "domain" if name == left_out else "task" for name in ("digits", "wine")}
+        names = {row["learner"] for row in rows(tmp_path / left_out)}
+        assert names == {"vsml", "rnn", "hebbian", "fwmemory", "sgd", "sgd2", "adam2"}
+    drawn = command(tmp_path, f"--mode compare --runs {tmp_path / 'digits'} {tmp_path / 'wine'}")
+    assert drawn.returncode == 0, drawn.stderr
+    assert {path.name for path in tmp_path.glob("*.png")} == {"compare_100.png", "compare_12.png"}
+
+
+def test_convolutions_robustness_and_batches(tmp_path):
+    done = command(
+        tmp_path, "--conv 2 --backward-pass --baselines --robustness --test-steps 2 --test-datasets digits wine --run-name conv"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vsml is left out on wine: convolutions need images" in done.stdout
+    names = {"", " 5 classes", " at 21 x 21", " at 48 x 48", " projected", " permuted"}
+    assert {row["task"] for row in rows(tmp_path / "conv")} == {"digits" + name for name in names}
+    flags = (
+        f"--mode test --checkpoint {tmp_path / 'conv' / 'checkpoint.pt'} --test-batch 4 --baselines backprop --no-robustness"
+    )
+    done = command(tmp_path, flags + " --test-examples 20 --test-steps 3 --run-name batches --test-datasets digits")
+    assert done.returncode == 0, done.stderr
+    assert {(row["learner"], row["metric"]) for row in rows(tmp_path / "batches")} == {
+        (learner, metric) for learner in ("vsml", "backprop") for metric in ("accuracy", "cross_entropy")
+    }
+
+
+@pytest.fixture
+def omniglot(tmp_path):
+    """A tiny Omniglot tree as torchvision unpacks it: alphabets of other characters to train on and to test on."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for part, alphabets in (("images_background", ("Greek", "Latin")), ("images_evaluation", ("Tagalog",))):
+        for alphabet in alphabets:
+            for character in range(1, 4):
+                folder = tmp_path / "omniglot-py" / part / alphabet / f"character{character:02d}"
+                folder.mkdir(parents=True)
+                for drawer in range(1, 4):
+                    Image.fromarray(random.random((105, 105)) < 0.9).save(folder / f"0001_{drawer:02d}.png")
+    return tmp_path
+
+
+def test_omniglot_episodes(omniglot, monkeypatch):
+    """Each class once, then one more example of one of them, which is not one of those shown."""
+    monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
+    tasks = Tasks(load("omniglot", "train", omniglot, size=8), classes=5, shots=1)
+    ids = torch.arange(200)
+    x, y = tasks.sample(ids, ids, tasks.episode)
+    assert tasks.episode == 6 and x.shape == (200, 6, 64)
+    assert (y[:, :5].sort(1).values == torch.arange(5)).all()
+    assert y[:, 5].unique().tolist() == [0, 1, 2, 3, 4]
+    assert len(y[:, :5].unique(dim=0)) > 50
+    shown = x[:, :5].gather(1, (y[:, :5] == y[:, 5:]).int().argmax(1)[:, None, None].expand(-1, 1, 64))
+    assert (shown[:, 0] - x[:, 5]).abs().amax(1).min() > 0
+    again, _ = tasks.sample(ids, ids, 4, start=3)
+    torch.testing.assert_close(again[:, :3], x[:, 3:])
+
+
+def test_few_shots_from_the_command_line(tmp_path):
+    flags = "--classes 5 --shots 1 --meta-loss last --backward-pass --test-classes 5 --test-datasets digits --run-name few"
+    done = command(tmp_path, flags)
+    assert done.returncode == 0, done.stderr
+    assert {row["step"] for row in rows(tmp_path / "few") if row["metric"] == "accuracy"} == {1, 2, 5, 6}
+    assert not any(row["metric"] == "cumulative_accuracy" for row in rows(tmp_path / "few"))
+
+
+def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatch):
+    """A short cloning on digits; then the sub-RNNs train a fresh network to (nearly) what backpropagation trains it to,
+    while neither autograd nor the rules of backpropagation can be called."""
+    args = vsml.Args(**vsml.CLONE | dict(device="cpu", meta_steps=300, test_steps=60, test_batch=32, test_examples=320))
+    learner = vsml.make_learner("clone", args, SimpleNamespace(compiles=False), (64, 10), "test")
+    exact = vsml.batch_learner(args, None, vsml.backprop(args))
+    thetas = {"clone": learner.init(torch.Generator().manual_seed(0))}
+    train, test = Tasks(load("digits", "train")), Tasks(load("digits", "test"))
+    torch.manual_seed(0)
+    vsml.meta_train(args, {"clone": learner}, thetas, {"clone": [train]}, Silent(), {})
+    target = vsml.batched_curve(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
+
+    def forbidden(*_, **__):
+        raise AssertionError("no gradients after cloning")
+
+    for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "vsml.backprop"):
+        monkeypatch.setattr(place, forbidden)
+    with torch.inference_mode():
+        found = vsml.batched_curve(args, learner, thetas["clone"], test, train)["accuracy"]
+        blank = vsml.batched_curve(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
+    assert not thetas["clone"].requires_grad
+    assert target > 0.8 and found[60].mean() > target - 0.1 and found[60].mean() > found[1].mean() + 0.4
+    assert blank[60].mean() < 0.3
+
+
+def test_cloning_from_the_command_line(tmp_path):
+    line = [
+        sys.executable,
+        str(ROOT / "vsml.py"),
+        "--preset",
+        "clone",
+        "--hidden",
+        "4",
+        "--meta-steps",
+        "8",
+        "--test-steps",
+        "3",
+    ]
+    line += ["--clone-buffer", "2", "--test-batch", "4", "--test-examples", "8", "--test-datasets", "digits", "--no-compile"]
+    line += ["--run-dir", str(tmp_path), "--checkpoint-every", "4", "--run-name", "clone"]
+    done = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {"accuracy.png", "error_map.png"} <= {path.name for path in (tmp_path / "clone").iterdir()}
+    assert {row["learner"] for row in rows(tmp_path / "clone")} == {"clone", "backprop"}
+    assert json.loads((tmp_path / "clone" / "results.json").read_text())["error"] > 0
 
 
 def broken_checkpoints(finished, folder):
@@ -415,6 +762,15 @@ MISTAKES = {
     "--resume {tmp}": "There is no checkpoint",
     "--resume {tmp}/foreign_run": "is not a checkpoint of vsml.py",
     "--run-name {done}": "exists; choose another --run-name",
+    "--learner clone": "use --preset clone",
+    "--test-batch 4": "Only vsml, clone and backprop learn from batches",
+    "--baselines backprop": "use --test-batch 64",
+    "--leave-out wine": "--leave-out wine leaves out one of several --dataset; these are digits",
+    "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
+    "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
+    "--shots 5 --dataset random": "'random' has too few stored examples",
+    "--mode compare --runs {tmp}": "holds no finished run of vsml.py",
+    "--mode compare": "--mode compare needs --runs",
     "--meta-steps 0": "--meta-steps has to be at least 1",
     "--backprop-lr inf": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
     "--device cuda": "There is no CUDA device",
