@@ -603,147 +603,6 @@ def first_memory(args: Args, learner: Learner, tasks: Tasks) -> dict[str, Any]:
 
 
 # ======================================================================================================================
-# The outer loop: learning-algorithm cloning (section 3.3.2)
-# ======================================================================================================================
-class Weights(NamedTuple):
-    """The state of one layer of a network that is trained in batches by backpropagation, real or cloned."""
-
-    wb: Tensor  # (p, s, a, b, 2) weight and bias of each synapse; s is 1 where a batch shares them
-    x: Tensor  # (p, s, a) the last inputs, stored and fed back for the backward pass
-    error: Tensor  # (p, s, b) the last errors at the outputs
-
-
-def backprop(args: Args) -> tuple[Callable, Callable]:
-    """What is cloned: y_b = sum over a of (tanh(x_a) w_ab + b_ab) / sqrt(a), and gradient descent by backpropagation.
-
-    forward(params, wb, x) -> y (p, s, b);  backward(params, wb, x, error) -> error below (p, s, a), new wb (p, s, a, b, 2).
-    The factor 1/sqrt(a) keeps weights of all layers in the range of [-4, 4] (not in the thesis).
-    """
-
-    def forward(_, wb: Tensor, x: Tensor) -> Tensor:
-        w, b = wb.unbind(-1)
-        return ((x.tanh()[..., None, :] @ w).squeeze(-2) + b.sum(-2)) / math.sqrt(x.shape[-1])
-
-    def backward(_, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        below = (1 - x.tanh() ** 2) * (wb[..., 0] @ error[..., None]).squeeze(-1) / math.sqrt(x.shape[-1])
-        pre = torch.stack([x.tanh(), torch.ones_like(x)], -1)
-        return below, wb - args.clone_rate * pre[..., :, None, :] * error[..., None, :, None]
-
-    return forward, backward
-
-
-def cloned_backprop(args: Args) -> tuple[Callable, Callable]:
-    """The same by sub-LSTMs, which hold weight and bias, divided by 4, in two dimensions of their cells; all other dimensions
-    of states and of messages are zero (appendix B.3.1). After one tick messages are sent, after a second one the new weight
-    and bias are read; one tick alone cannot multiply input and error. Only what is read is computed."""
-    n, m = args.state_size, args.message_size
-
-    def tick(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> Layer:
-        c, fwd_msg, bwd_msg = F.pad(wb / 4, (0, n - 2)), F.pad(x[..., None], (0, m - 1)), F.pad(error[..., None], (0, m - 1))
-        return vsml_tick(lstm_cell, params, Layer(c.tanh(), c, fwd_msg, bwd_msg), 1)
-
-    def forward(params: dict[str, Tensor], wb: Tensor, x: Tensor) -> Tensor:
-        h = tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3])).h
-        return message(params, "fwd_msg", h.mean(-3))[..., 0] * math.sqrt(x.shape[-1])
-
-    def backward(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        layer = tick(params, wb, x, error)
-        below = message(params, "bwd_msg", layer.h.mean(-2))[..., 0] * error.shape[-1] / math.sqrt(x.shape[-1])
-        two = {name: params[name].unflatten(-1, (4, n))[..., :2].flatten(-2) for name in ("lstm.weight", "lstm.bias")}
-        return below, 4 * vsml_tick(lstm_cell, two, layer._replace(c=layer.c[..., :2]), 1).c.clamp(-4, 4)
-
-    return forward, backward
-
-
-def batch_learner(args: Args, rnn: Learner | None, rules: tuple[Callable, Callable]) -> Learner:
-    """A feed-forward network that learns from batches: s are the examples of a batch, whose new weights are averaged."""
-    forward, backward = rules
-
-    def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> list[Weights]:
-        """Weights 0.3 N(0, 1) and zero biases, the same for the whole batch."""
-        layers = []
-        for k, (a, b) in enumerate(pairwise((num_inputs, *args.hidden, num_outputs))):
-            w = 0.3 * normal(fold(keys[:, :1], k), a * b).view(-1, 1, a, b)
-            below, above = (w.new_zeros(*keys.shape[:2], size) for size in (a, b))
-            layers.append(Weights(torch.stack([w, torch.zeros_like(w)], -1), below, above))
-        return layers
-
-    def parts(layer: Weights, x: Tensor) -> list[Tensor]:
-        """As many examples at a time as keep the sub-RNNs in the cache, a power of two."""
-        few = 2 ** max(0, int(math.log2(2**17 / layer.wb[:, 0, ..., 0].numel()))) if rnn and args.device == "cpu" else 4096
-        return [part.contiguous() for part in x.split(few, 1)]
-
-    def predict(params: dict[str, Tensor], layers: list[Weights], x: Tensor) -> tuple[list[Weights], Tensor]:
-        """The layers in order 1, ..., K, with frozen states."""
-        heard = []
-        for layer in layers:
-            heard.append(layer._replace(x=x))
-            x = torch.cat([forward(params, layer.wb, part) for part in parts(layer, x)], 1)
-        return heard, x
-
-    def learn(params: dict[str, Tensor], layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
-        """The layers in order K, ..., 1."""
-        learned = []
-        for layer in reversed(layers):
-            pairs = zip(parts(layer, layer.x), parts(layer, error), strict=True)
-            below, wb = zip(*(backward(params, layer.wb, *pair) for pair in pairs), strict=True)
-            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
-            learned.append(layer._replace(wb=wb, error=error))
-            error = torch.cat(below, 1)
-        return learned[::-1]
-
-    if rnn:
-        return rnn._replace(initial_state=initial_state, predict=predict, learn=learn)
-    return Learner({}, lambda generator: torch.zeros(0), initial_state, predict, learn)
-
-
-def clone_gradient(
-    args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, memory: dict
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Regress y, the error below, and the changes of w and b toward their targets, at thousands of random synapses.
-
-    The curriculum (appendix B.2.1): random data; then inputs and errors of a true network in training; then those of the
-    network of sub-RNNs itself. memory["state"]: the buffer of networks (one along p each); one in twenty steps lets the
-    sub-RNNs train one of them on a batch and keeps what comes out. Returns gradient, loss and the share explained.
-    """
-    progress, device = step / args.meta_steps, theta.device
-    w, b, x, error = torch.randn(4, 1, 4096, 1, device=device) * torch.tensor([2.0, 0.3, 1.0, 0.3], device=device).view(
-        4, 1, 1, 1
-    )
-    wb = torch.stack([w, b], -1)[..., None, :]
-    if progress >= 0.25:
-        own = progress >= 0.6
-        one = torch.randint(args.clone_buffer, ()).item()
-        layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in memory["state"]]
-        x_batch, y = tasks.sample(*torch.full((2, 1), step, device=device), 16)
-        live = partial(one_example, x=x_batch, y=y)
-        with torch.no_grad():
-            if own or step % 20 == 0:
-                after = live(learner, learner.params(theta[None]), layers)[0]
-                fresh = learner.initial_state(
-                    tasks.keys(torch.tensor([step], device=device), 3)[None], *x_batch.shape[2:], tasks.num_classes
-                )
-                for kept, new in zip(memory["state"], fresh if step % 400 == 0 else after, strict=True):
-                    kept.wb[one] = new.wb[0]
-            if not own:
-                after = live(batch_learner(args, None, backprop(args)), {}, layers)[0]
-        k = step % len(layers)
-        s, a, b = (torch.randint(size, (3072,), device=device) for size in (*after[k].x.shape[1:], after[k].error.shape[2]))
-        wb[0, 1024:, 0, 0] = layers[k].wb[0, 0, a, b]
-        x[0, 1024:, 0], error[0, 1024:, 0] = after[k].x[0, s, a], after[k].error[0, s, b]
-
-    theta = theta.detach().requires_grad_()
-    answers = []
-    for params, (forward, backward) in ((learner.params(theta[None]), cloned_backprop(args)), ({}, backprop(args))):
-        below, new = backward(params, wb, x, error)
-        answers.append(torch.cat([forward(params, wb, x), below, (new - wb).flatten(2)], 2)[0])
-    found, target = answers
-    loss = (((found - target) ** 2).mean(0) / target.var(0)).mean()
-    (grad,) = torch.autograd.grad(loss, theta)
-    return grad * (1 / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
-
-
-# ======================================================================================================================
 # Baselines
 # ======================================================================================================================
 def in_context_rnn(args: Args, num_inputs: int, num_outputs: int, memory: int = 0) -> Learner:
@@ -895,6 +754,148 @@ def search_rate(args: Args, learner: Learner, tasks: Tasks) -> Tensor:
         _, _, correct = lifetime(learner, grid, state, x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1))
         found.append(over_lifetime(args, correct.float()))
     return grid[torch.cat(found, 1).mean(1).argmax()]
+
+
+# ======================================================================================================================
+# Learning-algorithm cloning (section 3.3.2)
+# ======================================================================================================================
+class Weights(NamedTuple):
+    """The state of one layer of a network that is trained in batches by backpropagation, real or cloned."""
+
+    wb: Tensor  # (p, s, a, b, 2) weight and bias of each synapse; s is 1 where a batch shares them
+    x: Tensor  # (p, s, a) the last inputs, stored and fed back for the backward pass
+    error: Tensor  # (p, s, b) the last errors at the outputs
+
+
+def backprop(args: Args) -> tuple[Callable, Callable]:
+    """What is cloned: y_b = sum over a of (tanh(x_a) w_ab + b_ab) / sqrt(a), and gradient descent by backpropagation.
+
+    forward(params, wb, x) -> y (p, s, b);  backward(params, wb, x, error) -> error below (p, s, a), new wb (p, s, a, b, 2).
+    The factor 1/sqrt(a) keeps weights of all layers in the range of [-4, 4] (not in the thesis).
+    """
+
+    def forward(_, wb: Tensor, x: Tensor) -> Tensor:
+        w, b = wb.unbind(-1)
+        return ((x.tanh()[..., None, :] @ w).squeeze(-2) + b.sum(-2)) / math.sqrt(x.shape[-1])
+
+    def backward(_, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        below = (1 - x.tanh() ** 2) * (wb[..., 0] @ error[..., None]).squeeze(-1) / math.sqrt(x.shape[-1])
+        pre = torch.stack([x.tanh(), torch.ones_like(x)], -1)
+        return below, wb - args.clone_rate * pre[..., :, None, :] * error[..., None, :, None]
+
+    return forward, backward
+
+
+def cloned_backprop(args: Args) -> tuple[Callable, Callable]:
+    """The same by sub-LSTMs, which hold weight and bias, divided by 4, in two dimensions of their cells; all other dimensions
+    of states and of messages are zero (appendix B.3.1). After one tick messages are sent, after a second one the new weight
+    and bias are read; one tick alone cannot multiply input and error. Only what is read is computed."""
+    n, m = args.state_size, args.message_size
+
+    def tick(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> Layer:
+        c, fwd_msg, bwd_msg = F.pad(wb / 4, (0, n - 2)), F.pad(x[..., None], (0, m - 1)), F.pad(error[..., None], (0, m - 1))
+        return vsml_tick(lstm_cell, params, Layer(c.tanh(), c, fwd_msg, bwd_msg), 1)
+
+    def forward(params: dict[str, Tensor], wb: Tensor, x: Tensor) -> Tensor:
+        h = tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3])).h
+        return message(params, "fwd_msg", h.mean(-3))[..., 0] * math.sqrt(x.shape[-1])
+
+    def backward(params: dict[str, Tensor], wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        layer = tick(params, wb, x, error)
+        below = message(params, "bwd_msg", layer.h.mean(-2))[..., 0] * error.shape[-1] / math.sqrt(x.shape[-1])
+        two = {name: params[name].unflatten(-1, (4, n))[..., :2].flatten(-2) for name in ("lstm.weight", "lstm.bias")}
+        return below, 4 * vsml_tick(lstm_cell, two, layer._replace(c=layer.c[..., :2]), 1).c.clamp(-4, 4)
+
+    return forward, backward
+
+
+def batch_learner(args: Args, rnn: Learner | None, rules: tuple[Callable, Callable]) -> Learner:
+    """A feed-forward network that learns from batches: s are the examples of a batch, whose new weights are averaged."""
+    forward, backward = rules
+
+    def initial_state(keys: Tensor, num_inputs: int, num_outputs: int) -> list[Weights]:
+        """Weights 0.3 N(0, 1) and zero biases, the same for the whole batch."""
+        layers = []
+        for k, (a, b) in enumerate(pairwise((num_inputs, *args.hidden, num_outputs))):
+            w = 0.3 * normal(fold(keys[:, :1], k), a * b).view(-1, 1, a, b)
+            below, above = (w.new_zeros(*keys.shape[:2], size) for size in (a, b))
+            layers.append(Weights(torch.stack([w, torch.zeros_like(w)], -1), below, above))
+        return layers
+
+    def parts(layer: Weights, x: Tensor) -> list[Tensor]:
+        """As many examples at a time as keep the sub-RNNs in the cache, a power of two; always with the same strides, for
+        which rules are compiled."""
+        few = 2 ** max(0, int(math.log2(2**17 / layer.wb[:, 0, ..., 0].numel()))) if rnn and args.device == "cpu" else 4096
+        return [part.clone(memory_format=torch.contiguous_format) for part in x.split(few, 1)]
+
+    def predict(params: dict[str, Tensor], layers: list[Weights], x: Tensor) -> tuple[list[Weights], Tensor]:
+        """The layers in order 1, ..., K, with frozen states."""
+        heard = []
+        for layer in layers:
+            heard.append(layer._replace(x=x))
+            x = torch.cat([forward(params, layer.wb, part) for part in parts(layer, x)], 1)
+        return heard, x
+
+    def learn(params: dict[str, Tensor], layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
+        """The layers in order K, ..., 1."""
+        learned = []
+        for layer in reversed(layers):
+            pairs = zip(parts(layer, layer.x), parts(layer, error), strict=True)
+            below, wb = zip(*(backward(params, layer.wb, *pair) for pair in pairs), strict=True)
+            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
+            learned.append(layer._replace(wb=wb, error=error))
+            error = torch.cat(below, 1)
+        return learned[::-1]
+
+    if rnn:
+        return rnn._replace(initial_state=initial_state, predict=predict, learn=learn)
+    return Learner({}, lambda generator: torch.zeros(0), initial_state, predict, learn)
+
+
+def clone_gradient(
+    args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, memory: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regress y, the error below, and the changes of w and b toward their targets, at thousands of random synapses.
+
+    The curriculum (appendix B.2.1): random data; then inputs and errors of a true network in training; then those of the
+    network of sub-RNNs itself. memory["state"]: the buffer of networks (one along p each); one in twenty steps lets the
+    sub-RNNs train one of them on a batch and keeps what comes out. Returns gradient, loss and the share explained.
+    """
+    progress, device = step / args.meta_steps, theta.device
+    w, b, x, error = torch.randn(4, 1, 4096, 1, device=device) * torch.tensor([2.0, 0.3, 1.0, 0.3], device=device).view(
+        4, 1, 1, 1
+    )
+    wb = torch.stack([w, b], -1)[..., None, :]
+    if progress >= 0.25:
+        own = progress >= 0.6
+        one = torch.randint(args.clone_buffer, ()).item()
+        layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in memory["state"]]
+        x_batch, y = tasks.sample(*torch.full((2, 1), step, device=device), 16)
+        live = partial(one_example, x=x_batch, y=y)
+        with torch.no_grad():
+            if own or step % 20 == 0:
+                after = live(learner, learner.params(theta[None]), layers)[0]
+                fresh = learner.initial_state(
+                    tasks.keys(torch.tensor([step], device=device), 3)[None], *x_batch.shape[2:], tasks.num_classes
+                )
+                for kept, new in zip(memory["state"], fresh if step % 400 == 0 else after, strict=True):
+                    kept.wb[one] = new.wb[0]
+            if not own:
+                after = live(batch_learner(args, None, backprop(args)), {}, layers)[0]
+        k = step % len(layers)
+        s, a, b = (torch.randint(size, (3072,), device=device) for size in (*after[k].x.shape[1:], after[k].error.shape[2]))
+        wb[0, 1024:, 0, 0] = layers[k].wb[0, 0, a, b]
+        x[0, 1024:, 0], error[0, 1024:, 0] = after[k].x[0, s, a], after[k].error[0, s, b]
+
+    theta = theta.detach().requires_grad_()
+    answers = []
+    for params, (forward, backward) in ((learner.params(theta[None]), cloned_backprop(args)), ({}, backprop(args))):
+        below, new = backward(params, wb, x, error)
+        answers.append(torch.cat([forward(params, wb, x), below, (new - wb).flatten(2)], 2)[0])
+    found, target = answers
+    loss = (((found - target) ** 2).mean(0) / target.var(0)).mean()
+    (grad,) = torch.autograd.grad(loss, theta)
+    return grad * (1 / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
 
 
 # ======================================================================================================================
