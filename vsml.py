@@ -921,9 +921,21 @@ def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: i
     return correct.float(), losses
 
 
-def batched_curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, train: Tasks) -> dict[str, dict[int, Tensor]]:
-    """Learning from batches of train examples: accuracy and cross-entropy on unseen ones (seeds,), after so many batches.
-    Batches lie along s and seeds along p."""
+Metrics = dict[str, dict[int, Tensor]]  # name -> step -> values (seeds,)
+
+
+def online_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: int) -> Metrics:
+    """What `curve` finds, after each example. Few-shot episodes have no cumulative accuracy: their shots are no predictions."""
+    correct, losses = curve(args, learner, theta, tasks, together)
+    cumulative = correct.cumsum(1) / torch.arange(1, correct.shape[1] + 1, device=correct.device)
+    found = {} if tasks.episode else {"cumulative_accuracy": cumulative}
+    found |= {"accuracy": correct, "cross_entropy": losses}
+    return {name: dict(enumerate(values.unbind(1), 1)) for name, values in found.items()}
+
+
+def batch_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, train: Tasks) -> Metrics:
+    """Learning from batches of train examples: accuracy on unseen ones after so many batches. Batches lie along s, seeds
+    along p."""
     size, ids = args.test_batch, torch.arange(args.test_seeds, device=theta.device)
     keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
     state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
@@ -961,40 +973,34 @@ def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All learners on the test splits of all test datasets: result rows, further facts, and figures."""
-    rows, curves, seen_before = [], {}, trained_on(args)
+    rows, curves, facts = [], {}, {}
+    in_batches = args.test_batch > 1 or args.learner == "clone"
     for task, tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
-        novelty = "task" if tasks.dataset.name in seen_before else "domain"
+        novelty = "task" if tasks.dataset.name in trained_on(args) else "domain"
         for label, learner in learners.items():
             try:
-                fitting = replace(tasks, dataset=fit(args, learner, tasks.dataset))
+                fitting = replace(tasks, dataset=fit(args, learner, tasks))
             except DatasetError as error:
                 run.say(f"{label} is left out on {task}: {error}")
                 continue
-            if args.test_batch > 1:
-                train = load(tasks.dataset.name, "train", args.data_dir, run.device, None)
-                train = replace(fitting, dataset=train.resize(tasks.dataset.shape[1]) if len(train.shape) == 3 else train)
-                values = batched_curve(args, learner, thetas[label], fitting, train)
-                curves.setdefault(task, {})[label] = values["accuracy"]
+            if in_batches:
+                side = tasks.dataset.shape[1] if len(tasks.dataset.shape) == 3 else None
+                train = load(tasks.dataset.name, "train", args.data_dir, run.device, side)
+                found = batch_metrics(args, learner, thetas[label], fitting, replace(fitting, dataset=train))
             else:
-                correct, losses = curve(args, learner, thetas[label], fitting, at_a_time(args, tasks, label))
-                cumulative = correct.cumsum(1) / torch.arange(1, correct.shape[1] + 1, device=correct.device)
-                values = {"cumulative_accuracy": cumulative, "accuracy": correct, "cross_entropy": losses}
-                if tasks.episode:
-                    del values["cumulative_accuracy"]  # shots are not predictions
-                curves.setdefault(task, {})[label] = dict(enumerate(next(iter(values.values())).T, 1))
-                points = plotted_steps(correct.shape[1])
-                values = {metric: {step: value[:, step - 1] for step in points} for metric, value in values.items()}
-            for metric, points in values.items():
-                rows += [result_row(label, task, novelty, metric, step, value) for step, value in points.items()]
-    unit = "batches" if args.test_batch > 1 else "examples"
-    draw_curves(run.folder / f"{rows[0]['metric']}.png", curves, unit)
-    facts = {"overtaken": {task: overtaken(args.learner, by_learner) for task, by_learner in curves.items()}}
-    for task, by_learner in facts["overtaken"].items():
-        for label, step in by_learner.items():
-            run.say(f"{task}: {LABELS[label]} overtakes {LABELS[args.learner]} after {step} {unit}.")
+                found = online_metrics(args, learner, thetas[label], fitting, at_a_time(args, tasks, label))
+            curves.setdefault(task, {})[label] = next(iter(found.values()))
+            for metric, points in found.items():
+                steps = sorted(points.keys() & plotted_steps(max(points)))
+                rows += [result_row(label, task, novelty, metric, step, points[step]) for step in steps]
+    draw_curves(run.folder / f"{rows[0]['metric']}.png", curves, "batches" if in_batches else "examples")
     if args.learner == "clone":
         facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])
-    if unit == "examples" and not args.shots:
+    elif not in_batches and not args.shots:
+        facts["overtaken"] = {task: overtaken(args.learner, by_learner) for task, by_learner in curves.items()}
+        for task, by_learner in facts["overtaken"].items():
+            for label, step in by_learner.items():
+                run.say(f"{task}: {LABELS[label]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = {label: learners[label] for label in (args.learner, "sgd", "adam") if label in learners}
         draw_introspection(run.folder / "introspection.png", shown, thetas, next(iter(tests.values())))
     return rows, facts
@@ -1031,15 +1037,16 @@ def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
     return tests
 
 
-def fit(args: Args, learner: Learner, dataset: Dataset) -> Dataset:
+def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     """The dataset at a size that the learner was made for. Raises DatasetError if there is none."""
+    dataset = tasks.dataset
     if learner.sizes is None:
-        if args.conv and learner.shapes.get("fwd_msg.weight") and len(dataset.shape) != 3:
+        if args.conv and "lstm.weight" in learner.shapes and len(dataset.shape) != 3:
             raise DatasetError("convolutions need images.")
         return dataset
     inputs, outputs = learner.sizes
-    if (dataset.num_classes if not args.test_classes else args.test_classes) > outputs:
-        raise DatasetError(f"it was made for {outputs} classes, and '{dataset.name}' has {dataset.num_classes}.")
+    if tasks.num_classes > outputs:
+        raise DatasetError(f"it was made for {outputs} classes, and '{dataset.name}' has {tasks.num_classes}.")
     if dataset.num_inputs <= inputs:
         return dataset
     return dataset.resize(math.isqrt(inputs // dataset.shape[0]))
@@ -1075,7 +1082,7 @@ def draw_curves(path: Path, curves: dict[str, dict[str, dict[int, Tensor]]], uni
         for label, points in by_learner.items():
             values = torch.stack(list(points.values()), 1).cpu()
             mean, std, seen = values.mean(0), values.std(0, correction=0), list(points)
-            (line,) = axis.plot(seen, mean, label=LABELS[label])
+            (line,) = axis.plot(seen, mean, "--" if label == "backprop" else "-", label=LABELS[label])
             axis.fill_between(seen, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=task, xlabel=f"{unit} seen", ylabel=path.stem.replace("_", " "), ylim=(0, 1.02), xlim=(0, seen[-1]))
         axis.grid(alpha=0.3)
@@ -1491,8 +1498,8 @@ def check(args: Args, world: int) -> None:
         raise Mistake("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
     if args.test_batch > 1 and names - {"vsml", "clone", "backprop"}:
         raise Mistake("Only vsml, clone and backprop learn from batches; add --baselines backprop to --test-batch.")
-    if args.test_batch == 1 and names & {"clone", "backprop"}:
-        raise Mistake("clone and backprop learn from batches; use --test-batch 64.")
+    if args.test_batch == 1 and "backprop" in names and args.learner != "clone":
+        raise Mistake("backprop learns from batches; use --test-batch 64.")
     if args.persistent > 1 and (args.meta_optimizer == "es" or world > 1):
         raise Mistake("--persistent is for --meta-optimizer backprop in one process.")
     if args.learner == "clone" and world > 1:

@@ -78,13 +78,27 @@ def bench_vsml_at(options: argparse.Namespace, device: str, size: int, pairs: in
     vsml_backprop = learner("vsml", "backprop")
     taken = seconds(lambda: vsml.backprop_gradient(short, *vsml_backprop, tasks, 0), repetitions)
     line("one step of backpropagation", size, taken, short.sequences, short.sequence_length)
-    for name in ("vsml", "rnn", "sgd", "adam"):
-        tested = learner(name, "test")
-        together = vsml.at_a_time(args, tasks) * (1 if name == "vsml" else args.state_size)
-        seeds = replace(args, test_seeds=together, test_steps=examples)
+    layers = {"vsml": args, "vsml, 32 hidden": replace(args, hidden=(32,), backward_pass=True)}
+    layers |= {"vsml, conv": replace(args, conv=(8,), backward_pass=True)}
+    layers |= dict.fromkeys(("rnn", "hebbian", "fwmemory", "sgd", "adam", "sgd2", "adam2"), args)
+    for what, args in layers.items():
+        name = what.split(",")[0]
+        tested = vsml.make_learner(name, args, run, (size * size, 10), "test")
+        theta = tested.init(torch.Generator().manual_seed(0)).to(device)
+        together = vsml.at_a_time(args, tasks, name)
+        seeds = replace(args, test_seeds=together, test_steps=min(examples, 250 if size == 8 else 100))
         with torch.no_grad():
-            taken = seconds(lambda seeds=seeds, tested=tested: vsml.curve(seeds, *tested, tasks, seeds.test_seeds), repetitions)
-        line(f"meta-test of {name}", size, taken, together, examples)
+            taken = seconds(lambda: vsml.curve(seeds, tested, theta, tasks, together), repetitions)  # noqa: B023
+        line(f"meta-test of {what}", size, taken, together, seeds.test_steps)
+    args = replace(vsml.Args(**vsml.CLONE), device=device)
+    x, y = tasks.sample(*torch.zeros(2, 1, dtype=torch.int64, device=device), 64)
+    for name in ("clone", "backprop"):
+        tested = vsml.make_learner(name, args, run, (), "test")
+        params = tested.params(tested.init(torch.Generator().manual_seed(0)).to(device)[None])
+        state = tested.initial_state(tasks.keys(torch.arange(64, device=device), 3)[None], size * size, 10)
+        with torch.no_grad():
+            taken = seconds(lambda: vsml.one_example(tested, params, state, x, y), repetitions)  # noqa: B023
+        line(f"a batch of 64, {name}", size, taken, 1, 64)
 
 
 if __name__ == "__main__":

@@ -697,7 +697,7 @@ def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatc
     train, test = Tasks(load("digits", "train")), Tasks(load("digits", "test"))
     torch.manual_seed(0)
     vsml.meta_train(args, {"clone": learner}, thetas, {"clone": [train]}, Silent(), {})
-    target = vsml.batched_curve(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
+    target = vsml.batch_metrics(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
 
     def forbidden(*_, **__):
         raise AssertionError("no gradients after cloning")
@@ -705,8 +705,8 @@ def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatc
     for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "vsml.backprop"):
         monkeypatch.setattr(place, forbidden)
     with torch.inference_mode():
-        found = vsml.batched_curve(args, learner, thetas["clone"], test, train)["accuracy"]
-        blank = vsml.batched_curve(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
+        found = vsml.batch_metrics(args, learner, thetas["clone"], test, train)["accuracy"]
+        blank = vsml.batch_metrics(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
     assert not thetas["clone"].requires_grad
     assert target > 0.8 and found[60].mean() > target - 0.1 and found[60].mean() > found[1].mean() + 0.4
     assert blank[60].mean() < 0.3
@@ -764,7 +764,7 @@ MISTAKES = {
     "--run-name {done}": "exists; choose another --run-name",
     "--learner clone": "use --preset clone",
     "--test-batch 4": "Only vsml, clone and backprop learn from batches",
-    "--baselines backprop": "use --test-batch 64",
+    "--baselines backprop": "backprop learns from batches; use --test-batch 64",
     "--leave-out wine": "--leave-out wine leaves out one of several --dataset; these are digits",
     "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
     "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
