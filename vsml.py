@@ -13,7 +13,7 @@ And Improving It" (NeurIPS 2021).
     Eq. 3.7, B.9   -> vsml_tick, Dense, Conv
     Algorithm 8    -> meta_train, around lifetime and one_example
     Algorithm 13   -> lifetime
-    Section 3.3.2  -> backprop_network, cloned_backprop, clone_gradient (learning-algorithm cloning)
+    Section 3.3.2  -> backprop, cloned_backprop, clone_gradient (learning-algorithm cloning)
 
     python vsml.py                                           # meta-train on digits, meta-test on unseen data: 5 minutes
     python vsml.py --dataset mnist                           # meta-train on another dataset
@@ -855,38 +855,9 @@ def batch_learner(args: Args, rnn: Learner | None, rules: tuple[Callable, Callab
 def clone_gradient(
     args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, memory: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Regress y, the error below, and the changes of w and b toward their targets, at thousands of random synapses.
-
-    The curriculum (appendix B.2.1): random data; then inputs and errors of a true network in training; then those of the
-    network of sub-RNNs itself. memory["state"]: the buffer of networks (one along p each); one in twenty steps lets the
-    sub-RNNs train one of them on a batch and keeps what comes out. Returns gradient, loss and the share explained.
-    """
-    progress, device = step / args.meta_steps, theta.device
-    w, b, x, error = torch.randn(4, 1, 4096, 1, device=device) * torch.tensor([2.0, 0.3, 1.0, 0.3], device=device).view(
-        4, 1, 1, 1
-    )
-    wb = torch.stack([w, b], -1)[..., None, :]
-    if progress >= 0.25:
-        own = progress >= 0.6
-        one = torch.randint(args.clone_buffer, ()).item()
-        layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in memory["state"]]
-        x_batch, y = tasks.sample(*torch.full((2, 1), step, device=device), 16)
-        live = partial(one_example, x=x_batch, y=y)
-        with torch.no_grad():
-            if own or step % 20 == 0:
-                after = live(learner, learner.params(theta[None]), layers)[0]
-                fresh = learner.initial_state(
-                    tasks.keys(torch.tensor([step], device=device), 3)[None], *x_batch.shape[2:], tasks.num_classes
-                )
-                for kept, new in zip(memory["state"], fresh if step % 400 == 0 else after, strict=True):
-                    kept.wb[one] = new.wb[0]
-            if not own:
-                after = live(batch_learner(args, None, backprop(args)), {}, layers)[0]
-        k = step % len(layers)
-        s, a, b = (torch.randint(size, (3072,), device=device) for size in (*after[k].x.shape[1:], after[k].error.shape[2]))
-        wb[0, 1024:, 0, 0] = layers[k].wb[0, 0, a, b]
-        x[0, 1024:, 0], error[0, 1024:, 0] = after[k].x[0, s, a], after[k].error[0, s, b]
-
+    """Regress y, the error below, and the changes of w and b toward what backpropagation makes of the same synapses.
+    Returns the gradient (d,), the loss in units of the targets' variances, and the share of them that is explained."""
+    wb, x, error = synapses(args, learner, theta, tasks, step, memory["state"])
     theta = theta.detach().requires_grad_()
     answers = []
     for params, (forward, backward) in ((learner.params(theta[None]), cloned_backprop(args)), ({}, backprop(args))):
@@ -896,6 +867,39 @@ def clone_gradient(
     loss = (((found - target) ** 2).mean(0) / target.var(0)).mean()
     (grad,) = torch.autograd.grad(loss, theta)
     return grad * (1 / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
+
+
+@torch.no_grad()
+def synapses(
+    args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step: int, buffer: list[Weights], count: int = 4096
+) -> tuple[Tensor, Tensor, Tensor]:
+    """wb (1, count, 1, 1, 2), x and error (1, count, 1) of many synapses, by the curriculum of appendix B.2.1: random ones;
+    then three in four from true networks in training; then from networks of sub-RNNs with their own inputs and errors.
+
+    buffer: states of networks, one along p each. Now and then the sub-RNNs train one of them on a batch, and what comes out
+    takes its place (appendix B.3.1).
+    """
+    device, progress = theta.device, step / args.meta_steps
+    w, b, x, error = (std * torch.randn(1, count, 1, device=device) for std in (2.0, 0.3, 1.0, 0.3))
+    wb = torch.stack([w, b], -1)[..., None, :]
+    if progress < 0.25:
+        return wb, x, error
+    one, ids = torch.randint(len(buffer[0].wb), ()).item(), torch.tensor([step], device=device)
+    layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in buffer]
+    live = partial(one_example, **dict(zip("xy", tasks.sample(ids, ids, 16), strict=True)))
+    if progress > 0.6 or step % 20 == 0:
+        after = live(learner, learner.params(theta[None]), layers)[0]
+        fresh = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
+        for old, new in zip(buffer, fresh if step % 400 == 0 else after, strict=True):
+            old.wb[one] = new.wb[0]
+    if progress <= 0.6:
+        after = live(batch_learner(args, None, backprop(args)), {}, layers)[0]
+    k, some = step % len(layers), count // 4
+    sizes = (*after[k].x.shape[1:], after[k].error.shape[2])
+    s, a, b = (torch.randint(size, (count - some,), device=device) for size in sizes)
+    wb[0, some:, 0, 0] = layers[k].wb[0, 0, a, b]
+    x[0, some:, 0], error[0, some:, 0] = after[k].x[0, s, a], after[k].error[0, s, b]
+    return wb, x, error
 
 
 # ======================================================================================================================
