@@ -139,6 +139,8 @@ class Args:
     """Feed the one-hot label beside the error (not in the thesis; the release does for deep networks)."""
     backward_pass: bool = False
     """Let the layers tick in reverse order right after the error is known (not in the thesis; the release, deep networks)."""
+    norm_messages: bool = False
+    """Layer norm on the messages between layers (not in the thesis; the release, deep networks)."""
     state_init: Literal["normal", "half"] = "normal"
     """normal: all states standard normal (appendix B.3.2); half: half of c is N(0, 1/a), all else zero (the release)."""
     forget_bias: float = 5.0
@@ -432,15 +434,19 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
             layers.append(Layer(h, c, *(h.new_zeros(*keys.shape[:2], size, m) for size in (below, w.b * w.positions))))
         return layers
 
+    def between(msg: Tensor) -> Tensor:
+        return F.layer_norm(msg, (m,)) if args.norm_messages else msg
+
     def predict(params: dict[str, Tensor], layers: list[Layer], x: Tensor) -> tuple[list[Layer], Tensor]:
         """The layers 1, ..., K in sequence (the blue box of Algorithm 8)."""
         layers = list(layers)
         fwd_msg = F.pad(x[..., None], (0, m - 1))  # m_a1^(1) := x_a, padded with zeros
         for k, w in enumerate(wiring(args, x.shape[-1], layers[-1].bwd_msg.shape[2])):
-            layers[k], h = w.tick(cell, params, layers[k]._replace(fwd_msg=fwd_msg), args.micro_ticks)
+            heard = between(fwd_msg) if k > 0 else fwd_msg
+            layers[k], h = w.tick(cell, params, layers[k]._replace(fwd_msg=heard), args.micro_ticks)
             fwd_msg = w.forward_message(params, h)
             if k > 0:
-                layers[k - 1] = layers[k - 1]._replace(bwd_msg=w.backward_message(params, h))
+                layers[k - 1] = layers[k - 1]._replace(bwd_msg=between(w.backward_message(params, h)))
         logits = args.logit_scale * fwd_msg[..., 0]  # y_b := m_b1^(K+1)
         return layers, args.logit_bound * torch.tanh(logits / args.logit_bound)
 
@@ -454,7 +460,7 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
             for k in reversed(range(len(layers))):
                 layers[k], h = wires[k].tick(cell, params, layers[k], args.micro_ticks)
                 if k > 0:
-                    layers[k - 1] = layers[k - 1]._replace(bwd_msg=wires[k].backward_message(params, h))
+                    layers[k - 1] = layers[k - 1]._replace(bwd_msg=between(wires[k].backward_message(params, h)))
             layers[-1] = layers[-1]._replace(bwd_msg=torch.zeros_like(layers[-1].bwd_msg))
         return layers
 

@@ -284,7 +284,8 @@ class Tasks:
     distribution of Glorot and Bengio (2010) (VSML, section 3.4.3). projection_size: number of projected inputs (default:
     as many as the dataset has). blanked: each task replaces a share of its inputs, up to this one, by a constant, like the
     empty border of an image. classes: each task sees this many classes of the dataset, relabelled 0, 1, ... shots: sequences
-    are few-shot episodes: so many examples of each class in random order, then one other example of any class.
+    are few-shot episodes: so many examples of each class in random order, then one other example of any class; which class
+    has which label is random there.
 
     Raises DatasetError for a combination that cannot be.
     """
@@ -369,9 +370,10 @@ class Tasks:
         first = count.cumsum(0) - count  # where each class begins
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
         if self.classes:
-            chosen = shuffle(chosen, data.num_classes, fold(task, 9)[:, None])[:, : self.classes].sort(-1).values
+            chosen = shuffle(chosen, data.num_classes, fold(task, 9)[:, None])[:, : self.classes]
         if self.shots:
             return self._episode(chosen, sequence, position)
+        chosen = chosen.sort(-1).values
         end = count[chosen].cumsum(-1)  # (s, c) of the task's own numbering of its examples, class by class
         total = end[:, -1:]
         example = shuffle(position % total, total, fold(sequence[:, None], position // total))
