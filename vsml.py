@@ -98,6 +98,8 @@ class Args:
 
     dataset: tuple[str, ...] = ("digits",)
     """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    init: Path | None = None
+    """Start meta-training from this checkpoint's parameters, of a network of any shape (the release, for deep networks)."""
     leave_out: str | None = None
     """Meta-train on all of --dataset but this one (Figure B.3: meta-test on what was left out)."""
     sizes: tuple[int, ...] = ()
@@ -1587,6 +1589,7 @@ def main() -> None:
         return compare(args)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
     names = list(dict.fromkeys([args.learner, *args.baselines]))
+    first = read_checkpoint(args.init)["state"]["thetas"] if args.init and args.mode == "train" else {}
     run = Run(args)
     started = time.time()
     tests = test_tasks(args, run.device)  # before meta-training, so that a missing dataset is told at once
@@ -1615,6 +1618,10 @@ def main() -> None:
                 thetas[name] = search_rate(args, learners[name], plain[0])
         use = args.meta_optimizer
         trained = {name: make_learner(name, args, run, sizes.tolist(), use) for name in names if name in META_TRAINED}
+        for name in trained if args.init else ():
+            if name not in first or first[name].shape != thetas[name].shape:
+                raise Mistake(f"{args.init} holds no learner {name} with {thetas[name].numel()} parameters.")
+            thetas[name].copy_(first[name])
         tasks = {name: augmented if name == "vsml" or args.augment_baselines else plain for name in trained}
         meta_train(args, trained, thetas, tasks, run, {"rnn_sizes": sizes})
     tested = time.time()

@@ -369,8 +369,8 @@ class Tasks:
         data, count = self.dataset, self.dataset.counts
         first = count.cumsum(0) - count  # where each class begins
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
-        if self.classes:
-            chosen = shuffle(chosen, data.num_classes, fold(task, 9)[:, None])[:, : self.classes]
+        if self.classes or self.shots:
+            chosen = shuffle(chosen, data.num_classes, fold(task, 9)[:, None])[:, : self.num_classes]
         if self.shots:
             return self._episode(chosen, sequence, position)
         chosen = chosen.sort(-1).values

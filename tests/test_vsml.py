@@ -629,12 +629,17 @@ def test_all_baselines_and_the_heat_map(optimizer, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"compare_100.png", "compare_12.png"}
 
 
-def test_convolutions_robustness_and_batches(tmp_path):
-    done = command(
-        tmp_path, "--conv 2 --backward-pass --baselines --robustness --test-steps 2 --test-datasets digits wine --run-name conv"
-    )
+def test_convolutions_robustness_and_batches(finished, tmp_path):
+    """Convolutions that start from the parameters of a dense layer, in all configurations of Figure 3.7; then in batches."""
+    first = finished[0] / "checkpoint.pt"
+    flags = f"--conv 2 --norm-messages --init {first} --baselines --robustness --backprop-lr 1e-9"
+    done = command(tmp_path, flags + " --test-steps 2 --test-datasets digits wine --run-name conv")
     assert done.returncode == 0, done.stderr
     assert "vsml is left out on wine: convolutions need images" in done.stdout
+    dense, conv = (
+        torch.load(path, weights_only=True)["state"]["thetas"] for path in (first, tmp_path / "conv" / "checkpoint.pt")
+    )
+    torch.testing.assert_close(conv["vsml"], dense["vsml"])
     names = {"", " 5 classes", " at 21 x 21", " at 48 x 48", " projected", " permuted"}
     assert {row["task"] for row in rows(tmp_path / "conv")} == {"digits" + name for name in names}
     flags = (
@@ -770,6 +775,8 @@ MISTAKES = {
     "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--mode compare --runs {tmp}": "holds no finished run of vsml.py",
+    "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
+    "--init {done}/checkpoint.pt --state-size 8": "holds no learner vsml with 944 parameters",
     "--mode compare": "--mode compare needs --runs",
     "--meta-steps 0": "--meta-steps has to be at least 1",
     "--backprop-lr inf": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
