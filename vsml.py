@@ -952,15 +952,14 @@ def batch_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, tra
     keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
     state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
     unseen = min(args.test_examples, len(tasks.dataset) or args.test_examples) // size * size
-    x_test, y_test = tasks.sample(*torch.zeros(2, 1, dtype=torch.int64, device=theta.device), max(unseen, size))
+    x_test, y_test = tasks.sample(ids, ids + 2**32, max(unseen, size))  # the same tasks, other sequences
     found = {"accuracy": {}, "cross_entropy": {}}
     for last, step in pairwise([0, *plotted_steps(args.test_steps)]):
         x, y = (v.unflatten(1, (-1, size)).transpose(1, 2) for v in train.sample(ids, ids, (step - last) * size, last * size))
         state = lifetime(learner, theta[None].expand(len(ids), -1), state, x, y)[0]
-        logits = [learner.predict(params, state, part.expand(len(ids), -1, -1))[1] for part in x_test.split(size, 1)]
-        logits = torch.cat(logits, 1)
+        logits = torch.cat([learner.predict(params, state, part)[1] for part in x_test.split(size, 1)], 1)
         found["accuracy"][step] = (logits.argmax(-1) == y_test).float().mean(1)
-        found["cross_entropy"][step] = F.cross_entropy(logits.mT, y_test.expand(len(ids), -1), reduction="none").mean(1)
+        found["cross_entropy"][step] = F.cross_entropy(logits.mT, y_test, reduction="none").mean(1)
     return found
 
 
@@ -1005,6 +1004,8 @@ def meta_test(
             for metric, points in found.items():
                 steps = sorted(points.keys() & plotted_steps(max(points)))
                 rows += [result_row(label, task, novelty, metric, step, points[step]) for step in steps]
+    if not rows:
+        raise Mistake("No learner fits any of the test datasets; choose other --test-datasets.")
     draw_curves(run.folder / f"{rows[0]['metric']}.png", curves, "batches" if in_batches else "examples")
     if args.learner == "clone":
         facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])

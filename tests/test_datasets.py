@@ -4,6 +4,7 @@ import gzip
 import pickle
 import socket
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,23 @@ def test_class_subsets(digits):
     assert tasks.num_classes == 3 and set(y.unique().tolist()) == {0, 1, 2}
     full, _ = Tasks(digits).sample(IDS[:1], IDS[:1], len(digits))
     assert (x[:, :5].flatten(0, 1)[:, None] == full).all(-1).any(-1).all()  # nothing but examples of the dataset
+
+
+def test_few_shot_episodes_give_no_class_away(digits):
+    """Two shots of each class and a query of one of them; within an episode a label is a class, over episodes any class."""
+    told = torch.repeat_interleave(torch.arange(10), digits.counts).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    tasks = Tasks(replace(digits, x=told, mean=0.0, std=1 / 255), classes=5, shots=2)
+    ids = torch.arange(400)
+    x, y = tasks.sample(ids, ids, tasks.episode)
+    classes = x[..., 0].round().long()
+    assert tasks.episode == 11 and all((y[:, :10] == label).sum(1).eq(2).all() for label in range(5))
+    for label in range(5):
+        seen = classes.where(y == label, -1)
+        assert (seen.amax(1, keepdim=True) == seen).eq(y == label).all()
+        assert seen.amax(1).bincount().min() > 20
+    assert (y[:, 10].bincount(minlength=5) > 50).all()
+    with pytest.raises(DatasetError, match="too few stored examples"):
+        Tasks(digits, shots=10_000)
 
 
 def test_random_and_sum_sign_are_what_appendix_b_says():

@@ -775,6 +775,7 @@ MISTAKES = {
     "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--mode compare --runs {tmp}": "holds no finished run of vsml.py",
+    "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--init {done}/checkpoint.pt --state-size 8": "holds no learner vsml with 944 parameters",
     "--mode compare": "--mode compare needs --runs",
