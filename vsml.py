@@ -952,7 +952,8 @@ def batch_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, tra
     keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
     state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
     unseen = min(args.test_examples, len(tasks.dataset) or args.test_examples) // size * size
-    x_test, y_test = tasks.sample(ids, ids + 2**32, max(unseen, size))  # the same tasks, other sequences
+    apart = 0 if len(tasks.dataset) else 2**32  # what is made on the fly has no splits, but endless sequences
+    x_test, y_test = tasks.sample(ids, ids, max(unseen, size), start=apart)
     found = {"accuracy": {}, "cross_entropy": {}}
     for last, step in pairwise([0, *plotted_steps(args.test_steps)]):
         x, y = (v.unflatten(1, (-1, size)).transpose(1, 2) for v in train.sample(ids, ids, (step - last) * size, last * size))
