@@ -1159,36 +1159,39 @@ def draw_error_map(path: Path, args: Args, learner: Learner, theta: Tensor) -> f
 
 
 def compare(args: Args) -> None:
-    """Figures 3.8 and B.4: what each finished run (rows) reached on each task (columns), a heat-map per number of examples."""
+    """Figures 3.8 and B.4: what each learner of finished runs (rows) reached on each task (columns), as a heat-map after 100
+    examples and one after --test-steps. Learners with nothing but a tuned rate have one row, from the last run."""
     if not args.runs:
         raise Mistake("--mode compare needs --runs FOLDER FOLDER ...")
-    plt, found, tasks = figures(), {}, {}
+    found, order = {}, {}
     for folder in args.runs:
         try:
             results = json.loads((folder / "results.json").read_text())
             trained = [name for name in results["args"]["dataset"] if name != results["args"]["leave_out"]]
+            source = f" on {', '.join(trained)}" + (", persistent" if results["args"]["persistent"] > 1 else "")
             for row in results["results"]:
                 if row["metric"] == "cumulative_accuracy":
-                    meta_trained = row["learner"] in ("vsml", "rnn", "hebbian", "fwmemory")
-                    name = LABELS[row["learner"]] + (f" on {', '.join(trained)}" if meta_trained else "")
-                    found.setdefault(name, {}).setdefault(row["task"], {})[row["step"]] = row["mean"], row["novelty"]
-                    tasks[row["task"]] = True
+                    line = LABELS[row["learner"]] + (source if row["learner"] in META_TRAINED else "")
+                    order[line] = list(LABELS).index(row["learner"])
+                    star = "*" if row["novelty"] != "domain" and row["learner"] in META_TRAINED else ""
+                    found.setdefault(row["task"], {}).setdefault(line, {})[row["step"]] = 100 * row["mean"], star
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{folder} holds no finished run of {SCRIPT}.py.") from error
-    lines = sorted(found, key=lambda name: [name.split(" on ")[0] != text for text in LABELS.values()])
+    plt, lines = figures(), sorted(order, key=order.get)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     for step in (100, args.test_steps):
-        figure, axis = plt.subplots(figsize=(3 + 1.1 * len(tasks), 1.5 + 0.35 * len(lines)), layout="constrained")
-        at = [[(found[name].get(task) or {0: (math.nan, "")}) for task in tasks] for name in lines]
-        cells = [[points[max((s for s in points if s <= step), default=min(points))] for points in line] for line in at]
-        axis.imshow([[mean for mean, _ in line] for line in cells], vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for i, line in enumerate(cells):
-            for j, (mean, novelty) in enumerate(line):
-                text = "" if math.isnan(mean) else f"{100 * mean:.0f}" + ("" if novelty == "domain" else "*")
-                axis.text(j, i, text, ha="center", va="center", color="white" if mean < 0.6 else "black")
-        axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+        figure, axis = plt.subplots(figsize=(5 + len(found), 1.5 + 0.3 * len(lines)), layout="constrained")
+        for column, by_line in enumerate(found.values()):
+            for row, line in enumerate(lines):
+                reached = [by_line[line][s] for s in sorted(by_line.get(line, ())) if s <= step]
+                if reached:
+                    mean, star = reached[-1]
+                    axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color=plt.cm.viridis(mean / 100)))
+                    axis.text(column, row, f"{mean:.0f}{star}", ha="center", va="center", color="w" if mean < 60 else "k")
+        axis.set(xlim=(-0.5, len(found) - 0.5), ylim=(len(lines) - 0.5, -0.5))
+        axis.set_title(f"cumulative accuracy in % after {step} examples\n(*: meta-trained on this dataset)")
+        axis.set_xticks(range(len(found)), found, rotation=30, ha="right")
         axis.set_yticks(range(len(lines)), lines)
-        axis.set_title(f"cumulative accuracy in % after {step} examples, or all there are (*: meta-trained on this dataset)")
-        args.run_dir.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.run_dir / f"compare_{step}.png", dpi=110)
         plt.close(figure)
         print(f"Written to {args.run_dir / f'compare_{step}.png'}")
