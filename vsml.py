@@ -1513,7 +1513,7 @@ def check(args: Args, world: int) -> None:
     names = {args.learner, *args.baselines}
     if (args.preset == "clone") != (args.learner == "clone") or "clone" in args.baselines:
         raise Mistake("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
-    if args.test_batch > 1 and names - {"vsml", "clone", "backprop"}:
+    if (args.test_batch > 1 or args.learner == "clone") and names - {"vsml", "clone", "backprop"}:
         raise Mistake("Only vsml, clone and backprop learn from batches; add --baselines backprop to --test-batch.")
     if args.test_batch == 1 and "backprop" in names and args.learner != "clone":
         raise Mistake("backprop learns from batches; use --test-batch 64.")
