@@ -841,11 +841,14 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "FashionMNIST").exists(), reason="no MNIST and Fashion-MNIST in CLEANMETA_DATA")
-@pytest.mark.parametrize(("hidden", "floors", "limit"), [("", (0.87, 0.77), 600), ("--hidden 32", (0.84, 0.73), 1800)])
+@pytest.mark.parametrize(
+    ("hidden", "floors", "limit"), [("", (0.87, 0.77), 600), ("--hidden 32 --test-steps 500", (0.84, 0.73), 1800)]
+)
 def test_cloning_comes_within_three_points_of_the_thesis(hidden, floors, limit, tmp_path):
     """Section 3.4.1: 90 % and 80 % shallow, 87 % and 76 % deep; and no worse than SGD on the same network by more."""
     flags = f"--preset clone --dataset mnist --test-datasets mnist fashion_mnist {hidden}"
     found, seconds = full_run(tmp_path, "clone", flags, metric="accuracy")
     assert seconds < limit
     for task, floor in zip(("mnist", "fashion_mnist"), floors, strict=True):
-        assert found["clone", task, 700] >= max(floor, found["backprop", task, 700] - 0.03)
+        last = max(step for _, _, step in found)
+        assert found["clone", task, last] >= max(floor, found["backprop", task, last] - 0.03)
