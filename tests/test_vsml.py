@@ -833,8 +833,7 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
     flags = f"--mode test --checkpoint {tmp_path / 'laptop' / 'checkpoint.pt'} --test-datasets mnist fashion_mnist"
     found, _ = full_run(tmp_path, "full-size", flags)
     for task in ("mnist", "fashion_mnist"):
-        assert found["vsml", task, 1000] >= 0.6
-        assert found["vsml", task, 1000] > found["vsml", task, 500] - 0.01  # no drift: two standard errors over 32 lifetimes
+        assert found["vsml", task, 1000] >= 0.6 and found["vsml", task, 1000] > found["vsml", task, 500]
         assert found["vsml", task, 100] > max(found["sgd", task, 100], found["adam", task, 100])
         assert found["rnn", task, 1000] < 0.3
 
