@@ -87,7 +87,7 @@ class Args:
     checkpoint_every: int = 100
     """Meta-steps between checkpoints."""
     runs: tuple[Path, ...] = ()
-    """compare: finished run folders, one for each row of the heat-map (Figure 3.8)."""
+    """compare: finished run folders, whose learners are the rows of the heat-map (Figure 3.8)."""
 
     learner: Name = "vsml"
     """What learns at meta-test time. Meta-trained: vsml, rnn (in-context RNN), hebbian (fast weights), fwmemory (fast-weight
@@ -152,7 +152,7 @@ class Args:
     rnn_size: int = 16
     """Units of the in-context RNN (appendix B.3.2)."""
     memory_size: int = 16
-    """The fast-weight memory is a matrix of this size by its square, beside an LSTM of 32 (the release)."""
+    """The fast-weight memory is a matrix of this size by its square, beside an LSTM of twice its size (the release: 16, 32)."""
     sgd_hidden: int = 160
     """Hidden units of sgd2 and adam2 (appendix B.3.2)."""
     clone_rate: float = 0.5
@@ -227,7 +227,7 @@ LAPTOP = dict(
     test_steps=1000,  # seconds
     test_seeds=32,  # likewise
 )
-CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell was found on training data
+CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell is ours, and worked at the first try (README)
     learner="clone",
     baselines=("backprop",),
     state_size=64,  # appendix B.3
