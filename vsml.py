@@ -1472,7 +1472,8 @@ class Run:
         steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
         table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
         for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            found = {row["step"]: row for row in shown if (row["task"], row["learner"]) == (task, learner)}
+            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
+            found = {row["step"]: row for row in these}
             cells = [found.get(step) for step in steps] + [found[max(found)]]
             texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
             table.append([task, novelty, learner, *texts])
