@@ -5,6 +5,8 @@ Prints the median over several repetitions, and the largest memory that the proc
     python tests/benchmark.py vsml                            # 8x8 and 28x28 inputs, a few pairs of ES, a few sequences
     python tests/benchmark.py vsml --compile off              # what torch.compile gains
     python tests/benchmark.py vsml --setting thesis           # the thesis' ES step: 1,024 pairs, 500 examples, 28x28
+    python tests/benchmark.py gpicl                           # a meta-step at the laptop's shape, and its parts
+    python tests/benchmark.py gpicl --setting thesis          # at the thesis' shape, at 14x14 and 32x32x3
 """
 
 import argparse
@@ -20,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import gpicl
 import vsml
-from common.datasets import Tasks, load
+from common.datasets import Tasks, compile_draws, load
 
 
 def seconds(work: Callable[[], object], repetitions: int) -> float:
@@ -101,13 +104,62 @@ def bench_vsml_at(options: argparse.Namespace, device: str, size: int, pairs: in
         line(f"a batch of 64, {name}", size, taken, 1, 64)
 
 
+def bench_gpicl(options: argparse.Namespace) -> None:
+    """A meta-step of the Transformer in milliseconds, tasks made anew, and model FLOP utilisation: FLOPs of the matrix products
+    of the Transformer, forward and backward, against those of one large product in the same precision."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpicl.keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run = argparse.Namespace(compiles=options.compile == "on", device=device)
+    if run.compiles:
+        compile_draws()
+    side = 1024 if device.type == "cpu" else 8192
+    square = torch.randn(side, side, device=device)
+    peak = 2 * side**3 / seconds(lambda: square @ square, 10)
+    print(f"{peak / 1e12:.2f} TFLOP/s in a product of {side} x {side} matrices")
+    thesis = options.setting == "thesis"
+    for size, channels in ((14, 1), (32, 3)) if thesis else ((8, 1),):
+        args = gpicl.Args(**({} if thesis else gpicl.LAPTOP) | dict(device=device.type, size=size, channels=channels))
+        bench_gpicl_at(args, run, peak, repetitions=50 if size == 8 or device.type == "cuda" else 2)
+
+
+def bench_gpicl_at(args: gpicl.Args, run: argparse.Namespace, peak: float, repetitions: int) -> None:
+    tasks = gpicl.train_tasks(args, gpicl.prepare(args, "digits", "train", run.device), args.size**2 * args.channels)
+    learner = gpicl.make_learner("transformer", args, tasks.num_inputs, 10).to(run.device)
+    optimizer, loss_of = gpicl.make_optimizer(args, learner), gpicl.compiled(run, learner, 10)
+    counter = iter(range(10**9))
+
+    def sample() -> tuple[torch.Tensor, torch.Tensor]:
+        return tasks.sample(*gpicl.batch_ids(args, next(counter), run.device), args.sequence_length)
+
+    def update(x: torch.Tensor, y: torch.Tensor) -> None:
+        loss_of(x, y)[0].backward()
+        gpicl.average_gradients(learner, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    data = sample()
+    making, updating = seconds(sample, repetitions), seconds(lambda: update(*data), repetitions)
+    whole = seconds(lambda: update(*sample()), repetitions)
+    weights = sum(p.numel() for name, p in learner.named_parameters() if p.ndim == 2 and name != "position")
+    attention = 2 * args.layers * args.heads * args.key_size * args.sequence_length  # q k and weights v, half of it masked
+    flops = 6 * args.batch * args.sequence_length * (weights + attention / 2)
+    print(
+        f"width {args.width}, {args.layers} layers, {args.batch} x {args.sequence_length} examples, {tasks.num_inputs} inputs:"
+        f" {1e3 * whole:.2f} ms a step ({1 / whole:.1f} steps/s), of it making tasks {1e3 * making:.2f} ms"
+        f" ({100 * making / whole:.0f} %), learning {1e3 * updating:.2f} ms; model FLOP utilisation"
+        f" {100 * flops / whole / peak:.0f} %; {peak_mb():.0f} MB",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=["vsml"])
+    parser.add_argument("script", choices=["vsml", "gpicl"])
     parser.add_argument("--compile", choices=["on", "off"], default="on")
     parser.add_argument("--setting", choices=["small", "thesis"], default="small")
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of ES in the thesis setting")
     parser.add_argument("--chunk", type=int, default=None, help="pairs of ES at a time")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
-    {"vsml": bench_vsml}[options.script](options)
+    {"vsml": bench_vsml, "gpicl": bench_gpicl}[options.script](options)

@@ -1,0 +1,584 @@
+"""gpicl.py: the mathematics of chapter 5, learning, and the command line as a user types it."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gpicl
+from common.datasets import load
+
+ROOT = Path(gpicl.__file__).parent
+ARGS = gpicl.Args(
+    width=12, layers=2, heads=2, key_size=5, grid=3, state_size=4, message_size=3, sequence_length=7, size=4, channels=1
+)
+SETTINGS = {"sgd": (0, 0, 0.3), "adam": (1, 6, 0.1), "maml": (0, 6, 0.2)}
+LEARNERS = ("transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam")
+
+
+def make(name, args=ARGS, a=6, c=4):
+    return gpicl.make_learner(name, args, a, c, torch.tensor(SETTINGS.get(name, ())))
+
+
+def some_data(s=3, t=7, a=6, c=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(s, t, a, generator=generator), torch.randint(c, (s, t), generator=generator)
+
+
+def logits_of(learner, x, y, c=4):
+    return learner(x, gpicl.previous_labels(y, c))[0]
+
+
+# ---- the mathematics ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", LEARNERS)
+def test_the_future_never_changes_a_prediction(name):
+    """Eq. 5.2: y_j is predicted from D_{1:j-1} and x_j; with its label and all that follows it has nothing to do."""
+    learner, (x, y) = make(name), some_data()
+    before = logits_of(learner, x, y)
+    other_x, other_y = x.clone(), y.clone()
+    other_x[:, 5:], other_y[:, 4:] = 9.0, 3 - other_y[:, 4:]
+    after = logits_of(learner, other_x, other_y)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+    other_y = y.clone()
+    other_y[:, 1] = (y[:, 1] + 1) % 4
+    after = logits_of(learner, x, other_y)
+    torch.testing.assert_close(before[:, :2], after[:, :2])
+    assert torch.allclose(before[:, 2:], after[:, 2:]) == (name == "mlp")  # all others listen to labels
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_one_example_at_a_time_equals_all_at_once(name):
+    """The key-value cache, and the states of recurrent learners; also in pieces."""
+    learner, (x, y) = make(name), some_data()
+    label = gpicl.previous_labels(y, 4)
+    whole, _ = learner(x, label)
+    for pieces in ([1] * 7, [3, 1, 3]):
+        state, found = None, []
+        for part, part_label in zip(x.split(pieces, 1), label.split(pieces, 1), strict=True):
+            logits, state = learner(part, part_label, state)
+            found.append(logits)
+        torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_the_transformer_against_loops():
+    """Attention, position and norms of one block written slowly, for one sequence."""
+    learner, (x, y) = make("transformer", replace(ARGS, layers=1)), some_data(s=1)
+    for parameter in learner.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    block = learner.blocks[0]
+    label = gpicl.previous_labels(y, 4)
+    tokens = [learner.embed(torch.cat([x[0, t], label[0, t]])) + learner.position[t] for t in range(7)]
+    normed = [block.attention_norm(token) for token in tokens]
+    out = []
+    for t in range(7):
+        heads = []
+        for h in range(2):
+            q, k, v = (block.qkv.weight[10 * i + 5 * h : 10 * i + 5 * h + 5] for i in range(3))
+            bq, bk, bv = (block.qkv.bias[10 * i + 5 * h : 10 * i + 5 * h + 5] for i in range(3))
+            scores = [((q @ normed[t] + bq) @ (k @ normed[u] + bk)) / math.sqrt(5) for u in range(t + 1)]
+            weights = torch.stack(scores).softmax(0)
+            heads.append(sum(w * (v @ normed[u] + bv) for u, w in enumerate(weights)))
+        token = tokens[t] + block.out(torch.cat(heads))
+        token = token + block.down(F.gelu(block.up(block.mlp_norm(token))))
+        out.append(learner.head(learner.norm(token)))
+    torch.testing.assert_close(torch.stack(out), logits_of(learner, x, y)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_outer_product_lstm_against_its_equations():
+    """Appendix D.4, element by element."""
+    learner, (x, y) = make("outer_lstm"), some_data(s=1)
+    learner.key_scale.data.fill_(0.7)
+    label, heads, size = gpicl.previous_labels(y, 4), 2, 5
+    hidden, cell, found = torch.zeros(heads * size), torch.zeros(heads, size, size), []
+    for t in range(7):
+        gated = learner.gates(torch.cat([x[0, t], label[0, t], hidden])).view(heads, 8 * size)
+        hidden = torch.zeros(heads, size)
+        for h in range(heads):
+            k1, k2, q, o = gated[h].split([3 * size, 3 * size, size, size])
+            for i in range(size):
+                for j in range(size):
+                    outer = [
+                        torch.tanh(k1[g * size + i]) * math.log(1 + math.exp(0.7)) * torch.tanh(k2[g * size + j])
+                        for g in range(3)
+                    ]
+                    gate_i, g, gate_f = torch.sigmoid(outer[0]), outer[1], torch.sigmoid(outer[2] + 1)
+                    cell[h, i, j] = gate_f * cell[h, i, j] + gate_i * g
+            for j in range(size):
+                hidden[h, j] = torch.sigmoid(o[j]) * torch.tanh(sum(cell[h, i, j] * q[i] for i in range(size)))
+        hidden = hidden.flatten()
+        found.append(learner.head(hidden))
+    torch.testing.assert_close(torch.stack(found), logits_of(learner, x, y)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_vsml_against_loops_and_its_symmetries():
+    """Eq. 4.9 for each sub-RNN; and permuting inputs changes nothing, permuting classes permutes the answers."""
+    learner, (x, y) = make("vsml", a=3), some_data(s=1, a=3)
+    grid, n = learner.grid, 4
+    h, c, predicted, found = torch.zeros(3, 4, n), torch.zeros(3, 4, n), torch.zeros(4), []
+    label = gpicl.previous_labels(y, 4)[0]
+    for t in range(7):
+        for _ in range(2):
+            new_h, new_c = h.clone(), c.clone()
+            for a in range(3):
+                for b in range(4):
+                    row = torch.stack([grid.to_row(h[a, other]) for other in range(4)]).mean(0)
+                    column = torch.stack([grid.to_column(h[other, b]) for other in range(3)]).mean(0)
+                    gates = grid.from_row(torch.cat([x[0, t, a : a + 1], row])) + grid.recurrent(h[a, b])
+                    heard = torch.stack([predicted[b] - label[t, b], label[t, b]])
+                    i, j, f, o = (gates + grid.from_column(torch.cat([heard, column]))).chunk(4)
+                    new_c[a, b] = torch.sigmoid(f + 1) * c[a, b] + torch.sigmoid(i) * torch.tanh(j)
+                    new_h[a, b] = torch.sigmoid(o) * torch.tanh(new_c[a, b])
+            h, c = new_h, new_c
+        said = torch.stack([torch.stack([grid.to_column(h[a, b]) for a in range(3)]).mean(0) for b in range(4)])
+        found.append(learner.scale * said[:, 0])
+        predicted = found[-1].softmax(0)
+    torch.testing.assert_close(torch.stack(found), logits_of(learner, x, y)[0], atol=1e-4, rtol=1e-4)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(logits_of(learner, x[..., [1, 2, 0]], order[y])[..., order], logits_of(learner, x, y))
+    torch.testing.assert_close(make("vsml", a=9).state_dict(), learner.state_dict())  # any number of inputs
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("hidden", [0, 6])
+def test_online_sgd_equals_torch_optim(rule, hidden):
+    learner = gpicl.OnlineSGD(6, 4, rule, hidden, 0.05)
+    gpicl.initialise(learner, 0)
+    x, y = some_data(s=1, t=20)
+    layers = [nn.Linear(w.shape[1], w.shape[0]) for w in learner.weights]
+    for layer, w, b in zip(layers, learner.weights, learner.biases, strict=True):
+        layer.weight.data, layer.bias.data = w.data.clone(), b.data.clone()
+    net = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[rule]
+    optimizer, found = kind(net.parameters(), 0.05), []
+    for t in range(20):
+        logits = net(x[0, t])
+        found.append(logits.detach())
+        optimizer.zero_grad()
+        F.cross_entropy(logits, y[0, t]).backward()
+        optimizer.step()
+    torch.testing.assert_close(logits_of(learner, x, y)[0], torch.stack(found), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["maml", "transformer", "outer_lstm", "vsml_nosym"])
+def test_meta_gradient_against_finite_differences(name):
+    """For MAML the gradient goes through the online updates."""
+    learner, (x, y) = make(name).double(), some_data()
+    x = x.double()
+    gpicl_labels = gpicl.previous_labels
+
+    def loss():
+        logits, _ = learner(x, gpicl_labels(y, 4).double())
+        return F.cross_entropy(logits.mT, y)
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in learner.parameters()]
+    slope = sum((p.grad * d).sum() for p, d in zip(learner.parameters(), direction, strict=True))
+    values = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            for p, d in zip(learner.parameters(), direction, strict=True):
+                p += step * d
+            values.append(loss())
+    torch.testing.assert_close((values[0] - values[1]) / 2e-6, slope, atol=1e-6, rtol=1e-4)
+
+
+def test_projections_of_algorithm_9():
+    """A_ij ~ N(0, 1/N_x), the same for the same id, independent for others; rho fixed for the share that is biased."""
+    dataset = load("digits")
+    tasks = gpicl.train_tasks(replace(ARGS, bias=0.75), dataset, 64)
+    ids = torch.arange(200)
+    a = tasks.projections(tasks.keys(ids, 1))
+    assert a.shape == (200, 64, 64) and abs(a.mean()) < 1e-3
+    torch.testing.assert_close(a.var(), torch.tensor(1 / 64), rtol=0.01, atol=0)
+    torch.testing.assert_close(tasks.projections(tasks.keys(ids[7:9], 1)), a[7:9])
+    assert abs((a[0] * a[1]).mean() * 64) < 0.06
+    same = torch.zeros(2000, dtype=torch.int64)
+    y = tasks.sample(torch.arange(2000), same, 40)[1]  # one sequence of examples in 2,000 tasks
+    plain = replace(tasks, permuted_labels=0.0).sample(torch.arange(2000), same, 40)[1]
+    share = (y == plain).all(1).float().mean()
+    assert 0.72 < share < 0.78
+    for known, hidden in zip(plain[:50], y[:50], strict=True):  # the others are permutations
+        assert len({(int(k), int(h)) for k, h in zip(known, hidden, strict=True)}) == len(known.unique())
+
+
+def test_ids_of_tasks():
+    args = replace(ARGS, batch=8, num_tasks=5)
+    tasks, sequences = gpicl.batch_ids(args, 3, torch.device("cpu"))
+    assert tasks.max() < 5 and sequences.tolist() == list(range(24, 32))
+    parts = [gpicl.batch_ids(args, 3, torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    assert sorted(torch.cat([part[1] for part in parts]).tolist()) == sequences.tolist()
+    assert torch.equal(parts[1][0], tasks[1::2])
+    many, _ = gpicl.batch_ids(replace(args, num_tasks=2**25, batch=4096), 0, torch.device("cpu"))
+    assert len(many.unique()) > 4090 and 2**25 * 0.4 < many.double().mean() < 2**25 * 0.6
+    endless, _ = gpicl.batch_ids(replace(args, num_tasks="inf"), 3, torch.device("cpu"))
+    assert torch.equal(endless, sequences)
+    assert gpicl.batch_ids(replace(args, num_tasks=1), 9, torch.device("cpu"))[0].unique().tolist() == [0]
+
+
+def test_the_same_id_is_the_same_task_in_another_process():
+    code = """
+import torch
+from common.datasets import Tasks, compile_draws, load
+tasks = Tasks(load("digits"), projection="gaussian", projected=1.0, permuted_labels=1.0, seed=3)
+x, y = tasks.sample(torch.tensor([5, 2**40 + 5]), torch.tensor([1, 2]), 9)
+"""
+    out = "print(x.sum().item(), y.tolist())"
+    line = [sys.executable, "-c", code + out]
+    other = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = {}
+    exec(code, found)
+    total, labels = other.split(" ", 1)
+    assert float(total) == pytest.approx(found["x"].sum().item(), abs=1e-4)
+    assert json.loads(labels) == found["y"].tolist() and found["y"][0].tolist() != found["y"][1].tolist()
+
+
+def test_sign_of_average():
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+    optimizer, average = gpicl.SignOfAverage([parameter], 0.1), torch.zeros(3)
+    expected = parameter.detach().clone()
+    for t in range(5):
+        parameter.grad = torch.tensor([1.0, -1e-9, (-1.0) ** t])
+        optimizer.step()
+        average = 0.9 * average + 0.1 * parameter.grad
+        expected -= 0.1 * average.sign()
+    torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_state_sizes():
+    """Section 5.4.2: N_K N_L N_T for a Transformer, here keys and values of all heads; N_H for an LSTM, with its cell."""
+    sizes = {
+        name: gpicl.state_size(make(name), ARGS, 6, 4) for name in ("transformer", "lstm", "outer_lstm", "vsml_nosym", "mlp")
+    }
+    assert sizes == {
+        "transformer": 2 * 2 * 5 * 2 * 7,
+        "lstm": 2 * 2 * 12,
+        "outer_lstm": 2 * 5 * 5 + 10,
+        "vsml_nosym": 2 * 9 * 16,
+        "mlp": 0,
+    }
+
+
+def test_plateau_and_power_law():
+    flat = [2.3, 2.25, 2.2, 2.1]
+    assert gpicl.left_plateau([9, 19, 29, 39], flat, 10) is None
+    assert gpicl.left_plateau([9, 19, 29, 39, 49], [*flat, 2.0], 10) == 49
+    assert gpicl.power_law([1, 2, 4, 8], [3 * x**-1.5 for x in (1, 2, 4, 8)]) == pytest.approx(-1.5)
+    assert gpicl.power_law([1, 2], [1, 2]) is None
+
+
+def test_meta_test_tells_seen_from_unseen():
+    """Seen tasks are ids of meta-training; unseen ones are not, and their labels are permuted uniformly; examples are of the
+    test split, and sequences ones that were never trained on."""
+    args = replace(ARGS, num_tasks=3, test_tasks=4, size=8, bias=1.0)
+    tests = gpicl.test_tasks(replace(args, test_datasets=("digits", "wine")), torch.device("cpu"), 64)
+    assert list(tests) == [("digits", "none"), ("digits", "task"), ("wine", "domain")]
+    assert all(tasks.dataset.split == "test" for tasks in tests.values())
+    asked = []
+
+    class Spy:
+        dataset, num_inputs = tests["digits", "none"].dataset, 64
+
+        def sample(self, ids, sequences, length):
+            asked.append((ids, sequences, length))
+            return torch.zeros(len(ids), length, 64), torch.zeros(len(ids), length)
+
+    for seen in (True, False):
+        list(gpicl.test_data(args, Spy(), seen, 10, 7))
+    (seen, first, length), (unseen, second, _) = asked
+    assert seen.max() < 3 and unseen.min() >= gpicl.UNSEEN and length == 7
+    assert torch.equal(first, second) and first.min() >= gpicl.UNSEEN
+    assert len(unseen.unique()) == 4 and len(unseen) == 10
+    assert tests["digits", "none"].permuted_labels == 0 and tests["digits", "task"].permuted_labels == 1
+
+
+def test_images_of_one_shape():
+    args = replace(ARGS, channels=3, size=6)
+    grey = gpicl.prepare(args, "digits", "test", torch.device("cpu"))
+    assert grey.shape == (3, 6, 6) and torch.equal(grey.x[:, 0], grey.x[:, 2])
+    assert gpicl.prepare(args, "random", "test", torch.device("cpu")).shape == (3, 6, 6)
+    x, y = gpicl.train_tasks(args, gpicl.prepare(args, "random", "test", torch.device("cpu")), 108).sample(
+        torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 40
+    )
+    assert len(x[0].round(decimals=4).unique(dim=0)) == 10  # ten points, repeated (Appendix D.5)
+    for point in range(10, 40):
+        twin = next(t for t in range(10) if torch.allclose(x[0, t], x[0, point], atol=1e-5))
+        assert y[0, twin] == y[0, point]
+
+
+# ---- it learns to learn ------------------------------------------------------------------------------------------------
+
+
+class Silent:
+    """A run without a folder, a bar or a compiler."""
+
+    device, rank, world, compiles = torch.device("cpu"), 0, 1, False
+
+    def steps(self, total, keep):
+        return range(total)
+
+    def log(self, step, values):
+        self.last = values
+
+
+def meta_trained(num_tasks, steps):
+    """A small Transformer, meta-trained on wine; its accuracy (t,) on unseen tasks of unseen wine; and those sequences."""
+    small = dict(width=32, heads=2, sequence_length=20, batch=32, meta_steps=steps, lr=3e-3, bias_end=None, label_scale=3**0.5)
+    args = gpicl.Args(**gpicl.LAPTOP | small | dict(num_tasks=num_tasks))
+    train, test = (gpicl.prepare(args, "wine", split, Silent.device) for split in ("train", "test"))
+    learner, run = make("transformer", args, 13, 3), Silent()
+    gpicl.keep_memory()
+    gpicl.meta_train(args, {"transformer": learner}, [train], {}, run, {"sizes": torch.tensor([13, 3])})
+    unseen = replace(gpicl.train_tasks(args, test, 13), permuted_labels=1.0)
+    x, y = next(gpicl.test_data(args, unseen, False, 512, 20))
+    with torch.no_grad():
+        right = gpicl.lifetime(learner, x, y, 3)[1].float().mean(0)
+    return learner, run.last, right, x, y
+
+
+def test_many_tasks_teach_to_learn():
+    """And what was learned to learn: labels are names. Under other names of the classes the first prediction, made before any
+    label, is the same, and the last one says the other name."""
+    learner, _, right, x, y = meta_trained(2**25, steps=1000)
+    assert right[0] < 0.45 and right[-5:].mean() > 0.6
+    order = torch.tensor([1, 2, 0])
+    with torch.no_grad():
+        one, other = logits_of(learner, x, y, 3).argmax(-1), logits_of(learner, x, order[y], 3).argmax(-1)
+    assert torch.equal(one[:, 0], other[:, 0])
+    renamed, same = ((answer[:, -1] == other[:, -1]).float().mean() for answer in (order[one], one))
+    assert renamed > 0.5 and renamed > 2.5 * same
+
+
+def test_one_task_does_not():
+    """It is memorised, from the first example on, and nothing is learned within a sequence of another one."""
+    _, last, right, _, _ = meta_trained(1, steps=300)
+    assert last["transformer_loss"] < 0.05
+    assert abs(right[-5:].mean() - right[0]) < 0.12 and right[-5:].mean() < 0.45
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------
+TINY = "--preset laptop --meta-steps 6 --batch 4 --sequence-length 12 --width 16 --heads 2 --key-size 4 --test-seeds 6"
+TINY += " --test-tasks 3 --checkpoint-every 2 --log-every 2 --no-compile --test-datasets digits wine"
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": "/nonexistent"} | NO_NETWORK
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+TORCHRUN += ("--rdzv-endpoint", "localhost:0")
+
+
+def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+    line = [*launcher, str(ROOT / "gpicl.py"), "--run-dir", str(run_dir), *tiny.split(), *flags.split()]
+    return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def rows(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, which other tests only read."""
+    run_dir = tmp_path_factory.mktemp("runs")
+    done = command(run_dir, "--run-name done --statistics")
+    assert done.returncode == 0, done.stderr
+    return run_dir / "done", done
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, done = finished
+    names = {path.name for path in folder.iterdir()}
+    figures = {"accuracy.png", "meta_loss.png", "statistics.png"}
+    assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json"} | figures <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any("partial" in name for name in names)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["script"] == "gpicl" and results["preset"] == "laptop" and results["state_size"] == 2 * 2 * 4 * 2 * 12
+    assert results["args"]["num_tasks"] == 2**25 and set(results["seconds"]) == {"meta_train", "meta_test"}
+    assert results["plateau"] is None and 2 < results["final_loss"] < 3
+    keys = {"learner", "task", "novelty", "metric", "step", "mean", "std", "seeds"}
+    assert all(set(row) == keys for row in results["results"])
+    seen = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
+    kinds = (("digits", "none"), ("digits", "task"), ("wine", "domain"))
+    assert seen == {(x, *y) for x in ("transformer", "sgd", "adam", "untrained") for y in kinds}
+    assert {row["step"] for row in results["results"]} == {1, 2, 5, 10, 12}
+    with open(folder / "metrics.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in lines] == [1, 3, 5]
+    columns = {f"transformer_loss{what}" for what in ("", "_unseen", "_domain")} | {"transformer gradient norm head.weight"}
+    assert columns <= set(lines[0]) and all(float(line[name]) > 0 for line in lines for name in columns)
+    assert "seen tasks" not in done.stdout and "after 10" in done.stdout
+
+
+def test_statistics_change_nothing_and_the_seed_decides(finished, tmp_path):
+    assert command(tmp_path, "--run-name again").returncode == 0
+    assert rows(tmp_path / "again") == rows(finished[0])
+    assert command(tmp_path, "--run-name other --seed 1").returncode == 0
+    assert rows(tmp_path / "other") != rows(finished[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_kill_and_resume_end_in_the_same_numbers(optimizer, tmp_path):
+    flags = f"--meta-steps 40 --meta-optimizer {optimizer} --lr 1e-3"
+    assert command(tmp_path, f"{flags} --run-name whole").returncode == 0
+    line = [sys.executable, str(ROOT / "gpicl.py"), "--run-dir", str(tmp_path), "--run-name", "killed", *TINY.split()]
+    process = subprocess.Popen([*line, *flags.split()], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.time() + 120
+    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed" / "results.json").exists(), "killed too late to be a test"
+    resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    with open(tmp_path / "killed" / "metrics.csv") as mine, open(tmp_path / "whole" / "metrics.csv") as theirs:
+        mine, theirs = (
+            [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(file)] for file in (mine, theirs)
+        )
+    assert mine == theirs
+
+
+def test_meta_test_of_a_checkpoint(finished, tmp_path):
+    tested = command(tmp_path, f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --run-name test")
+    assert tested.returncode == 0, tested.stderr
+    assert rows(tmp_path / "test") == rows(finished[0])
+
+
+def test_two_processes_end_in_the_numbers_of_one(tmp_path):
+    assert command(tmp_path, "--run-name one").returncode == 0
+    two = command(tmp_path, "--run-name two", launcher=TORCHRUN)
+    assert two.returncode == 0, two.stderr
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"]["models"] for name in ("one", "two"))
+    for name, value in one["transformer"].items():
+        if name.endswith("qkv.bias"):
+            continue  # that of keys has no gradient but rounding, which Adam blows up
+        torch.testing.assert_close(two["transformer"][name], value, atol=1e-4, rtol=1e-4)
+    for one, two in zip(*(rows(tmp_path / name) for name in ("one", "two")), strict=True):
+        if one["metric"] == "cross_entropy":
+            assert one["mean"] == pytest.approx(two["mean"], abs=1e-3)
+
+
+@pytest.mark.parametrize("learner", ["lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml"])
+def test_other_learners(learner, tmp_path):
+    done = command(tmp_path, f"--learner {learner} --baselines --run-name {learner}")
+    assert done.returncode == 0, done.stderr
+    assert {row["learner"] for row in rows(tmp_path / learner)} == {learner}
+    tested = command(tmp_path, f"--mode test --checkpoint {tmp_path / learner / 'checkpoint.pt'} --run-name test")
+    assert tested.returncode == 0, tested.stderr
+    assert rows(tmp_path / "test") == rows(tmp_path / learner)
+
+
+def test_a_trained_learner_in_five_lines(finished):
+    """It answers what the meta-test's forward pass answers; predict changes nothing."""
+    learner = gpicl.InContextLearner(finished[0] / "checkpoint.pt", num_inputs=13, task=7)
+    x, y = some_data(s=1, t=12, a=13, c=10)
+    with torch.no_grad():
+        whole = learner.model(x @ learner.projection, gpicl.previous_labels(y, 10))[0][0].softmax(-1)
+    for t in range(12):
+        for _ in range(2):
+            torch.testing.assert_close(learner.predict(x[0, t]), whole[t])
+        learner.learn(x[0, t].numpy(), int(y[0, t]))
+    with pytest.raises(gpicl.Mistake, match="has 12 positions"):
+        learner.predict(x[0, 0])
+
+
+def test_a_sweep_is_resumable_run_by_run(tmp_path):
+    flags = "--mode sweep --vary num_tasks=1,4,inf width=8,16 --baselines --run-name sweep"
+    done = command(tmp_path, flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "sweep"
+    figures = {"phases.png", "solutions.png", "plateau.png", "heat_map.png", "state_size.png"}
+    assert figures <= {path.name for path in folder.iterdir()}
+    runs = {f"num_tasks={tasks},width={width}" for tasks in (1, 4, "inf") for width in (8, 16)}
+    assert {path.parent.name for path in folder.glob("*/results.json")} == runs
+    assert json.loads((folder / "num_tasks=inf,width=8" / "args.json").read_text())["num_tasks"] == "inf"
+    times = {path: path.stat().st_mtime for path in folder.glob("*/results.json")}
+    (folder / "num_tasks=4,width=8" / "results.json").unlink()  # cut off before its end,
+    (folder / "num_tasks=1,width=8" / "results.json").unlink()
+    (folder / "num_tasks=1,width=8" / "checkpoint.pt").unlink()  # and before its first checkpoint
+    again = command(tmp_path, flags)
+    assert again.returncode == 0, again.stderr
+    changed = {path.parent.name for path, at in times.items() if path.stat().st_mtime != at}
+    assert changed == {"num_tasks=4,width=8", "num_tasks=1,width=8"}
+    other = command(tmp_path, flags + " --lr 0.1")
+    assert other.returncode == 1 and "was run with another --lr; choose another --run-name" in other.stderr
+
+
+def test_features_of_an_untrained_network(tmp_path):
+    """Computed once, kept, and damaged ones are told."""
+    flags = "--features untrained --baselines sgd --test-datasets digits --data-dir data --run-name"
+    done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
+    assert done.returncode == 0, done.stderr
+    kept = sorted((tmp_path / "data" / "features").iterdir())
+    assert [path.name for path in kept] == ["untrained-digits-test.pt", "untrained-digits-train.pt"]
+    assert torch.load(kept[0], weights_only=True).shape == (450, 512)
+    again = command(tmp_path, f"{flags} two")
+    assert again.returncode == 0 and "untrained on digits" not in again.stderr
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    kept[0].write_text("no features")
+    assert "are damaged; delete the file" in command(tmp_path, f"{flags} three").stderr
+
+
+MISTAKES = {
+    "--dataset mnits": "There is no dataset 'mnits'; choose from digits, wine",
+    "--dataset mnist --data-dir {tmp}/none": "'mnist' is not in '.*none' and could not be downloaded; use a bundled dataset",
+    "--num-tasks 0": "--num-tasks has to be at least 1, or inf",
+    "--num-tasks 9999999999": "beyond that say inf",
+    "--bias 1.5": "--bias and --bias-end are shares",
+    "--test-steps 13": "has positions for --sequence-length 12 examples, not for 13",
+    "--features resnet18": "The weights of resnet18 are not at hand and could not be downloaded",
+    "--features clip": "needs open_clip",
+    "--features untrained --test-datasets wine": "'wine' has no stored images to compute features of",
+    "--mode test": "--mode test needs --checkpoint",
+    "--mode test --checkpoint {tmp}/none.pt": "There is no checkpoint",
+    "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
+    "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of gpicl.py",
+    "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "holds no learner lstm; choose from transformer, sgd",
+    "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has other sizes than these flags ask for",
+    "--mode test --checkpoint {done}/checkpoint.pt --size 6": "has other sizes|inputs",
+    "--checkpoint {done}/checkpoint.pt": "--checkpoint is for --mode test",
+    "--resume {done}": "is finished",
+    "--resume {tmp}/foreign_run": "is not a checkpoint of gpicl.py",
+    "--run-name {done}": "exists; choose another --run-name",
+    "--dataset wine": "No learner fits any of the test datasets",
+    "--mode sweep": "--mode sweep needs --vary",
+    "--mode sweep --vary num_taks=1,2": "num_taks=1,2 is not a flag",
+    "--mode sweep --vary num_tasks=1,two": "two is not a number",
+    "--mode sweep --vary num_tasks=0,2": "--num-tasks has to be at least 1",
+    "--meta-steps 0": "--meta-steps has to be at least 1",
+    "--lr inf": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
+    "--device cuda": "There is no CUDA device",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    whole = (finished[0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "foreign_run").mkdir()
+    checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    for path in ("foreign.pt", "foreign_run/checkpoint.pt"):
+        torch.save(checkpoint | {"script": "fme"}, tmp_path / path)
+    wrong = command(tmp_path, flags.format(tmp=tmp_path, done=finished[0]))
+    assert wrong.returncode == 1, wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    last = wrong.stderr.strip().splitlines()[-1]
+    assert last.startswith("gpicl.py: ")
+    assert re.search(MISTAKES[flags], last), last
+    assert whole == (finished[0] / "checkpoint.pt").read_bytes()
