@@ -7,12 +7,14 @@ to learn: at meta-test time it learns datasets that it never saw, in its activat
 Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harrison, Sohl-Dickstein and Metz,
 "General-Purpose In-Context Learning by Meta-Learning Transformers" (2022).
 
-    Eq. 5.1      -> InContextLearner.predict
-    Eq. 5.2      -> lifetime, meta_loss
-    Algorithm 9  -> train_tasks (the task distribution), meta_train (the loop)
-    Section 5.4.2 -> state_size
-    Section 5.4.3 -> train_tasks (bias), SignOfAverage, left_plateau
-    Appendix D.4 -> OuterProductLSTM, VSML, VSMLWithoutSymmetries;  D.5 -> MLP, OnlineSGD, sweep_rates
+    Eq. 5.1        -> InContextLearner.predict
+    Eq. 5.2        -> lifetime, meta_loss
+    Algorithm 9    -> train_tasks (the task distribution), meta_train (the loop)
+    Section 5.4.2  -> state_size
+    Section 5.4.3  -> train_tasks (bias), SignOfAverage, left_plateau
+    Section 5.4.4  -> embed (features of pre-trained networks)
+    Appendix D.4   -> OuterProductLSTM, VSML, VSMLWithoutSymmetries
+    Appendix D.5   -> MLP, OnlineSGD, sweep_rates
 
     python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
     python gpicl.py --dataset mnist --size 14                # meta-train on another dataset
@@ -907,6 +909,7 @@ def sweep(args: Args) -> None:
         found = json.loads(path.read_text())
         runs.append(found | {"metrics": read_metrics(path.parent)})
     x = next((name for name, values in axes.items() if name != "seed" and not isinstance(values[0], str)), "num_tasks")
+    runs.sort(key=lambda run: float(run["args"][x]))
     draw_phases(folder / "phases.png", runs, x)
     draw_solutions(folder / "solutions.png", runs, x)
     draw_plateaus(folder / "plateau.png", runs, x)
@@ -940,48 +943,44 @@ def reached(run: dict[str, Any], novelty: str, step: int | None = None, metric: 
     return sum(values) / len(values) if values else math.nan
 
 
-def along(runs: list[dict[str, Any]], x: str, value: Any) -> tuple[list[float], list[float], list[float], list[float]]:
-    """The points (x, value of the run), and the means of value at each x."""
-    points = sorted((float(run["args"][x]), value(run)) for run in runs if value(run) is not None)
-    means = {at: [v for a, v in points if a == at] for at, _ in points}
-    return [a for a, _ in points], [v for _, v in points], list(means), [sum(v) / len(v) for v in means.values()]
+def mean_at_each(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """The different x, and the mean of y at each."""
+    found = {at: [y for x, y in zip(xs, ys, strict=True) if x == at] for at in sorted(set(xs))}
+    return list(found), [sum(values) / len(values) for values in found.values()]
 
 
-def scale(axis: Any, x: str, runs: list[dict[str, Any]]) -> None:
+def scale(axis: Any, xs: list[float]) -> None:
     """A logarithmic axis for what spans more than a factor of eight."""
-    values = [float(run["args"][x]) for run in runs]
-    if min(values) > 0 and max(values) > 8 * min(values):
-        axis.set_xscale("log", base=10 if max(values) < 1 else 2)
+    if xs and min(xs) > 0 and max(xs) > 8 * min(xs):
+        axis.set_xscale("log", base=10 if max(xs) < 1 else 2)
 
 
 def draw_phases(path: Path, runs: list[dict[str, Any]], x: str) -> None:
     """Figure 5.4: how much is learned within a sequence, accuracy at the last example minus that at the first."""
     _, figure, axes = panels(2, 5, 3.6)
+    xs = [float(run["args"][x]) for run in runs]
     for novelty, label in NOVELTY.items():
-        for axis, value in zip(
-            axes,
-            (lambda run, n=novelty: reached(run, n) - reached(run, n, 1), lambda run, n=novelty: reached(run, n)),
-            strict=False,
-        ):
-            xs, ys, at, means = along(runs, x, value)
-            (line,) = axis.plot(at, means, label=label)
+        last, first = ([reached(run, novelty, step) for run in runs] for step in (None, 1))
+        for axis, ys in zip(axes, ([b - a for a, b in zip(first, last, strict=True)], last), strict=True):
+            (line,) = axis.plot(*mean_at_each(xs, ys), label=label)
             axis.plot(xs, ys, ".", color=line.get_color(), alpha=0.5)
-            scale(axis, x, runs)
-    axes[0].set(xlabel=x.replace("_", " "), ylabel="accuracy, last minus first example")
-    axes[1].set(xlabel=x.replace("_", " "), ylabel="accuracy, last example", ylim=(0, 1.02))
+    for axis, what in zip(axes, ("last minus first example", "last example"), strict=True):
+        axis.set(xlabel=x.replace("_", " "), ylabel=f"accuracy, {what}")
+        scale(axis, xs)
     finish_figure(figure, axes, path)
 
 
 def draw_solutions(path: Path, runs: list[dict[str, Any]], x: str) -> None:
     """Figures D.1 and D.4: the losses of all runs in the end, which come in clusters."""
     _, figure, axes = panels(2, 5, 3.6)
-    axes[0].plot(*along(runs, x, lambda run: run["final_loss"])[:2], "o", alpha=0.6, label="meta-training tasks")
+    xs = [float(run["args"][x]) for run in runs]
+    axes[0].plot(xs, [run["final_loss"] for run in runs], "o", alpha=0.6, label="meta-training tasks")
     for novelty in ("task", "domain"):
-        ys = along(runs, x, lambda run, n=novelty: reached(run, n, metric="cross_entropy"))
-        axes[1].plot(*ys[:2], "o", alpha=0.6, label=NOVELTY[novelty] + ", last example")
+        losses = [reached(run, novelty, metric="cross_entropy") for run in runs]
+        axes[1].plot(xs, losses, "o", alpha=0.6, label=NOVELTY[novelty] + ", last example")
     for axis in axes:
         axis.set(xlabel=x.replace("_", " "), ylabel="cross-entropy in nats")
-        scale(axis, x, runs)
+        scale(axis, xs)
     finish_figure(figure, axes, path)
 
 
@@ -1003,16 +1002,14 @@ def draw_plateaus(path: Path, runs: list[dict[str, Any]], x: str) -> None:
         if loss:
             color = plt.cm.viridis(values.index(run["args"][x]) / max(1, len(values) - 1))
             axes[0].plot(run["metrics"]["step"], loss, color=color, label=str(run["args"][x]), linewidth=1)
-    for axis, value in (
-        (axes[1], lambda run: run["plateau"]),
-        (axes[2], lambda run: run["plateau"] and run["plateau"] * run["args"]["batch"]),
-    ):
-        xs, ys, _, _ = along(runs, x, value)
+    left = [run for run in runs if run["plateau"] is not None]
+    xs, steps = ([float(run["args"][x]) for run in left], [run["plateau"] for run in left])
+    for axis, ys in ((axes[1], steps), (axes[2], [n * run["args"]["batch"] for n, run in zip(steps, left, strict=True)])):
         exponent = power_law(xs, ys)
         axis.plot(xs, ys, "o", color="black")
-        scale(axis, x, runs)
         axis.set(xlabel=x.replace("_", " "), yscale="log" if exponent is not None else "linear")
         axis.set_title("" if exponent is None else f"power law with exponent {exponent:.2f}")
+        scale(axis, xs)
     axes[0].set(xlabel="meta-step", ylabel="cross-entropy in nats", title=x.replace("_", " ") + " by colour")
     axes[1].set_ylabel("plateau in meta-steps")
     axes[2].set_ylabel("tasks seen in the plateau")

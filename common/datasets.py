@@ -384,7 +384,7 @@ class Tasks:
         """The projection matrices (s, inputs, projected inputs) of the tasks with keys (s, 2)."""
         a, b = self.dataset.num_inputs, self.num_inputs
         if self.projection == "gaussian":
-            return normal(fold(task, 8), a * b).view(-1, a, b) / math.sqrt(a)
+            return normal(fold(task, 8), a * b).view(-1, a, b).div_(math.sqrt(a))  # in place: it may be gigabytes
         return (2 * uniform(fold(task, 8), a * b).view(-1, a, b) - 1) * math.sqrt(6 / (a + b))
 
     def _draw(self, task: Tensor, position: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,22 @@
 
 import gzip
 import pickle
+import shutil
 import socket
 import struct
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from common import datasets
 from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
+COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,21 @@ def test_shuffle_reaches_all_permutations_equally_often():
     _, count = (order * torch.tensor([64, 16, 4, 1])).sum(-1).unique(return_counts=True)
     assert len(count) == 24
     assert ((count - 1000.0) ** 2 / 1000).sum() < 49.7  # chi-squared with 23 degrees of freedom, p = 0.001
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
+def test_compiled_draws_are_the_same_numbers(digits, monkeypatch):
+    for name in ("normal", "_schedule", "_swap"):
+        monkeypatch.setattr(datasets, name, getattr(datasets, name))  # put back afterwards
+    tasks = Tasks(digits, projection="gaussian", projected=1.0, permuted_labels=0.5)
+    plain = tasks.sample(IDS, IDS, 30)
+    datasets.compile_draws()
+    datasets.compile_draws()  # twice does no harm
+    assert datasets.normal is not normal
+    for _ in range(2):
+        x, y = tasks.sample(IDS, IDS, 30)
+        torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(y, plain[1])
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------
