@@ -115,7 +115,7 @@ class Args:
     bias: float = 0.9
     """Share of the meta-training tasks whose labels are permuted by one and the same permutation (section 5.4.3)."""
     bias_end: float | None = None
-    """The bias at the end of meta-training, to which it goes with the square of the steps (default: it stays)."""
+    """Once the loss has left its plateau, the bias goes linearly to this (not in the thesis; default: it stays)."""
     sequence_length: int = 100
     """N_D, examples in a sequence (Appendix D.6)."""
 
@@ -318,22 +318,26 @@ class InContextLearner:
 UNSEEN = 2**40  # ids from here on are never meta-trained on
 
 
-def train_tasks(args: Args, dataset: Dataset, num_inputs: int, progress: float = 1.0) -> Tasks:
+def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> Tasks:
     """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for a share of the
-    tasks (section 5.4.3) and uniform for the others."""
+    tasks, the bias (section 5.4.3), and uniform for the others."""
     return Tasks(
         dataset,
         projection="gaussian",
         projected=1.0,
         projection_size=num_inputs,
-        permuted_labels=1 - bias_at(args, progress),
+        permuted_labels=1 - bias,
         seed=args.seed,
     )
 
 
-def bias_at(args: Args, progress: float) -> float:
-    """The share of biased tasks when this share of meta-training is done."""
-    return args.bias + ((args.bias if args.bias_end is None else args.bias_end) - args.bias) * progress**2
+def bias_at(args: Args, step: int, left: int) -> float:
+    """The share of biased tasks at a meta-step, if the loss left its plateau at the step `left`; -1: not yet."""
+    return args.bias + (last_bias(args) - args.bias) * (step - left) / (args.meta_steps - left) if left >= 0 else args.bias
+
+
+def last_bias(args: Args) -> float:
+    return args.bias if args.bias_end is None else args.bias_end
 
 
 def batch_ids(args: Args, step: int, device: torch.device, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -391,11 +395,13 @@ def meta_train(
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     watched = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
-    keep = {"models": learners, "optimizers": optimizers, "sums": sums} | facts
+    left = torch.tensor(-1)  # the step at which the first learner left the plateau
+    keep = {"models": learners, "optimizers": optimizers, "sums": sums, "left": left} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         ids = batch_ids(args, step, run.device, run.rank, run.world)
-        now = train_tasks(args, datasets[step % len(datasets)], num_inputs, step / args.meta_steps)
-        x, y = now.sample(*ids, args.sequence_length)  # D ~ p(D)
+        bias = bias_at(args, step, int(left))
+        tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias)
+        x, y = tasks.sample(*ids, args.sequence_length)  # D ~ p(D)
         log = {}
         for name, learner in trained.items():
             loss, right = loss_of[name](x, y)
@@ -414,6 +420,8 @@ def meta_train(
                 sums[name].zero_()
         if log:
             run.log(step, log)
+            if left < 0 and left_plateau([step], [float(next(iter(log.values())))], classes) is not None:
+                left.fill_(step)
 
 
 def average_gradients(learner: nn.Module, clip: float | None) -> None:
@@ -726,7 +734,7 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     found = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
     for name in dict.fromkeys(args.test_datasets or args.dataset + others):
-        seen = train_tasks(args, prepare(args, name, "test", device), num_inputs)
+        seen = train_tasks(args, prepare(args, name, "test", device), num_inputs, last_bias(args))
         unseen = replace(seen, permuted_labels=1.0)
         if name in args.dataset:
             found |= {(name, "none"): seen, (name, "task"): unseen}
@@ -1458,7 +1466,7 @@ def experiment(args: Args) -> None:
         sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
     tests = test_tasks(args, run.device, sizes[0])  # before meta-training, so that a missing dataset is told at once
     if args.mode == "train":
-        first = train_tasks(args, datasets[0], sizes[0])
+        first = train_tasks(args, datasets[0], sizes[0], last_bias(args))
         with torch.no_grad():
             settings = {name: sweep_rates(args, first, TUNED[name]) for name in names if name in TUNED}
         learners = {name: make_learner(name, args, *sizes, settings.get(name)).to(run.device) for name in names}

@@ -120,8 +120,9 @@ def compile_draws() -> None:
     """From now on torch.compile does what Tasks spend their time with: normals, and rounds of `shuffle`. To rounding the same
     numbers, five times faster on a CPU. (To compile Tasks.sample as a whole takes minutes: 24 rounds make long kernels.)"""
     global normal, _schedule, _swap
-    functions = normal, _schedule, _swap
-    normal, _schedule, _swap = (f if hasattr(f, "_torchdynamo_orig_callable") else torch.compile(f) for f in functions)
+    if not hasattr(normal, "_torchdynamo_orig_callable"):
+        normal = torch.compile(normal)
+        _schedule, _swap = torch.compile(_schedule, dynamic=True), torch.compile(_swap, dynamic=True)  # n and shapes vary
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def bench_gpicl(options: argparse.Namespace) -> None:
 
 
 def bench_gpicl_at(args: gpicl.Args, run: argparse.Namespace, peak: float, repetitions: int) -> None:
-    tasks = gpicl.train_tasks(args, gpicl.prepare(args, "digits", "train", run.device), args.size**2 * args.channels)
+    tasks = gpicl.train_tasks(args, gpicl.prepare(args, "digits", "train", run.device), args.size**2 * args.channels, args.bias)
     learner = gpicl.make_learner("transformer", args, tasks.num_inputs, 10).to(run.device)
     optimizer, loss_of = gpicl.make_optimizer(args, learner), gpicl.compiled(run, learner, 10)
     counter = iter(range(10**9))

@@ -199,7 +199,7 @@ def test_meta_gradient_against_finite_differences(name):
 def test_projections_of_algorithm_9():
     """A_ij ~ N(0, 1/N_x), the same for the same id, independent for others; rho fixed for the share that is biased."""
     dataset = load("digits")
-    tasks = gpicl.train_tasks(replace(ARGS, bias=0.75), dataset, 64)
+    tasks = gpicl.train_tasks(ARGS, dataset, 64, bias=0.75)
     ids = torch.arange(200)
     a = tasks.projections(tasks.keys(ids, 1))
     assert a.shape == (200, 64, 64) and abs(a.mean()) < 1e-3
@@ -280,6 +280,13 @@ def test_plateau_and_power_law():
     assert gpicl.power_law([1, 2], [1, 2]) is None
 
 
+def test_the_bias_falls_once_the_plateau_is_left():
+    args = replace(ARGS, bias=0.9, bias_end=0.1, meta_steps=100)
+    assert [gpicl.bias_at(args, step, -1) for step in (0, 99)] == [0.9, 0.9]
+    assert [gpicl.bias_at(args, step, 20) for step in (20, 60, 100)] == pytest.approx([0.9, 0.5, 0.1])
+    assert gpicl.bias_at(replace(args, bias_end=None), 99, 20) == 0.9
+
+
 def test_meta_test_tells_seen_from_unseen():
     """Seen tasks are ids of meta-training; unseen ones are not, and their labels are permuted uniformly; examples are of the
     test split, and sequences ones that were never trained on."""
@@ -310,7 +317,7 @@ def test_images_of_one_shape():
     grey = gpicl.prepare(args, "digits", "test", torch.device("cpu"))
     assert grey.shape == (3, 6, 6) and torch.equal(grey.x[:, 0], grey.x[:, 2])
     assert gpicl.prepare(args, "random", "test", torch.device("cpu")).shape == (3, 6, 6)
-    x, y = gpicl.train_tasks(args, gpicl.prepare(args, "random", "test", torch.device("cpu")), 108).sample(
+    x, y = gpicl.train_tasks(args, gpicl.prepare(args, "random", "test", torch.device("cpu")), 108, 0.0).sample(
         torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 40
     )
     assert len(x[0].round(decimals=4).unique(dim=0)) == 10  # ten points, repeated (Appendix D.5)
@@ -342,7 +349,7 @@ def meta_trained(num_tasks, steps):
     learner, run = make("transformer", args, 13, 3), Silent()
     gpicl.keep_memory()
     gpicl.meta_train(args, {"transformer": learner}, [train], {}, run, {"sizes": torch.tensor([13, 3])})
-    unseen = replace(gpicl.train_tasks(args, test, 13), permuted_labels=1.0)
+    unseen = gpicl.train_tasks(args, test, 13, bias=0.0)
     x, y = next(gpicl.test_data(args, unseen, False, 512, 20))
     with torch.no_grad():
         right = gpicl.lifetime(learner, x, y, 3)[1].float().mean(0)
