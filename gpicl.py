@@ -1472,7 +1472,7 @@ def experiment(args: Args) -> None:
         learners = {name: make_learner(name, args, *sizes, settings.get(name)).to(run.device) for name in names}
         watch = {}
         for (_, novelty), unseen in tests.items():
-            if novelty != "none":
+            if novelty != "none" and unseen.num_classes <= sizes[1]:
                 watch.setdefault({"task": "unseen", "domain": "domain"}[novelty], unseen)
         watch = {what: next(test_data(args, unseen, False, 64, args.sequence_length)) for what, unseen in watch.items()}
         meta_train(args, learners, datasets, watch, run, {"settings": settings, "sizes": torch.tensor(sizes)})

@@ -460,9 +460,18 @@ def test_kill_and_resume_end_in_the_same_numbers(optimizer, tmp_path):
 
 
 def test_meta_test_of_a_checkpoint(finished, tmp_path):
-    tested = command(tmp_path, f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --run-name test")
+    flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --run-name"
+    tested = command(tmp_path, f"{flags} test")
     assert tested.returncode == 0, tested.stderr
     assert rows(tmp_path / "test") == rows(finished[0])
+    assert command(tmp_path, f"{flags} small --size 6").returncode == 0  # projected to the size that it knows
+
+
+def test_fewer_classes_than_a_test_dataset_has(tmp_path):
+    done = command(tmp_path, "--dataset wine --baselines --run-name wine")
+    assert done.returncode == 0, done.stderr
+    assert "digits is left out: it has 10 classes, the learners were made for 3" in done.stderr + done.stdout
+    assert {row["task"] for row in rows(tmp_path / "wine")} == {"wine"}
 
 
 def test_two_processes_end_in_the_numbers_of_one(tmp_path):
@@ -556,12 +565,11 @@ MISTAKES = {
     "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of gpicl.py",
     "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "holds no learner lstm; choose from transformer, sgd",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has other sizes than these flags ask for",
-    "--mode test --checkpoint {done}/checkpoint.pt --size 6": "has other sizes|inputs",
     "--checkpoint {done}/checkpoint.pt": "--checkpoint is for --mode test",
     "--resume {done}": "is finished",
     "--resume {tmp}/foreign_run": "is not a checkpoint of gpicl.py",
     "--run-name {done}": "exists; choose another --run-name",
-    "--dataset wine": "No learner fits any of the test datasets",
+    "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
     "--mode sweep": "--mode sweep needs --vary",
     "--mode sweep --vary num_taks=1,2": "num_taks=1,2 is not a flag",
     "--mode sweep --vary num_tasks=1,two": "two is not a number",
@@ -589,3 +597,33 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, t
     assert last.startswith("gpicl.py: ")
     assert re.search(MISTAKES[flags], last), last
     assert whole == (finished[0] / "checkpoint.pt").read_bytes()
+
+
+# ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
+DATA = Path(os.environ.get("CLEANMETA_DATA", ROOT / "data")).absolute()
+
+
+@pytest.mark.slow
+def test_the_laptop_preset_reaches_its_floors(tmp_path):
+    """`python gpicl.py`, and its checkpoint on MNIST and Fashion-MNIST if they are at hand."""
+
+    def run(name, flags):
+        line = [sys.executable, str(ROOT / "gpicl.py"), "--run-dir", str(tmp_path), "--run-name", name, "--data-dir", str(DATA)]
+        subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
+        found = [row for row in rows(tmp_path / name) if row["metric"] == "accuracy"]
+        return {(row["learner"], row["task"], row["novelty"], row["step"]): row["mean"] for row in found}
+
+    start = time.time()
+    found = run("laptop", "--preset laptop")
+    assert time.time() - start < 300
+    last = found["transformer", "digits", "task", 40]
+    assert last >= 0.6 and last >= found["transformer", "digits", "task", 1] + 0.4
+    assert last > max(found["sgd", "digits", "task", 40], found["adam", "digits", "task", 40])
+    assert found["transformer", "random", "domain", 40] >= 0.9
+    if not (DATA / "FashionMNIST").exists():
+        pytest.skip("no MNIST and Fashion-MNIST in CLEANMETA_DATA")
+    checkpoint = tmp_path / "laptop" / "checkpoint.pt"
+    found = run("other", f"--mode test --checkpoint {checkpoint} --test-datasets mnist fashion_mnist")
+    for task in ("mnist", "fashion_mnist"):
+        assert found["transformer", task, "domain", 40] >= 0.35
+        assert found["untrained", task, "domain", 40] < 0.15
