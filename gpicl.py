@@ -17,9 +17,8 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     Appendix D.5   -> MLP, OnlineSGD, sweep_rates
 
     python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
-    python gpicl.py --dataset mnist --size 14                # meta-train on another dataset
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
-    python gpicl.py --mode sweep --vary num_tasks=1,16,256,4096,65536     # the three phases (Figure 5.4)
+    python gpicl.py --mode sweep --vary num_tasks=1,64,1024,16384 --bias-end 0.9 --baselines    # the phases of Figure 5.4
 
 Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classes, h heads, n width or hidden state, m message.
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
@@ -444,7 +443,8 @@ def left_plateau(steps: list[int], losses: list[float], num_classes: int) -> int
 
 class Statistics:
     """Norms of gradients and updates of each tensor, and the cosines between those of consecutive steps (Figures D.8 to D.10);
-    for Adam also the norms of its averages of gradients and of their squares. Watches an optimiser's steps from outside."""
+    for Adam also the norms of its averages of gradients and of their squares. Watches an optimiser's steps from outside, so
+    gradients are those after --clip."""
 
     def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
         self.named, self.optimizer = dict(learner.named_parameters()), optimizer
@@ -822,7 +822,7 @@ def panels(count: int, width: float = 4, height: float = 3.2) -> tuple[Any, Any,
 def finish_figure(figure: Any, axes: Any, path: Path) -> None:
     """One legend for all panels, then the file."""
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 + len(axes), max(1, len(handles))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(1 + len(axes), max(1, len(handles))))
     figure.savefig(path, dpi=110)
     figures().close(figure)
 
@@ -888,16 +888,18 @@ def sweep(args: Args) -> None:
         name = name.replace("-", "_")
         if name not in {f.name for f in fields(Args)} or not values:
             raise Mistake(f"--vary {text} is not a flag of this script and its values; write it as num_tasks=1,16,256.")
-        axes[name] = [read_value(name, getattr(args, name), value) for value in values.split(",")]
+        axes[name] = [read_value(args, name, value) for value in values.split(",")]
     if not axes:
         raise Mistake("--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Mistake("A sweep runs in one process; start it without torchrun.")
-    folder = args.run_dir / (args.run_name or "-".join([SCRIPT, "sweep", *axes]))
+    folder, combinations = args.run_dir / (args.run_name or "-".join([SCRIPT, "sweep", *axes])), {}
     for values in itertools.product(*axes.values()):
         name = ",".join(f"{axis}={value}" for axis, value in zip(axes, values, strict=True))
-        one = replace(args, mode="train", vary=(), run_dir=folder, run_name=name, **dict(zip(axes, values, strict=True)))
-        check(one)
+        changes = dict(zip(axes, values, strict=True))
+        combinations[name] = replace(args, mode="train", vary=(), run_dir=folder, run_name=name, **changes)
+        check(combinations[name])
+    for name, one in combinations.items():
         if (folder / name / "checkpoint.pt").exists():
             free = {flag: getattr(args, flag) for flag in ("device", "compile", "track", "data_dir", "run_dir")}
             saved = saved_args(folder / name / "checkpoint.pt", **free | {"run_dir": folder})
@@ -914,8 +916,10 @@ def sweep(args: Args) -> None:
             torch.compiler.reset()
     runs = []
     for path in sorted(folder.glob("*/results.json")):
-        found = json.loads(path.read_text())
-        runs.append(found | {"metrics": read_metrics(path.parent)})
+        try:
+            runs.append(json.loads(path.read_text()) | {"metrics": read_metrics(path.parent)})
+        except (OSError, ValueError) as error:
+            raise Mistake(f"{path} is damaged; delete it, and the sweep writes it again.") from error
     x = next((name for name, values in axes.items() if name != "seed" and not isinstance(values[0], str)), "num_tasks")
     runs.sort(key=lambda run: float(run["args"][x]))
     draw_phases(folder / "phases.png", runs, x)
@@ -930,16 +934,13 @@ def sweep(args: Args) -> None:
     print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
 
 
-def read_value(name: str, default: Any, text: str) -> Any:
-    """A value of a flag from its text, by the type of its default."""
+def read_value(args: Args, name: str, text: str) -> Any:
+    """A value of a flag from its text, as the command line would read it."""
+    flag = "--" + name.replace("_", "-")
     try:
-        if name == "num_tasks":
-            return "inf" if text == "inf" else int(text)
-        if isinstance(default, tuple):
-            return (text,)
-        return text if isinstance(default, str) or default is None else type(default)(float(text))
-    except ValueError as error:
-        raise Mistake(f"--vary {name}={text}: {text} is not a number.") from error
+        return getattr(tyro.cli(Args, args=[flag, text], default=args, console_outputs=False), name)
+    except SystemExit as error:
+        raise Mistake(f"--vary {name}={text}: {text} is not a number or a name that {flag} takes.") from error
 
 
 def reached(run: dict[str, Any], novelty: str, step: int | None = None, metric: str = "accuracy") -> float:

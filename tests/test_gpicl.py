@@ -385,6 +385,19 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
 
+KILLED = """
+import os, runpy, signal, sys
+rename = os.replace
+def rename_and_die(source, target):
+    rename(source, target)
+    if str(target).endswith("checkpoint.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = rename_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # kill -9 right after the first checkpoint
+
+
 def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
     line = [*launcher, str(ROOT / "gpicl.py"), "--run-dir", str(run_dir), *tiny.split(), *flags.split()]
     return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
@@ -439,16 +452,9 @@ def test_statistics_change_nothing_and_the_seed_decides(finished, tmp_path):
 def test_kill_and_resume_end_in_the_same_numbers(optimizer, tmp_path):
     flags = f"--meta-steps 40 --meta-optimizer {optimizer} --lr 1e-3"
     assert command(tmp_path, f"{flags} --run-name whole").returncode == 0
-    line = [sys.executable, str(ROOT / "gpicl.py"), "--run-dir", str(tmp_path), "--run-name", "killed", *TINY.split()]
-    process = subprocess.Popen([*line, *flags.split()], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.time() + 120
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists()
-    assert not (tmp_path / "killed" / "results.json").exists(), "killed too late to be a test"
+    killed = command(tmp_path, f"{flags} --run-name killed", launcher=(sys.executable, "-c", KILLED))
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
     assert resumed.returncode == 0, resumed.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
@@ -573,7 +579,8 @@ MISTAKES = {
     "--mode sweep": "--mode sweep needs --vary",
     "--mode sweep --vary num_taks=1,2": "num_taks=1,2 is not a flag",
     "--mode sweep --vary num_tasks=1,two": "two is not a number",
-    "--mode sweep --vary num_tasks=0,2": "--num-tasks has to be at least 1",
+    "--mode sweep --vary num_tasks=2,0": "--num-tasks has to be at least 1",
+    "--mode sweep --vary learner=lstm,lstn": "lstn is not a number or a name that --learner takes",
     "--meta-steps 0": "--meta-steps has to be at least 1",
     "--lr inf": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
     "--device cuda": "There is no CUDA device",
