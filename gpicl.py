@@ -150,7 +150,7 @@ class Args:
     weight_decay: float = 0.0
     """adamw: weight decay (Figure D.13)."""
     lr_decay: bool = False
-    """Let the learning rate fall linearly to zero (not in the thesis)."""
+    """Once the loss has left its plateau, the learning rate falls linearly to zero (not in the thesis)."""
     clip: float | None = None
     """Largest norm of the meta-gradient (not in the thesis)."""
 
@@ -330,9 +330,11 @@ def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> T
     )
 
 
-def bias_at(args: Args, step: int, left: int) -> float:
-    """The share of biased tasks at a meta-step, if the loss left its plateau at the step `left`; -1: not yet."""
-    return args.bias + (last_bias(args) - args.bias) * (step - left) / (args.meta_steps - left) if left >= 0 else args.bias
+def schedule(args: Args, step: int, left: int) -> tuple[float, float]:
+    """Bias and learning rate at a meta-step. Both wait for the step `left` at which the loss left its plateau (-1: not yet),
+    however long that takes, and go linearly to their last values from there."""
+    way = (step - left) / (args.meta_steps - left) if left >= 0 else 0
+    return args.bias + way * (last_bias(args) - args.bias), args.lr * (1 - way * args.lr_decay)
 
 
 def last_bias(args: Args) -> float:
@@ -398,7 +400,7 @@ def meta_train(
     keep = {"models": learners, "optimizers": optimizers, "sums": sums, "left": left} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         ids = batch_ids(args, step, run.device, run.rank, run.world)
-        bias = bias_at(args, step, int(left))
+        bias, lr = schedule(args, step, int(left))
         tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias)
         x, y = tasks.sample(*ids, args.sequence_length)  # D ~ p(D)
         log = {}
@@ -406,7 +408,7 @@ def meta_train(
             loss, right = loss_of[name](x, y)
             loss.backward()
             average_gradients(learner, args.clip)
-            optimizers[name].param_groups[0]["lr"] = args.lr * (1 - step / args.meta_steps if args.lr_decay else 1)
+            optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].step()  # theta <- theta - alpha * gradient of J(theta)
             optimizers[name].zero_grad()
             sums[name] += torch.stack([loss.detach(), right])
@@ -1346,7 +1348,8 @@ class Run:
         text = json.dumps(results, indent=1) + "\n"
         write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
         self.board.close()
-        shown = [row for row in rows if row["metric"] == rows[0]["metric"]]
+        first = {row["task"]: row["metric"] for row in reversed(rows)}
+        shown = [row for row in rows if row["metric"] == first[row["task"]]]
         steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
         table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
         for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
@@ -1356,7 +1359,8 @@ class Run:
             texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
             table.append([task, novelty, learner, *texts])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        self.say(f"\n{rows[0]['metric']}, mean ± standard deviation over {rows[0]['seeds']} runs")
+        metrics = ", ".join(sorted(set(first.values())))
+        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
         for line in table:
             self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")

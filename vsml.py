@@ -1468,7 +1468,8 @@ class Run:
         text = json.dumps(results, indent=1) + "\n"
         write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
         self.board.close()
-        shown = [row for row in rows if row["metric"] == rows[0]["metric"]]
+        first = {row["task"]: row["metric"] for row in reversed(rows)}
+        shown = [row for row in rows if row["metric"] == first[row["task"]]]
         steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
         table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
         for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
@@ -1478,7 +1479,8 @@ class Run:
             texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
             table.append([task, novelty, learner, *texts])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        self.say(f"\n{rows[0]['metric']}, mean ± standard deviation over {rows[0]['seeds']} runs")
+        metrics = ", ".join(sorted(set(first.values())))
+        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
         for line in table:
             self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
 from torch import nn
 
 import gpicl
 from common.datasets import load
 
-ROOT = Path(gpicl.__file__).parent
 ARGS = gpicl.Args(
     width=12, layers=2, heads=2, key_size=5, grid=3, state_size=4, message_size=3, sequence_length=7, size=4, channels=1
 )
@@ -280,11 +280,12 @@ def test_plateau_and_power_law():
     assert gpicl.power_law([1, 2], [1, 2]) is None
 
 
-def test_the_bias_falls_once_the_plateau_is_left():
-    args = replace(ARGS, bias=0.9, bias_end=0.1, meta_steps=100)
-    assert [gpicl.bias_at(args, step, -1) for step in (0, 99)] == [0.9, 0.9]
-    assert [gpicl.bias_at(args, step, 20) for step in (20, 60, 100)] == pytest.approx([0.9, 0.5, 0.1])
-    assert gpicl.bias_at(replace(args, bias_end=None), 99, 20) == 0.9
+def test_bias_and_learning_rate_fall_once_the_plateau_is_left():
+    args = replace(ARGS, bias=0.9, bias_end=0.1, lr=0.5, lr_decay=True, meta_steps=100)
+    assert [gpicl.schedule(args, step, -1) for step in (0, 99)] == [(0.9, 0.5)] * 2
+    for step, expected in {20: (0.9, 0.5), 60: (0.5, 0.25), 100: (0.1, 0)}.items():
+        assert gpicl.schedule(args, step, 20) == pytest.approx(expected)
+    assert gpicl.schedule(replace(args, bias_end=None, lr_decay=False), 99, 20) == (0.9, 0.5)
 
 
 def test_meta_test_tells_seen_from_unseen():
@@ -379,32 +380,10 @@ def test_one_task_does_not():
 # ---- the command line --------------------------------------------------------------------------------------------------
 TINY = "--preset laptop --meta-steps 6 --batch 4 --sequence-length 12 --width 16 --heads 2 --key-size 4 --test-seeds 6"
 TINY += " --test-tasks 3 --checkpoint-every 2 --log-every 2 --no-compile --test-datasets digits wine"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": "/nonexistent"} | NO_NETWORK
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
-TORCHRUN += ("--rdzv-endpoint", "localhost:0")
-
-
-KILLED = """
-import os, runpy, signal, sys
-rename = os.replace
-def rename_and_die(source, target):
-    rename(source, target)
-    if str(target).endswith("checkpoint.pt"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = rename_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""  # kill -9 right after the first checkpoint
 
 
 def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
-    line = [*launcher, str(ROOT / "gpicl.py"), "--run-dir", str(run_dir), *tiny.split(), *flags.split()]
-    return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
-
-
-def rows(folder):
-    return json.loads((folder / "results.json").read_text())["results"]
+    return run_script("gpicl.py", run_dir, f"{tiny} {flags}", launcher)
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +431,7 @@ def test_statistics_change_nothing_and_the_seed_decides(finished, tmp_path):
 def test_kill_and_resume_end_in_the_same_numbers(optimizer, tmp_path):
     flags = f"--meta-steps 40 --meta-optimizer {optimizer} --lr 1e-3"
     assert command(tmp_path, f"{flags} --run-name whole").returncode == 0
-    killed = command(tmp_path, f"{flags} --run-name killed", launcher=(sys.executable, "-c", KILLED))
+    killed = command(tmp_path, f"{flags} --run-name killed", launcher=KILLED)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
@@ -588,7 +567,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, tmp_path):
+def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     whole = (finished[0] / "checkpoint.pt").read_bytes()
@@ -597,13 +576,15 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, t
     checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     for path in ("foreign.pt", "foreign_run/checkpoint.pt"):
         torch.save(checkpoint | {"script": "fme"}, tmp_path / path)
-    wrong = command(tmp_path, flags.format(tmp=tmp_path, done=finished[0]))
-    assert wrong.returncode == 1, wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    last = wrong.stderr.strip().splitlines()[-1]
-    assert last.startswith("gpicl.py: ")
-    assert re.search(MISTAKES[flags], last), last
+    said = complain("gpicl", f"{TINY} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(MISTAKES[flags], said), said
     assert whole == (finished[0] / "checkpoint.pt").read_bytes()
+
+
+def test_a_mistake_ends_with_exit_code_1(tmp_path):
+    wrong = command(tmp_path, "--mode test")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("gpicl.py: --mode test needs --checkpoint")
 
 
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------

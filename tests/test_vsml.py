@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ENV, KILLED, ROOT, TORCHRUN, rows, run_script
 from torch import Tensor
 
 import vsml
 from common.datasets import Tasks, fold, key, load
 
-ROOT = Path(vsml.__file__).parent
 ARGS = vsml.Args(state_init="normal", input_bias=0.0, forget_bias=1.0, feed_label=True, logit_scale=3.0)
 DEEP = replace(ARGS, hidden=(5, 4), backward_pass=True)
 
@@ -460,32 +460,10 @@ def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
 # ---- the command line --------------------------------------------------------------------------------------------------
 TINY = "--meta-steps 6 --sequences 2 --sequence-length 6 --test-seeds 2 --test-steps 12 --checkpoint-every 2 --no-compile"
 TINY += " --preset laptop --population 2 --test-datasets digits wine"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | NO_NETWORK
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
-TORCHRUN += ("--rdzv-endpoint", "localhost:0")
-
-
-KILLED = """
-import os, runpy, signal, sys
-rename = os.replace
-def rename_and_die(source, target):
-    rename(source, target)
-    if str(target).endswith("checkpoint.pt"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = rename_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""  # kill -9 right after the first checkpoint
 
 
 def command(run_dir, flags, launcher=(sys.executable,)):
-    line = [*launcher, str(ROOT / "vsml.py"), "--run-dir", str(run_dir), *TINY.split(), *flags.split()]
-    return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
-
-
-def rows(folder):
-    return json.loads((folder / "results.json").read_text())["results"]
+    return run_script("vsml.py", run_dir, f"{TINY} {flags}", launcher)
 
 
 @pytest.fixture(scope="module")
@@ -541,7 +519,7 @@ def test_kill_and_resume_end_in_the_same_numbers(flags, finished, tmp_path):
         whole = tmp_path / "whole"
         memory = torch.load(whole / "checkpoint.pt", weights_only=True)["state"]["memory"]["vsml"]
         assert len(memory) == 2 and memory[0]["state"][0][1].abs().sum() > 0  # one for each size
-    killed = command(tmp_path, f"{flags} --run-name killed", launcher=(sys.executable, "-c", KILLED))
+    killed = command(tmp_path, f"{flags} --run-name killed", launcher=KILLED)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}")
@@ -783,18 +761,20 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, tmp_path):
+def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     broken_checkpoints(finished[0], tmp_path)
     before = (finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes()
-    wrong = command(tmp_path, flags.format(tmp=tmp_path, done=finished[0]))
-    assert wrong.returncode == 1, wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    last = wrong.stderr.strip().splitlines()[-1]
-    assert last.startswith("vsml.py: ")
-    assert re.search(MISTAKES[flags], last), last
+    said = complain("vsml", f"{TINY} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(MISTAKES[flags], said), said
     assert before == ((finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes())
+
+
+def test_a_mistake_ends_with_exit_code_1(tmp_path):
+    wrong = command(tmp_path, "--mode test")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("vsml.py: --mode test needs --checkpoint")
 
 
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
