@@ -7,6 +7,7 @@ Prints the median over several repetitions, and the largest memory that the proc
     python tests/benchmark.py vsml --setting thesis           # the thesis' ES step: 1,024 pairs, 500 examples, 28x28
     python tests/benchmark.py gpicl                           # a meta-step at the laptop's shape, and its parts
     python tests/benchmark.py gpicl --setting thesis          # at the thesis' shape, at 14x14 and 32x32x3
+    python tests/benchmark.py fme                             # environment steps per second with 1, 64 and 1,024 solutions
 """
 
 import argparse
@@ -16,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import fme
 import gpicl
 import vsml
 from common.datasets import Tasks, compile_draws, load
@@ -153,13 +156,37 @@ def bench_gpicl_at(args: gpicl.Args, run: argparse.Namespace, peak: float, repet
     )
 
 
+def bench_fme(options: argparse.Namespace) -> None:
+    """Environment steps per second of an execution, all of it, from random numbers to what is kept; medians of 5. 125 solutions
+    at a time on a CPU, whose cache holds them, all at once on a GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpicl.keep_memory()
+    run = argparse.Namespace(compiles=options.compile == "on", device=device, rank=0, world=1)
+    for name in ("bandit", "cartpole"):
+        for count in (1, 64, 1024):
+            torch.compiler.reset()
+            chunk = options.chunk or (125 if device.type == "cpu" else count)
+            args = fme.Args(populations=1, num_parallel=count, executions=count, roots=count, chunk=chunk)
+            args = fme.with_tuned(args, name)
+            with torch.no_grad():
+                population = fme.Population(args, name, "fme", run)
+                taken = seconds(partial(population.execute, population.roots, 0), 5)
+                frozen = seconds(partial(population.execute, population.roots, 0, frozen=True), 5)
+            steps = count * args.execution_steps / 1e3
+            print(
+                f"{name:<10} {count:>5} solutions  {1e6 * taken / args.execution_steps:8.1f} us a step"
+                f"  {steps / taken:8.1f} K steps/s  (frozen weights {steps / frozen:8.1f})  {peak_mb():6.0f} MB",
+                flush=True,
+            )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=["vsml", "gpicl"])
+    parser.add_argument("script", choices=["vsml", "gpicl", "fme"])
     parser.add_argument("--compile", choices=["on", "off"], default="on")
     parser.add_argument("--setting", choices=["small", "thesis"], default="small")
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of ES in the thesis setting")
-    parser.add_argument("--chunk", type=int, default=None, help="pairs of ES at a time")
+    parser.add_argument("--chunk", type=int, default=None, help="pairs of ES, or solutions of FME, at a time")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
-    {"vsml": bench_vsml, "gpicl": bench_gpicl}[options.script](options)
+    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme}[options.script](options)

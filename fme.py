@@ -1,0 +1,1150 @@
+"""FME: networks that modify themselves, selected by fitness alone.
+
+A self-referential network produces with every step a change of all of its own weights. Fitness monotonic execution adds what
+it has become to a set of solutions, and executes better ones more often. Nothing else is optimised: no gradient, no
+prescribed mutation. What remains of a good solution's changes is what changes it for the better.
+
+Kirsch, "Automating AI Research" (2025), chapter 7 and appendix E; Kirsch and Schmidhuber, "Eliminating Meta Optimization
+Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021).
+
+    Eq. 7.1 to 7.4 -> self_referential_layer
+    Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
+    Appendix E.1   -> Solutions (the buffer), initialise (truncated normals)
+    Section 7.4    -> hill_climbing (the baseline), common/envs.py (the tasks)
+    Section 7.5    -> SuccessStory
+
+    python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
+    python fme.py --envs cartpole --num-parallel 64 --executions 6400
+    python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
+
+Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
+layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
+"""
+
+import ctypes
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import envs
+from common.envs import Env, EnvError
+
+# ======================================================================================================================
+# Args
+# ======================================================================================================================
+Name = Literal["fme", "no_reward", "hill_climbing", "ssa"]
+
+
+@dataclass
+class Args:
+    """FME (chapter 7): networks modify themselves in an environment, and better ones are executed more often."""
+
+    preset: Literal["auto", "thesis", "laptop"] = "auto"
+    """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
+    seed: int = 0
+    """Decides everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live."""
+    compile: bool = True
+    """Fuse a step of networks and environments with torch.compile (needs a C++ compiler on a CPU)."""
+    mode: Literal["train", "test"] = "train"
+    """train: let solutions evolve, then test the ones that were found; test: only test those of a --checkpoint."""
+    checkpoint: Path | None = None
+    """The checkpoint.pt to test."""
+    resume: Path | None = None
+    """A run folder to go on with, exactly where it stopped."""
+    run_dir: Path = Path("runs")
+    """Run folders are made in here."""
+    run_name: str | None = None
+    """Name of the run folder (default: script-environments-learner-seed-time)."""
+    track: bool = False
+    """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
+    checkpoint_every: int = 100
+    """Rounds (of --num-parallel executions) between checkpoints."""
+
+    learner: Name = "fme"
+    """fme; no_reward, FME whose networks do not see the reward; hill_climbing, Gaussian noise in place of self-modification;
+    ssa, the success-story algorithm: one history a lineage, undone where reward per time has not risen."""
+    baselines: tuple[Name, ...] = ("hill_climbing", "ssa", "no_reward")
+    """Learners run beside the first one, with as many executions. no_reward only where rewards could tell something."""
+
+    envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
+    """Environments (section 7.4), one after the other."""
+    populations: int = 5
+    """Independent repetitions (Figure 7.3)."""
+    executions: int | None = None
+    """Executions, each one self-modification, in a population (not in the thesis; default: see TUNED)."""
+    num_parallel: int | None = 1
+    """Solutions sampled and executed at the same time (Algorithm 12: one after the other; None: see TUNED)."""
+    execution_steps: int = 1000
+    """L, environment steps of an execution (Appendix E.1)."""
+    roots: int | None = 1
+    """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
+    performance: Literal["lineage", "execution"] = "lineage"
+    """R/dt of a solution: over its lineage's whole lifetime (section 7.3), or over the last execution."""
+    buckets: int = 100
+    """m, equal intervals of performance (Appendix E.1)."""
+    bucket_size: int = 100
+    """Most recent solutions that a bucket holds (Appendix E.1)."""
+    selection: float = 20.0
+    """The best bucket is e to this power as likely as the worst (Appendix E.1)."""
+    greedy: bool = False
+    """Always execute the best solution (the special case in section 7.3)."""
+    sigma: float | None = None
+    """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
+
+    hidden: int = 32
+    """Units of a layer (Appendix E.1)."""
+    layers: int = 3
+    """Self-referential layers (Appendix E.1)."""
+    noise_inputs: int = 0
+    """Inputs of standard normal noise (Appendix E.1: of no use)."""
+
+    test_seeds: int = 25
+    """Fresh executions of each solution found."""
+    chunk: int = 125
+    """Networks executed together; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
+
+
+LAPTOP = dict(
+    num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
+    roots=None,  # from one random network, or a few, most populations stay poor (README)
+    performance="execution",  # a lineage's past hides what a rare good change has brought
+    baselines=("hill_climbing", "no_reward"),  # ssa takes as long as FME itself
+    checkpoint_every=5,  # half a minute
+)
+PRESETS = {"thesis": {}, "laptop": LAPTOP}
+TUNED = {  # for each environment, unless a flag says otherwise: how many executions, how many at a time, hill climbing's noise
+    "bandit": dict(executions=200, num_parallel=25, sigma=0.3),
+    "cartpole": dict(executions=3200, num_parallel=400, sigma=0.1),
+    "swapping_bandit": dict(executions=4000, num_parallel=400, sigma=0.3),
+}
+SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what to have achieved to count as solved
+
+
+# ======================================================================================================================
+# The learner
+# ======================================================================================================================
+def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply a layer and let it change all of its weights, for p networks at once.
+
+    w (p, a, b + 2a + 4), from inputs to outputs y (b), key k (a), query q (a) and learning rates beta (4), in this order;
+    x (p, a). Returns y (p, b), the new w, and the four learning rates sigma(beta) (p, 4).
+    """
+    a = x.shape[-1]
+    parts = (num_outputs, a, a, 4)
+    y, k, q, beta = apply(w, x).split(parts, -1)  # Eq. 7.1
+    v_bar = apply(w, k)  # Eq. 7.2
+    v = apply(w, q)  # Eq. 7.3
+    rates = beta.sigmoid()
+    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates.split(1, -1), parts, strict=True)], -1)
+    change = rate * (v.tanh() - v_bar.tanh())
+    return y, w + k.tanh()[:, :, None] * change[:, None, :], rates  # Eq. 7.4
+
+
+def apply(w: Tensor, x: Tensor) -> Tensor:
+    """W psi(x) with psi = tanh: (p, a, c), (p, a) -> (p, c). A sum that compiles into one loop over w, where a product of
+    matrices would be one call for each network."""
+    return (w * x.tanh()[:, :, None]).sum(1)
+
+
+def sizes(args: Args, env: Env) -> list[tuple[int, int]]:
+    """Inputs and outputs of each layer. Inputs of the first: 1, last action as one-hot, last reward, noise, observation."""
+    widths = [1 + env.num_actions + 1 + args.noise_inputs + env.obs_size, *[args.hidden] * (args.layers - 1), env.num_actions]
+    return list(pairwise(widths))
+
+
+def unpack(phi: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """All variables of p networks, (p, n), as their layers' weights, each (p, a, b + 2a + 4)."""
+    shapes = [(a, b + 2 * a + 4) for a, b in sizes]
+    parts = phi.split([a * c for a, c in shapes], -1)
+    return [part.unflatten(-1, shape).contiguous() for part, shape in zip(parts, shapes, strict=True)]
+
+
+def pack(layers: list[Tensor]) -> Tensor:
+    """The opposite of unpack."""
+    return torch.cat([w.flatten(1) for w in layers], -1)
+
+
+def initialise(args: Args, env: Env, count: int, generator: torch.Generator) -> Tensor:
+    """Random networks (count, n): truncated normals with standard deviation 1/sqrt(N_x) (Appendix E.1)."""
+    layers = [torch.empty(count, a, b + 2 * a + 4, device=env.device) for a, b in sizes(args, env)]
+    for w in layers:
+        std = w.shape[1] ** -0.5
+        nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return pack(layers)
+
+
+# ======================================================================================================================
+# The inner loop
+# ======================================================================================================================
+class Life(NamedTuple):
+    """Where p executions stand."""
+
+    layers: list[Tensor]  # weights, each (p, a, c)
+    state: envs.State
+    obs: Tensor  # (p, o)
+    action: Tensor  # (p,)
+    reward: Tensor  # (p,), the last one
+    total: Tensor  # (p,), R so far
+    episodes: Tensor  # (p,), ended so far
+    rates: Tensor  # (p, k, 4), learning rates summed over the steps so far
+
+
+def live(args: Args, env: Env, frozen: bool, sees_reward: bool, life: Life, draws: Tensor) -> tuple[Life, Tensor]:
+    """One step: phi, y <- g_phi(x), an action drawn from softmax(y), the environment's answer. Returns also whether an episode
+    ended (p,). draws (p, d), uniform; frozen: leave the weights alone; sees_reward: feed the last reward, otherwise zero."""
+    action_draw, noise, env_draws = draws.split((1, args.noise_inputs, env.num_draws), -1)
+    last_action = (life.action[:, None] == torch.arange(env.num_actions, device=draws.device)).float()
+    obs = life.obs / torch.tensor(env.obs_scale, device=draws.device)
+    noise = torch.special.ndtri(noise)
+    x = torch.cat([torch.ones_like(action_draw), last_action, life.reward[:, None] * sees_reward, noise, obs], -1)
+    layers, rates = [], []
+    for w, (_, num_outputs) in zip(life.layers, sizes(args, env), strict=True):
+        if frozen:
+            x = apply(w, x)[:, :num_outputs]
+        else:
+            x, w, rate = self_referential_layer(w, x, num_outputs)
+            rates.append(rate)
+        layers.append(w)
+    action = (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
+    state, step = env.step(life.state, action, env_draws)
+    ended = step.terminated | step.truncated
+    total, episodes = life.total + step.reward, life.episodes + ended
+    rates = life.rates if frozen else life.rates + torch.stack(rates, 1)
+    return Life(layers, state, step.obs, action, step.reward, total, episodes, rates), ended
+
+
+class Outcome(NamedTuple):
+    """What came of p executions."""
+
+    phi: Tensor  # (p, n), the networks afterwards
+    reward: Tensor  # (p,), R
+    achieved: Tensor  # (p,), steps per episode where there are episodes, else reward per step
+    rates: Tensor  # (p, 4 k), mean learning rates
+    after_swap: Tensor  # (p, 10), mean reward at the first, second, ... pull after a swap, where arms swap; else (p, 0)
+
+
+def execute(args: Args, env: Env, live: Any, phi: Tensor, draws: Tensor) -> Outcome:
+    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions, each in an environment of its own.
+
+    phi (p, n); draws (1 + t, p, d), uniform; live: the function above with its first arguments given.
+    """
+    layers = unpack(phi, sizes(args, env))
+    state, obs = env.reset(draws[0, :, draws.shape[-1] - env.num_draws :])
+    zeros = partial(torch.zeros, len(phi), device=phi.device)
+    life = Life(layers, state, obs, zeros(dtype=torch.int64), zeros(), zeros(), zeros(), zeros(len(layers), 4))
+    rewards, since = [], []
+    for now in draws[1:]:
+        since.append(life.state.get("since"))
+        life, ended = live(life, now)
+        rewards.append(life.reward)
+    steps = len(rewards)
+    achieved = steps / (life.episodes + ~ended) if env.episodic else life.total / steps  # the last episode counts, cut off
+    after_swap = by_pulls_since_swap(rewards, since) if "since" in state else zeros(0)
+    return Outcome(pack(life.layers), life.total, achieved, life.rates.flatten(1) / steps, after_swap)
+
+
+def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
+    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
+    reward, since = torch.stack(rewards), torch.stack(since)
+    at = [since == pull for pull in range(envs.SwappingBandit.shortest)]
+    return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
+
+
+# ======================================================================================================================
+# The outer loop
+# ======================================================================================================================
+class Solutions:
+    """Phi of Algorithm 12 for p populations, as the buffer of Appendix E.1: `buckets` equal intervals of the current range of
+    performance, each with its `bucket_size` most recent solutions. A bucket is drawn with a probability that grows
+    exponentially with its performance, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
+
+    All slots lie ready; an id tells since when a solution is there, and is -1 where a slot is empty.
+    """
+
+    def __init__(self, args: Args, roots: Tensor):
+        self.args = args
+        p, count, n = roots.shape
+        slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
+        self.phi = torch.zeros(p, slots, n, device=roots.device)
+        self.performance = torch.zeros(p, slots, device=roots.device)
+        self.id = torch.full((p, slots), -1, device=roots.device)
+
+    def begin(self, roots: Tensor, performance: Tensor) -> None:
+        """Put the roots (p, r, n) in; each is as good as it was in its first executions, performance (p, s)."""
+        id = torch.arange(roots.shape[1], device=roots.device).expand(len(roots), -1)
+        self.add(roots, id, performance.unflatten(1, (-1, roots.shape[1])).mean(1))
+
+    def by_bucket(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """bucket (p, slots), m for empty slots; order (p, slots), slots from the worst to the best bucket, in each from the
+        most recent on; first and count (p, m + 1), where a bucket begins in this order, and how many it holds."""
+        held, m = self.id >= 0, self.args.buckets
+        low = torch.where(held, self.performance, torch.inf).amin(1, keepdim=True)
+        high = torch.where(held, self.performance, -torch.inf).amax(1, keepdim=True)
+        share = (self.performance - low) / (high - low).clamp(min=1e-12)
+        bucket = torch.where(held, (share * m).long().clamp(0, m - 1), m)
+        order = (bucket * (self.id.max() + 2) - self.id).argsort(1)
+        count = torch.zeros(len(bucket), m + 1, dtype=torch.int64, device=bucket.device)
+        count.scatter_add_(1, bucket, torch.ones_like(bucket))
+        return bucket, order, count.cumsum(1) - count, count
+
+    def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """phi ~ p(phi): solutions (p, s, n) and their ids (p, s). draws (p, s, 2), uniform, float64."""
+        if self.args.greedy:
+            phi, id = self.best()
+            return phi[:, None].expand(-1, draws.shape[1], -1), id[:, None].expand(-1, draws.shape[1])
+        _, order, first, count = self.by_bucket()
+        m = self.args.buckets
+        better = torch.arange(m, dtype=torch.float64, device=order.device) / m
+        total = ((self.args.selection * (better - 1)).exp() * (count[:, :m] > 0)).cumsum(1)
+        bucket = torch.searchsorted(total, draws[..., 0] * total[:, -1:], right=True).clamp(max=m - 1)
+        nth = (draws[..., 1] * count.gather(1, bucket)).long()
+        slot = order.gather(1, first.gather(1, bucket) + nth)
+        return self.at(slot), self.id.gather(1, slot)
+
+    def add(self, phi: Tensor, id: Tensor, performance: Tensor, *_: Tensor) -> None:
+        """Phi <- Phi + {phi}; the oldest of a full bucket go. phi (p, s, n); id, performance (p, s); id -1: leave it out."""
+        slot = (self.id >= 0).int().argsort(dim=1, stable=True)[:, : id.shape[1]]  # empty ones
+        self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
+        self.performance.scatter_(1, slot, performance)
+        self.id.scatter_(1, slot, id)
+        bucket, order, first, _ = self.by_bucket()
+        nth = torch.arange(order.shape[1], device=order.device) - first.gather(1, bucket.gather(1, order))
+        self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The solution of the highest performance in each population, (p, n), and its id (p,)."""
+        slot = torch.where(self.id >= 0, self.performance, -torch.inf).argmax(1, keepdim=True)
+        return self.at(slot)[:, 0], self.id.gather(1, slot)[:, 0]
+
+    def at(self, slot: Tensor) -> Tensor:
+        return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Without the slots that no solution has lain in."""
+        used = int((self.id >= 0).any(0).nonzero().max()) + 1
+        return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "performance", "id")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.id.fill_(-1)
+        for name, value in state.items():
+            getattr(self, name)[:, : value.shape[1]] = value
+
+
+def fitness_monotonic_execution(population: "Population", number: int) -> None:
+    """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
+    args, solutions = population.args, population.solutions
+    if number == 0:
+        phi, parent = population.every_root()  # as nothing is known of them
+    else:
+        draws = population.draws((args.num_parallel, 2), number, 0, dtype=torch.float64)
+        phi, parent = solutions.sample(draws)  # phi ~ p(phi)
+    if population.learner == "hill_climbing":
+        phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
+    done = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
+    id, total, lived = population.record(number, parent, done)
+    if args.performance == "execution":
+        total, lived = done.reward, torch.ones_like(done.reward)
+    performance = total / (lived * args.execution_steps)  # R(phi) / dt
+    if number == 0:
+        solutions.begin(population.roots, performance)
+    solutions.add(done.phi.nan_to_num(), id, performance, done.reward)  # Phi <- Phi + {phi}
+
+
+class Population:
+    """p populations of one learner in one environment: their solutions, and the history of all executions by id.
+
+    history: parent, root, depth (p, ids), how many executions the lineage has; reward (p, ids), of the whole lineage; of the
+    last execution achieved (p, ids) and rates (p, ids, 4 k); moved (p, ids, k), the distance of each layer from the root's.
+    """
+
+    def __init__(self, args: Args, name: str, learner: str, run: "Run"):
+        self.args, self.name, self.learner, self.run = args, name, learner, run
+        self.env = make_env(name, args.chunk, run.device)
+        self.live = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
+        self.roots = torch.stack(
+            [initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)],
+        )
+        self.solutions = (SuccessStory if learner == "ssa" else Solutions)(args, self.roots)
+        shape = (args.populations, args.roots + rounds(args) * args.num_parallel)
+        self.history = {what: torch.zeros(shape, device=run.device) for what in ("reward", "achieved")}
+        self.history |= {what: torch.zeros(shape, dtype=torch.int64, device=run.device) for what in ("parent", "root", "depth")}
+        self.history |= {"rates": torch.zeros(*shape, 4 * args.layers, device=run.device)}
+        self.history |= {"moved": torch.zeros(*shape, args.layers, device=run.device)}
+        self.history["parent"][:, : args.roots] = -1
+        self.history["root"][:, : args.roots] = torch.arange(args.roots, device=run.device)
+        self.dropped = torch.zeros(args.populations, dtype=torch.int64, device=run.device)
+        self.curve = torch.zeros(len(measured_rounds(args)), args.populations, device=run.device)
+
+    def generator(self, population: int, *numbers: int) -> torch.Generator:
+        """Random numbers decided by the seed, the environment, the population and these numbers alone."""
+        words = np.random.SeedSequence([self.args.seed, *self.name.encode(), population, *numbers]).generate_state(2)
+        return torch.Generator(self.run.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+    def draws(self, shape: tuple[int, ...], *numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform numbers (p, *shape)."""
+        each = (self.generator(p, *numbers) for p in range(self.args.populations))
+        return torch.stack([torch.rand(shape, generator=one, dtype=dtype, device=one.device) for one in each])
+
+    def normals(self, shape: tuple[int, ...], *numbers: int) -> Tensor:
+        """Standard normal numbers (p, *shape)."""
+        each = (self.generator(p, *numbers) for p in range(self.args.populations))
+        return torch.stack([torch.randn(shape, generator=one, device=one.device) for one in each])
+
+    def every_root(self) -> tuple[Tensor, Tensor]:
+        """All roots, (p, s, n), one after the other as often as it takes, and their ids (p, s)."""
+        id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
+        return self.roots[:, id], id.expand(self.args.populations, -1)
+
+    def record(self, number: int, parent: Tensor, done: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+        """Write a round's executions into the history. Returns (p, s) the new ids, -1 where weights are no longer finite, and
+        of each lineage all reward and the number of executions."""
+        history, (p, s) = self.history, parent.shape
+        id = self.args.roots + number * s + torch.arange(s, device=parent.device).expand(p, s)
+        total, lived = (history[what].gather(1, parent) for what in ("reward", "depth"))
+        total, lived, root = total + done.reward, lived + 1, history["root"].gather(1, parent)
+        apart = (done.phi - self.roots.gather(1, root[..., None].expand_as(done.phi))).nan_to_num()
+        moved = [w.flatten(1).norm(dim=1).view(p, s) for w in unpack(apart.flatten(0, 1), sizes(self.args, self.env))]
+        facts = {"parent": parent, "root": root, "depth": lived, "reward": total, "achieved": done.achieved}
+        facts |= {"rates": done.rates.nan_to_num(), "moved": torch.stack(moved, -1)}
+        for what, value in facts.items():
+            history[what][:, id[0]] = value
+        finite = done.phi.isfinite().all(-1)
+        self.dropped += (~finite).sum(1)
+        return torch.where(finite, id, -1), total, lived
+
+    def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
+        """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
+        args, (p, s, n) = self.args, phi.shape
+        frozen = self.learner == "hill_climbing" if frozen is None else frozen
+        draws = self.draws((args.execution_steps + 1, s, 1 + args.noise_inputs + self.env.num_draws), *numbers)
+        draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
+        widths = (n, 1, 1, 4 * args.layers, envs.SwappingBandit.shortest * isinstance(self.env, envs.SwappingBandit))
+        everything = torch.zeros(p * s, sum(widths), device=phi.device)
+        for mine in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
+            parts = execute(args, self.env, self.live[frozen], phi[mine], draws[:, mine])
+            everything[mine] = torch.cat([part.view(len(mine), -1) for part in parts], -1)
+        if dist.is_initialized():
+            dist.all_reduce(everything)  # each row was written by one process and is zero in the others
+        phi, reward, achieved, rates, after_swap = everything.unflatten(0, (p, s)).split(widths, -1)
+        return Outcome(phi, reward[..., 0], achieved[..., 0], rates, after_swap)
+
+    def measure(self, *numbers: int) -> Tensor:
+        """What the best solutions so far achieve in fresh executions (p, test_seeds); nothing of it goes back."""
+        phi, _ = self.solutions.best()
+        return self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers).achieved
+
+
+# ======================================================================================================================
+# Baselines
+# ======================================================================================================================
+class SuccessStory:
+    """The success-story algorithm (section 7.5; Schmidhuber, Zhao and Wiering 1997), with the signature of Solutions: s
+    lineages in each of p populations, each with its own clock and a stack of checkpoints.
+
+    Before each self-modification: as long as reward per time since a checkpoint is not above what it is since the one before
+    it, the newest checkpoint is put back and taken off the stack; then one of what is there now is put onto it. Time that led
+    nowhere stays on the clock. The stack keeps its newest `depth` checkpoints, for memory's sake.
+    """
+
+    parts = ("phi", "id", "reward", "time")
+
+    def __init__(self, args: Args, roots: Tensor, depth: int = 20):
+        shape = (args.populations, args.num_parallel)
+        self.id = torch.arange(args.num_parallel, device=roots.device).expand(shape) % args.roots
+        self.phi = roots[:, self.id[0]]
+        self.reward = torch.zeros(shape, device=roots.device)
+        self.time = torch.zeros(shape, device=roots.device)
+        self.height = torch.zeros(shape, dtype=torch.int64, device=roots.device)
+        now = {what: getattr(self, what) for what in self.parts}
+        self.stack = {what: value[:, :, None].expand(-1, -1, depth, *value.shape[2:]).clone() for what, value in now.items()}
+
+    def begin(self, roots: Tensor, performance: Tensor) -> None:
+        """The roots are there from the start, and as nothing came before them, there is nothing to put onto the stack."""
+
+    def rates(self) -> Tensor:
+        """Reward per time (p, s, 1 + depth): over the whole life, then since each checkpoint; infinite where there is none."""
+        since = (self.reward[..., None] - self.stack["reward"]) / (self.time[..., None] - self.stack["time"])
+        held = torch.arange(since.shape[-1], device=since.device) < self.height[..., None]
+        return torch.cat([(self.reward / self.time)[..., None], torch.where(held, since, torch.inf)], -1)
+
+    def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """What each lineage has come to (p, s, n), its changes undone as far as they were no success, and its ids (p, s)."""
+        while True:
+            rates = self.rates()
+            undo = ~((rates[..., 1:] > rates[..., :-1]) | rates[..., 1:].isinf()).all(-1)
+            if not undo.any():
+                break
+            self.height = self.height - undo.long()
+            for what in ("phi", "id"):
+                top = self.stack[what].gather(2, self.index(self.height, what)).squeeze(2)
+                setattr(self, what, torch.where(undo if what == "id" else undo[..., None], top, getattr(self, what)))
+        depth = self.stack["id"].shape[2]
+        full = self.height == depth
+        for what, stacked in self.stack.items():
+            if full.any():
+                stacked[full] = stacked[full].roll(-1, 1)
+            now = getattr(self, what).unsqueeze(2)
+            stacked.scatter_(2, self.index(self.height, what), now)
+        self.height = (self.height + 1).clamp(max=depth)
+        return self.phi, self.id
+
+    def index(self, level: Tensor, what: str) -> Tensor:
+        """A level (p, s) of the stack, in the shape that gather and scatter want."""
+        level = level.clamp(max=self.stack["id"].shape[2] - 1)
+        return level[..., None, None].expand(-1, -1, 1, self.phi.shape[-1]) if what == "phi" else level[..., None]
+
+    def add(self, phi: Tensor, id: Tensor, performance: Tensor, reward: Tensor) -> None:
+        """Go on from phi (p, s, n), with id (p, s), -1: not from this one, after an execution with this reward (p, s)."""
+        self.phi = torch.where(id[..., None] >= 0, phi, self.phi)
+        self.id = torch.where(id >= 0, id, self.id)
+        self.reward, self.time = self.reward + reward, self.time + 1
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The lineage with the most reward per time since its last checkpoint: what it is (p, n), and its id (p,)."""
+        rates = self.rates().gather(2, self.height[..., None]).squeeze(2)
+        first = rates.argmax(1, keepdim=True)
+        return self.phi.gather(1, first[..., None].expand(-1, -1, self.phi.shape[-1]))[:, 0], self.id.gather(1, first)[:, 0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {what: getattr(self, what).clone() for what in (*self.parts, "height")} | {"stack": self.stack}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stack = {what: value.to(self.phi.device) for what, value in state["stack"].items()}
+        for what in (*self.parts, "height"):
+            setattr(self, what, state[what].to(self.phi.device))
+
+
+# ======================================================================================================================
+# Meta-test
+# ======================================================================================================================
+def meta_test(
+    args: Args, found: dict[str, dict[str, Any]], run: "Run"
+) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Tensor]]:
+    """Fresh executions of the solutions found, as they are and with frozen weights: a network that sees its last action and
+    reward can adapt without changing a weight, so only what the frozen one lacks is due to self-modification.
+
+    Returns rows of results, what each population achieved, and mean rewards (p, 10) after a swap by learner.
+    """
+    rows, achieved, after_swap = [], {}, {}
+    for job, what in found.items():
+        torch.compiler.reset()  # graphs of other jobs
+        name, learner = job.split()
+        tuned = with_tuned(args, name)
+        population = Population(tuned, name, learner, run)
+        metric = "return" if population.env.episodic else "reward_per_step"
+        for number, values in zip(measured_rounds(tuned)[:-1], what["curve"], strict=False):
+            rows.append(result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values))
+        phi = what["phi"].to(run.device)[:, None].expand(-1, args.test_seeds, -1)
+        for frozen in (True,) if learner == "hill_climbing" else (False, True):
+            fresh = population.execute(phi, TEST, frozen=frozen)
+            label = learner + "_frozen" * (frozen and learner != "hill_climbing")
+            last = rounds(tuned) * tuned.num_parallel
+            rows.append(result_row(label, name, "none", metric, last, fresh.achieved.mean(1)))
+            achieved[f"{name} {label}"] = fresh.achieved.mean(1).tolist()
+            if fresh.after_swap.numel():
+                after_swap[label] = fresh.after_swap.mean(1)
+    return rows, achieved, after_swap
+
+
+LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing", "ssa": "success story"}
+LABELS |= {f"{name}_frozen": f"{label}, then frozen" for name, label in LABELS.items()}
+COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "ssa", "no_reward"))}
+PARTS = ("y", "k", "q", "beta")
+
+
+def figures() -> Any:
+    """matplotlib, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
+    plt, tasks = figures(), list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for learner in COLOURS:
+            points = [row for row in rows if row["task"] == task and row["learner"] == learner]
+            if points:
+                steps, mean, std = (np.array([row[what] for row in points]) for what in ("step", "mean", "std"))
+                axis.plot(steps, mean, color=COLOURS[learner], label=LABELS[learner])
+                axis.fill_between(steps, mean - std, mean + std, color=COLOURS[learner], alpha=0.2, linewidth=0)
+        episodic = any(row["metric"] == "return" for row in rows if row["task"] == task)
+        axis.set(
+            title=task,
+            xlabel="self-modifications",
+            ylabel="steps per episode" if episodic else "reward per step",
+            ylim=(0, None),
+        )
+        axis.grid(alpha=0.3)
+    finish_figure(figure, axes[0], path)
+
+
+def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
+    """Figure 7.4: how soon after a swap the other arm is pulled, mean and standard deviation over populations."""
+    plt = figures()
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    for label, reward in after_swap.items():
+        colour, pulls = COLOURS[label.removesuffix("_frozen")], range(1, reward.shape[1] + 1)
+        mean, std = reward.mean(0).cpu(), reward.std(0, correction=0).cpu()
+        frozen = label.endswith("_frozen")
+        axis.plot(pulls, mean, "--" if frozen else "-", color=colour, label=LABELS[label])
+        if not frozen:
+            axis.fill_between(pulls, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    axis.set(title="swapping_bandit", xlabel="pull after a swap", ylabel="reward", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    finish_figure(figure, [axis], path)
+
+
+def finish_figure(figure: Any, axes: Any, path: Path) -> None:
+    """One legend for all panels, then the file."""
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(1 + len(axes), max(1, len(handles))))
+    figure.savefig(path, dpi=110)
+    figures().close(figure)
+
+
+def lineage(history: dict[str, Tensor], population: int, id: int) -> list[int]:
+    """Ids from a root to a solution."""
+    ids = [id]
+    while (id := int(history["parent"][population, id])) >= 0:
+        ids.append(id)
+    return ids[::-1]
+
+
+def draw_introspection(path: Path, found: dict[str, dict[str, Any]], args: Args) -> None:
+    """How far the layers of each population's best lineage have moved from its root; how long lineages get; and the learning
+    rates beta of the best lineage of all, mean over each of its executions."""
+    jobs = [job for job in found if job.split()[1] == "fme"] or list(found)[:1]
+    figure, axes = figures().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
+    for (moved, length, rates), job in zip(axes, jobs, strict=True):
+        history, roots = found[job]["history"], with_tuned(args, job.split()[0]).roots
+        executed = range(history["depth"].shape[1] - roots)
+        best = int(found[job]["curve"][-1].argmax())
+        for population, id in enumerate(found[job]["id"].tolist()):
+            ids, first = lineage(history, population, id), population == 0
+            for layer in range(args.layers):
+                label = f"layer {layer + 1}" if first else None
+                moved.plot(history["moved"][population, ids, layer], color=f"C{layer}", alpha=0.7, label=label)
+            depths = history["depth"][population, roots:]
+            length.plot(executed, depths.cummax(0).values, color="C3", alpha=0.7, label="longest so far" if first else None)
+            length.plot(executed, depths, ".", color="C7", markersize=1, label="each solution" if first else None)
+            if population == best:
+                for index, value in enumerate(history["rates"][population, ids[1:]].T):
+                    layer, part = divmod(index, 4)
+                    label, style = f"{PARTS[part]}, layer {layer + 1}", ("-", "--", ":", "-.")[part]
+                    rates.plot(range(1, len(ids)), value, style, color=f"C{layer}", label=label)
+        moved.set(title=f"{job.replace(' ', ', ')}: distance from the root", xlabel="executions in the best lineage")
+        length.set(title="length of lineages", xlabel="self-modifications of the population")
+        rates.set(title="learning rates, best population", xlabel="executions in the best lineage", ylim=(0, 1))
+        for axis in (moved, length, rates):
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=6, ncols=3 if axis is rates else 1)
+    figure.savefig(path, dpi=110)
+    figures().close(figure)
+
+
+# ======================================================================================================================
+# The run
+# ======================================================================================================================
+SCRIPT = Path(__file__).stem
+USER_ERRORS = (EnvError,)
+NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
+
+
+# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
+class Mistake(Exception):
+    """Something a user can mend; the message is one sentence that says how."""
+
+
+def parse_args() -> Args:
+    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
+    args = tyro.cli(Args)
+    if args.resume:
+        if args.mode == "test" or args.checkpoint:
+            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
+        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
+        args = tyro.cli(Args, default=base)
+        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
+        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
+        if changed:
+            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
+    elif args.mode == "test":
+        if not args.checkpoint:
+            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
+        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
+    elif args.checkpoint:
+        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
+    else:
+        if args.preset == "auto":
+            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
+        preset = args.preset
+        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
+        args.preset = preset
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Mistake("There is no CUDA device; leave out --device cuda.")
+    return args
+
+
+def saved_args(path: Path, **changes: Any) -> Args:
+    """The Args of a checkpoint, with changes."""
+    saved = read_checkpoint(path)["args"]
+    try:
+        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
+        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
+    except (KeyError, TypeError) as error:
+        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
+    if not path.is_file():
+        raise Mistake(f"There is no checkpoint {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
+        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
+    return checkpoint
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Write a file whole or not at all: to a temporary name, synced, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def take_out(keep: Any) -> Any:
+    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
+    if isinstance(keep, dict):
+        return {name: take_out(value) for name, value in keep.items()}
+    if isinstance(keep, (list, tuple)):
+        return [take_out(value) for value in keep]
+    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
+
+
+def put_back(keep: Any, state: Any) -> None:
+    """The opposite of take_out, in place."""
+    if isinstance(keep, dict):
+        for name, value in keep.items():
+            put_back(value, state[name])
+    elif isinstance(keep, (list, tuple)):
+        for value, saved in zip(keep, state, strict=True):
+            put_back(value, saved)
+    elif isinstance(keep, Tensor):
+        keep.data.copy_(state)
+    else:
+        keep.load_state_dict(state)
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a nested state, with the names that lead to them."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, (dict, list)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, f"{name} {key}".strip())
+
+
+def keep_memory() -> None:
+    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
+def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
+    """A row of results.json from the values (seeds,) of independent meta-test runs."""
+    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
+    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+
+
+class Run:
+    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+
+    def __init__(self, args: Args):
+        self.args, self.started, self.file, self.lines = args, time.time(), None, []
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(args.device)
+        if args.device == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        torch.manual_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
+        self.saved = bool(self.resumed)
+        if self.resumed and (args.resume / "results.json").exists():
+            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
+        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [word if isinstance(word, str) else "-".join(word) for word in words]
+        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
+        self.folder = args.resume or args.run_dir / (args.run_name or name)
+        self.compiles = args.compile and self.can_compile()
+        keep_memory()
+        if self.rank == 0:
+            self.open_folder()
+
+    def open_folder(self) -> None:
+        if not self.resumed and self.folder.exists():
+            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            text = json.dumps(self.plain_args(), indent=2) + "\n"
+            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
+        else:  # drop what was logged after the checkpoint
+            path = self.folder / "metrics.csv"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
+            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
+        self.wandb = None
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
+            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
+        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
+
+    def can_compile(self) -> bool:
+        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
+        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
+            return True
+        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
+        return False
+
+    def plain_args(self) -> dict[str, Any]:
+        """The Args as JSON has them."""
+        return json.loads(json.dumps(asdict(self.args), default=str))
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
+        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
+        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
+        first = 0
+        if self.resumed:
+            first = self.resumed["step"]
+            put_back(keep, self.resumed["state"])
+            torch.set_rng_state(self.resumed["rng"]["cpu"])
+            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
+                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
+        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        for step in self.bar:
+            yield step
+            if (step + 1) % self.args.checkpoint_every == 0:
+                self.save(step + 1, keep)
+        self.save(max(first, total), keep)
+
+    def log(self, step: int, values: dict[str, Tensor]) -> None:
+        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        self.lines.append((step, values))
+        if self.args.device == "cpu" or len(self.lines) == 20:
+            self.write_lines()
+
+    def write_lines(self) -> None:
+        """Raises Mistake at a value that is not finite."""
+        for step, values in self.lines:
+            values = {name: float(value) for name, value in values.items()}
+            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
+            if self.rank > 0:
+                continue
+            if self.file is None:
+                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
+                if self.file.tell() == 0:
+                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
+            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(values, step=step)
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
+        self.lines = []
+
+    def refuse_nan(self, step: int, names: list[str]) -> None:
+        if names:
+            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
+            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
+        self.write_lines()
+        state = take_out(keep)
+        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
+        if self.rank == 0:
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
+            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
+            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        self.saved = True
+
+    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
+        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        if self.rank > 0:
+            return
+        if self.args.device == "cuda":
+            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
+        else:
+            import resource  # not on Windows
+
+            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
+        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
+        self.board.close()
+        first = {row["task"]: row["metric"] for row in reversed(rows)}
+        shown = [row for row in rows if row["metric"] == first[row["task"]]]
+        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
+        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
+        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
+            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
+            found = {row["step"]: row for row in these}
+            cells = [found.get(step) for step in steps] + [found[max(found)]]
+            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
+            table.append([task, novelty, learner, *texts])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        metrics = ", ".join(sorted(set(first.values())))
+        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
+        for line in table:
+            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+
+
+def run_as_script(main: Any) -> None:
+    """main(), with a user's mistakes said in one sentence and exit code 1."""
+    try:
+        main()
+    except (Mistake, *USER_ERRORS) as error:
+        sys.exit(f"{SCRIPT}.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+TEST = 2**31  # where random numbers of tests begin
+
+
+def rounds(args: Args) -> int:
+    """Rounds of num_parallel executions."""
+    return -(-args.executions // args.num_parallel)
+
+
+def measured_rounds(args: Args) -> list[int]:
+    """Rounds after which the solutions found so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
+    points = [args.executions * part // 8 for part in range(1, 9)] + [1, 10, 100, 400, 1000, 10_000]
+    return sorted({max(0, -(-point // args.num_parallel) - 1) for point in points if point <= args.executions})
+
+
+def with_tuned(args: Args, name: str) -> Args:
+    """Args with what is left open filled in for an environment."""
+    args = replace(args, **{flag: value for flag, value in TUNED[name].items() if getattr(args, flag) is None})
+    return replace(args, roots=args.roots or args.num_parallel)
+
+
+def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
+    """An environment whose reward per step tells solutions apart: a CartPole that pays 1 at each step would not."""
+    return envs.make(name, count, device, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
+
+
+def compiled(args: Args, env: Env, run: "Run", frozen: bool, sees_reward: bool) -> Any:
+    """A step with everything given but where it stands and its random numbers."""
+    step = partial(live, args, env, frozen, sees_reward)
+    return torch.compile(step, dynamic=False) if run.compiles else step
+
+
+def check(args: Args) -> None:
+    """Refuse what cannot work, before anything is written."""
+    counts = "populations execution_steps buckets bucket_size hidden layers test_seeds chunk checkpoint_every"
+    for name in f"{counts} executions num_parallel roots".split():
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
+    if args.sigma is not None and not 0 < args.sigma < math.inf:
+        raise Mistake("--sigma has to be above 0.")
+    if args.noise_inputs < 0 or not math.isfinite(args.selection):
+        raise Mistake("--noise-inputs has to be at least 0, and --selection a number.")
+    if not args.envs:
+        raise Mistake("--envs needs at least one environment.")
+    for name in args.envs:
+        if make_env(name, 1).num_actions is None:
+            playable = ", ".join(name for name in envs.ENVS if make_env(name, 1).num_actions)
+            raise Mistake(f"FME's networks choose among actions, and those of {name} are continuous; choose from {playable}.")
+        tuned = with_tuned(args, name)
+        if tuned.num_parallel % tuned.roots:
+            raise Mistake(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
+
+
+class Evolution:
+    """All populations of a run, one after the other: what was found, and the population that is at work."""
+
+    def __init__(self, args: Args, run: "Run"):
+        self.args, self.run, self.found, self.current = args, run, {}, None
+        learners = dict.fromkeys([args.learner, *args.baselines])
+        changing = {name: not make_env(name, 1).stationary for name in args.envs}
+        self.jobs = [
+            f"{name} {learner}" for name in args.envs for learner in learners if learner != "no_reward" or changing[name]
+        ]
+        lengths = [rounds(with_tuned(args, job.split()[0])) for job in self.jobs]
+        self.plan = [(job, number) for job, length in zip(self.jobs, lengths, strict=True) for number in range(length)]
+
+    def begin(self, job: str) -> Population:
+        torch.compiler.reset()  # graphs of other jobs
+        name, learner = job.split()
+        return Population(with_tuned(self.args, name), name, learner, self.run)
+
+    def evolve(self) -> None:
+        """Algorithm 12 for all jobs."""
+        for step in self.run.steps(len(self.plan), {"evolution": self}):
+            job, number = self.plan[step]
+            if number == 0:
+                self.current = self.begin(job)
+            population = self.current
+            fitness_monotonic_execution(population, number)
+            measured = measured_rounds(population.args)
+            if number in measured:
+                population.curve[measured.index(number)] = population.measure(population.args.num_parallel, TEST, number).mean(
+                    1
+                )
+            log = self.summary(job, number)
+            if number == rounds(population.args) - 1:
+                phi, id = population.solutions.best()
+                kept = {"phi": phi, "id": id, "curve": population.curve, "dropped": population.dropped}
+                self.found[job] = kept | {"history": population.history}
+                self.current = None
+            self.run.log(step, log)
+
+    def summary(self, job: str, number: int) -> dict[str, Tensor]:
+        """What a line of metrics.csv says: the job by its number, executions so far, and over populations the mean of what was
+        achieved in this round and of the best achieved so far, of the longest lineage, and all solutions dropped."""
+        population = self.current
+        s, history = population.args.num_parallel, population.history
+        last = population.args.roots + (number + 1) * s
+        achieved = history["achieved"][:, population.args.roots : last]
+        log = {"job": self.jobs.index(job), "executions": (number + 1) * s, "achieved": achieved[:, -s:].mean()}
+        log |= {"best_achieved": achieved.amax(1).mean(), "longest_lineage": history["depth"][:, :last].amax(1).float().mean()}
+        return log | {"dropped": population.dropped.sum()}
+
+    def state_dict(self) -> dict[str, Any]:
+        population = self.current
+        if population is None:
+            return {"found": take_out(self.found)}
+        keep = {what: getattr(population, what) for what in ("solutions", "history", "dropped", "curve")}
+        return {"found": take_out(self.found), "at": take_out(keep)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For a checkpoint taken while a job was at work, or between two."""
+        self.found = to_device(state["found"], self.run.device)
+        if "at" in state:
+            self.current = self.begin(self.jobs[len(self.found)])
+            put_back({what: getattr(self.current, what) for what in state["at"]}, state["at"])
+
+    def load_found(self, path: Path) -> None:
+        """What was found, of the environments and learners that the flags name, from a checkpoint."""
+        found = read_checkpoint(path)["state"]["evolution"]["found"]
+        for job in self.jobs:
+            name, learner = job.split()
+            if job not in found:
+                raise Mistake(f"{path} holds no solutions for {name} by {learner}; it has {', '.join(found) or 'none yet'}.")
+            n = sum(a * (b + 2 * a + 4) for a, b in sizes(self.args, make_env(name, 1)))
+            if found[job]["phi"].shape[1] != n:
+                raise Mistake(f"{path} holds networks of other sizes than these flags ask for; leave them out.")
+        self.found = to_device({job: found[job] for job in self.jobs}, self.run.device)
+
+
+def to_device(state: Any, device: torch.device) -> Any:
+    """Nested dicts of tensors on a device."""
+    return {name: to_device(value, device) for name, value in state.items()} if isinstance(state, dict) else state.to(device)
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    run = Run(args)
+    started = time.time()
+    evolution = Evolution(args, run)
+    with torch.no_grad():
+        if args.mode == "test":
+            evolution.load_found(args.checkpoint)
+        else:
+            evolution.evolve()
+        tested = time.time()
+        rows, achieved, after_swap = meta_test(args, evolution.found, run)
+    if run.rank > 0:
+        return
+    draw_curves(run.folder / "self_modifications.png", rows)
+    draw_introspection(run.folder / "introspection.png", evolution.found, args)
+    if after_swap:
+        draw_adaptation(run.folder / "adaptation.png", after_swap)
+    solved = {job: solved_after(args, job, what["history"]["achieved"]) for job, what in evolution.found.items()}
+    for job, executions in solved.items():
+        run.say(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
+    run.finish(
+        rows,
+        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
+        parameters=int(next(iter(evolution.found.values()))["phi"].shape[1]),
+        achieved=achieved,
+        solved_after=solved,
+        dropped={job: int(what["dropped"].sum()) for job, what in evolution.found.items()},
+        longest_lineage={job: what["history"]["depth"].amax(1).tolist() for job, what in evolution.found.items()},
+        after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
+    )
+
+
+def solved_after(args: Args, job: str, achieved: Tensor) -> list[int | None]:
+    """For each population the executions until the first one that achieved what SOLVED asks for. achieved (p, ids)."""
+    name = job.split()[0]
+    good = achieved[:, with_tuned(args, name).roots :] >= SOLVED[name]
+    return [int(one.float().argmax()) + 1 if one.any() else None for one in good]
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,407 @@
+"""fme.py: the mathematics of chapter 7, the buffer against an obvious one, learning, and the command line."""
+
+import csv
+import json
+import math
+import re
+import signal
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import KILLED, TORCHRUN, rows, run_script
+
+import fme
+from common import envs
+
+RUN = SimpleNamespace(device=torch.device("cpu"), compiles=False, rank=0, world=1)
+ARGS = fme.Args(
+    populations=2, executions=12, num_parallel=4, roots=2, execution_steps=30, hidden=5, performance="lineage", sigma=0.1
+)
+
+
+def population(name="bandit", learner="fme", **changes):
+    return fme.Population(replace(ARGS, **changes), name, learner, RUN)
+
+
+# ---- the network -------------------------------------------------------------------------------------------------------
+def slow_layer(w, x, b):
+    """Eq. 7.1 to 7.4 for one network, number by number."""
+    a = len(x)
+
+    def apply(x):
+        return [sum(w[i][j] * math.tanh(x[i]) for i in range(a)) for j in range(b + 2 * a + 4)]
+
+    out = apply(x)
+    y, k, q, beta = out[:b], out[b : b + a], out[b + a : b + 2 * a], out[b + 2 * a :]
+    rates = [1 / (1 + math.exp(-value)) for value in beta]
+    v_bar, v = apply(k), apply(q)
+    part = [0] * b + [1] * a + [2] * a + [3] * 4
+    new = [
+        [w[i][j] + rates[part[j]] * (math.tanh(v[j]) - math.tanh(v_bar[j])) * math.tanh(k[i]) for j in range(len(part))]
+        for i in range(a)
+    ]
+    return y, new, rates
+
+
+@pytest.mark.parametrize("a, b", [(3, 2), (2, 5)])
+def test_a_layer_is_equations_7_1_to_7_4(a, b):
+    w, x = torch.randn(4, a, b + 2 * a + 4, dtype=torch.float64), torch.randn(4, a, dtype=torch.float64)
+    found = fme.self_referential_layer(w, x, b)
+    for index in range(4):
+        for mine, slow in zip(found, slow_layer(w[index].tolist(), x[index].tolist(), b), strict=True):
+            torch.testing.assert_close(mine[index], torch.tensor(slow, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_sizes_and_start():
+    """Inputs of CartPole: 1, two actions, reward, four observations. Truncated normals of std 1/sqrt(N_x)."""
+    args, env = fme.Args(), envs.make("cartpole", 1)
+    assert fme.sizes(args, env) == [(8, 32), (32, 32), (32, 2)]
+    phi = fme.initialise(args, env, 200, torch.Generator().manual_seed(0))
+    layers = fme.unpack(phi, fme.sizes(args, env))
+    assert [tuple(w.shape) for w in layers] == [(200, 8, 52), (200, 32, 100), (200, 32, 70)]
+    assert torch.equal(fme.pack(layers), phi)
+    for w in layers:
+        sigma = w.shape[1] ** -0.5
+        assert w.abs().max() <= 2 * sigma and w.std() == pytest.approx(0.88 * sigma, rel=0.01)  # 0.88: cut at 2 sigma
+
+
+@pytest.mark.parametrize("name", ["bandit", "swapping_bandit", "cartpole"])
+def test_every_weight_is_changed_by_the_network_itself_unless_frozen(name):
+    them = population(name)
+    done, frozen = (them.execute(them.roots, 1, frozen=frozen) for frozen in (False, True))
+    assert torch.equal(frozen.phi, them.roots) and (done.phi != them.roots).float().mean() > 0.99
+    assert ((done.rates > 0) & (done.rates < 1)).all() and (frozen.rates == 0).all()
+    if name == "cartpole":  # a failure costs 1, and so many make 1 + as many episodes (or as many, if at the very last step)
+        episodes = (30 / done.achieved).round()
+        assert (((episodes + done.reward == 1) | (episodes + done.reward == 0)) & (episodes >= 1)).all()
+    else:
+        torch.testing.assert_close(done.achieved, done.reward / 30)
+
+
+def test_executions_do_not_touch_each_other():
+    """A solution comes to the same in company of others, in chunks, and beside one that is not finite."""
+    them, alone = population("cartpole"), population("cartpole", chunk=1)
+    phi = torch.cat([them.roots, them.roots.flip(1)], 1)
+    together, one_by_one = them.execute(phi, 7), alone.execute(phi, 7)
+    for mine, other in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(mine, other)
+    phi[0, 1] = math.inf
+    beside = them.execute(phi, 7)
+    assert not beside.phi[0, 1].isfinite().all()
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    keep[0, 1] = False
+    assert torch.equal(beside.phi[keep], together.phi[keep]) and torch.equal(beside.reward[keep], together.reward[keep])
+
+
+def test_the_reward_is_an_input_only_where_it_is_meant_to_be():
+    draws = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
+    env, actions = envs.make("bandit", 500), {}
+    for sees_reward in (False, True):
+        for reward in (0.0, 1.0):
+            life, _ = fme.live(ARGS, env, True, sees_reward, some_life(env, reward), draws)
+            actions[sees_reward, reward] = life.action
+    assert torch.equal(actions[False, 0.0], actions[False, 1.0])
+    assert not torch.equal(actions[True, 0.0], actions[True, 1.0])
+
+
+def some_life(env, reward):
+    """The same random network everywhere, whose last reward was this."""
+    phi = fme.initialise(ARGS, env, 1, torch.Generator().manual_seed(1)).expand(env.num_envs, -1)
+    state, obs = env.reset(torch.zeros(env.num_envs, 1))
+    zeros = torch.zeros(env.num_envs)
+    layers = fme.unpack(phi, fme.sizes(ARGS, env))
+    return fme.Life(layers, state, obs, zeros.long(), zeros + reward, zeros, zeros, torch.zeros(env.num_envs, 3, 4))
+
+
+def test_reward_by_pulls_since_a_swap():
+    reward, since = torch.rand(40, 3), torch.randint(0, 25, (40, 3))
+    found = fme.by_pulls_since_swap(list(reward), list(since))
+    for who in range(3):
+        for pull in range(10):
+            values = [float(r) for r, s in zip(reward[:, who], since[:, who], strict=True) if s == pull]
+            assert found[who, pull] == pytest.approx(sum(values) / max(1, len(values)))
+
+
+# ---- selection ---------------------------------------------------------------------------------------------------------
+class SlowBuffer:
+    """Appendix E.1 with lists: 10 buckets over the current range, in each the 3 most recent solutions."""
+
+    def __init__(self):
+        self.held = []  # (id, performance), the most recent last
+
+    def bucket(self, performance):
+        low, high = (f(p for _, p in self.held) for f in (min, max))
+        return min(9, int((performance - low) / max(high - low, 1e-12) * 10))
+
+    def add(self, new):
+        self.held += new
+        kept = []
+        for bucket in range(10):
+            kept += [one for one in self.held if self.bucket(one[1]) == bucket][-3:]
+        self.held = sorted(kept)
+
+
+def test_the_buffer_is_an_obvious_one():
+    args = replace(ARGS, buckets=10, bucket_size=3, executions=400, roots=2)
+    solutions = fme.Solutions(args, torch.zeros(2, 2, 1))
+    slow = [SlowBuffer(), SlowBuffer()]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(60):
+        performance = torch.randn(2, 4, generator=generator).double().float() * (1 + number / 20)  # the range grows
+        id = (number * 4 + torch.arange(4)).repeat(2, 1)
+        id[0, 1] = -1 if number % 3 == 0 else id[0, 1]  # one that is left out
+        solutions.add(performance[..., None], id, performance)
+        for mine, obvious in enumerate(slow):
+            new = zip(id[mine].tolist(), performance[mine].tolist(), strict=True)
+            obvious.add([one for one in new if one[0] >= 0])
+            held = solutions.id[mine] >= 0
+            assert sorted(solutions.id[mine, held].tolist()) == [one[0] for one in obvious.held]
+            assert torch.equal(solutions.phi[mine, held, 0], solutions.performance[mine, held])
+            best = max(obvious.held, key=lambda one: one[1])
+            assert solutions.best()[1][mine] == best[0] and solutions.best()[0][mine, 0] == pytest.approx(best[1])
+    assert max(len(obvious.held) for obvious in slow) <= 30
+
+
+def test_solutions_are_drawn_exponentially_by_bucket_and_uniformly_within():
+    args = replace(ARGS, buckets=4, bucket_size=50, selection=2.0, executions=100)
+    solutions = fme.Solutions(args, torch.zeros(1, 2, 1))
+    performance = torch.tensor([[0.0, 0.1, 0.2, 0.6, 0.7, 1.0]])  # buckets 0 0 0 2 2 3; bucket 1 is empty
+    for first in (0, 3):
+        now = performance[:, first : first + 3]
+        solutions.add(now[..., None], first + torch.arange(3)[None], now)
+    draws = torch.rand(1, 200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    phi, id = solutions.sample(draws)
+    assert torch.equal(phi[0, :, 0], performance[0, id[0]])
+    weight = torch.tensor([1 / 3, 1 / 3, 1 / 3, math.e / 2, math.e / 2, math.exp(1.5)])  # e^(2 i / 4), shared in a bucket
+    torch.testing.assert_close(id[0].bincount() / 200_000, weight / weight.sum(), atol=3e-3, rtol=0)
+    solutions.args = replace(args, greedy=True)
+    assert (solutions.sample(draws[:, :5])[1] == 5).all()
+    solutions.args = replace(args, selection=20.0, buckets=100)
+    assert 0.85 < (solutions.sample(draws)[1] == 5).float().mean() <= 1  # no bucket of the best is ever out of reach
+
+
+def test_the_success_story_is_an_obvious_one():
+    """Against a lineage with lists, over random rewards of which most are no success."""
+    args = replace(ARGS, num_parallel=3, roots=3)
+    story = fme.SuccessStory(args, torch.arange(6.0).view(2, 3, 1), depth=6)
+    slow = [dict(phi=float(i), reward=0.0, time=0.0, stack=[]) for i in range(6)]
+    generator = torch.Generator().manual_seed(0)
+    undone = 0
+    for number in range(80):
+        if number:
+            phi, _ = story.sample(torch.zeros(2, 3, 2))
+            for one, now in zip(slow, phi.flatten().tolist(), strict=True):
+                while one["stack"]:
+                    marks = [(0, 0), *((r, t) for _, r, t in one["stack"])]
+                    rates = [(one["reward"] - r) / (one["time"] - t) for r, t in marks]
+                    if all(x < y for x, y in pairwise(rates)):
+                        break
+                    one["phi"], _, _ = one["stack"].pop()
+                    undone += 1
+                one["stack"] = [*one["stack"], (one["phi"], one["reward"], one["time"])][-6:]
+                assert now == one["phi"]
+        new = torch.rand(2, 3, 1, generator=generator)
+        reward = (torch.rand(2, 3, generator=generator) * 64).round() / 64 + number / 64  # binary fractions, exact in a sum
+        id = torch.full((2, 3), number)
+        id[1, 2] = -1 if number % 5 == 0 else number
+        story.add(new, id, reward, reward)
+        for index, one in enumerate(slow):
+            one["phi"] = float(new.flatten()[index]) if id.flatten()[index] >= 0 else one["phi"]
+            one["reward"], one["time"] = one["reward"] + float(reward.flatten()[index]), one["time"] + 1
+    assert 50 < undone < 79 * 6
+
+
+def evolved(rounds=3, **kinds):
+    them = population(**kinds)
+    for number in range(rounds):
+        fme.fitness_monotonic_execution(them, number)
+    return them
+
+
+@pytest.mark.parametrize("performance", ["lineage", "execution"])
+@pytest.mark.parametrize("learner", ["fme", "hill_climbing", "ssa"])
+def test_history_adds_up(learner, performance):
+    """Lifetimes are sums along lineages; the set holds R/dt of the lineage or of the last execution; roots come first."""
+    them = evolved(name="swapping_bandit", learner=learner, performance=performance)
+    history = {what: value.tolist() for what, value in them.history.items()}
+    for p in range(2):
+        assert history["parent"][p][:6] == [-1, -1, 0, 1, 0, 1] and history["root"][p][:6] == [0, 1, 0, 1, 0, 1]
+        for id in range(2, 14):
+            parent = history["parent"][p][id]
+            achieved = history["achieved"][p][id]
+            assert history["depth"][p][id] == history["depth"][p][parent] + 1 == len(fme.lineage(them.history, p, id)) - 1
+            assert history["reward"][p][id] == pytest.approx(history["reward"][p][parent] + 30 * achieved, abs=1e-4)
+        if learner != "ssa":
+            mean = sum(history["achieved"][p][2:6:2]) / 2  # root 0 was executed twice in the first round
+            held = dict(zip(them.solutions.id[p].tolist(), them.solutions.performance[p].tolist(), strict=True))
+            assert held[0] == pytest.approx(mean)
+            for id in range(2, 14):
+                whole = history["reward"][p][id] / (30 * history["depth"][p][id])
+                assert held[id] == pytest.approx(whole if performance == "lineage" else history["achieved"][p][id])
+
+
+def test_hill_climbing_adds_gaussian_noise_and_changes_nothing_else():
+    them = evolved(1, learner="hill_climbing", sigma=0.3)
+    change = them.solutions.phi[:, 2:6] - them.roots[:, [0, 1, 0, 1]]
+    assert change.std() == pytest.approx(0.3, rel=0.05) and change.mean().abs() < 0.02
+    moved = them.history["moved"][:, 2:6]
+    torch.testing.assert_close(moved.square().sum(-1).sqrt(), change.norm(dim=-1))
+
+
+def test_a_solution_that_is_not_finite_is_dropped_and_counted():
+    them = population()
+    them.roots[0, 1, 3] = math.nan
+    for number in range(2):
+        fme.fitness_monotonic_execution(them, number)
+    assert them.dropped.tolist()[0] >= 2 and them.dropped.tolist()[1] == 0
+    held = them.solutions.id >= 0
+    children = held & (them.solutions.id >= 2)
+    assert them.solutions.phi[children].isfinite().all() and held[1].sum() == 10
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------------
+def test_it_solves_the_bandit_by_modifying_itself(monkeypatch):
+    """200 executions of three populations: from choosing at random to the better arm, in fresh executions."""
+    monkeypatch.setattr(RUN, "compiles", True)
+    them = evolved(10, populations=3, executions=200, num_parallel=20, roots=20, execution_steps=500, hidden=32)
+    achieved = them.history["achieved"][:, 20:]
+    assert (achieved[:, :20].mean(1) - 0.5).abs().max() < 0.2
+    assert (them.measure(fme.TEST).mean(1) > 0.95).all()
+    assert (achieved[:, -40:].mean(1) > 0.8).all()
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------
+TINY = "--preset laptop --populations 2 --executions 12 --num-parallel 4 --roots 2 --execution-steps 40 --hidden 6"
+TINY += (
+    " --checkpoint-every 2 --test-seeds 3 --no-compile --envs bandit swapping_bandit --baselines hill_climbing ssa no_reward"
+)
+
+
+def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+    return run_script("fme.py", run_dir, f"{tiny} {flags}", launcher)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, which other tests only read."""
+    run_dir = tmp_path_factory.mktemp("runs")
+    done = command(run_dir, "--run-name done")
+    assert done.returncode == 0, done.stderr
+    return run_dir / "done", done
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, done = finished
+    names = {path.name for path in folder.iterdir()}
+    figures = {"self_modifications.png", "adaptation.png", "introspection.png"}
+    assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json"} | figures <= names
+    assert any(name.startswith("events.out.tfevents") for name in names) and not any("partial" in name for name in names)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["script"] == "fme" and results["preset"] == "laptop"
+    keys = {"learner", "task", "novelty", "metric", "step", "mean", "std", "seeds"}
+    assert all(set(row) == keys and row["seeds"] == 2 for row in results["results"])
+    last = {(row["task"], row["learner"]) for row in results["results"] if row["step"] == 12}
+    learners = {"fme", "fme_frozen", "hill_climbing", "ssa", "ssa_frozen"}
+    assert last == {(task, one) for task in ("bandit", "swapping_bandit") for one in learners} | {
+        ("swapping_bandit", one) for one in ("no_reward", "no_reward_frozen")
+    }
+    assert {row["step"] for row in results["results"]} == {4, 8, 12}
+    assert set(results["after_swap"]) == learners | {"no_reward", "no_reward_frozen"}
+    with open(folder / "metrics.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 7 * 3 and [float(line["job"]) for line in lines] == [job for job in range(7) for _ in range(3)]
+    assert "swapping_bandit" in done.stdout and "first achieved after" in done.stdout
+
+
+def test_the_seed_decides(finished, tmp_path):
+    assert command(tmp_path, "--run-name again").returncode == 0
+    assert rows(tmp_path / "again") == rows(finished[0])
+    assert command(tmp_path, "--run-name other --seed 1").returncode == 0
+    assert rows(tmp_path / "other") != rows(finished[0])
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_kill_and_resume_end_in_the_same_numbers(every, finished, tmp_path):
+    """In the middle of the first job, and in that of the third; the whole buffer and the story's stack come back."""
+    flags = f"--checkpoint-every {every} --run-name killed"
+    killed = command(tmp_path, flags, launcher=KILLED)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
+    resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "killed") == rows(finished[0])
+    with open(tmp_path / "killed" / "metrics.csv") as mine, open(finished[0] / "metrics.csv") as theirs:
+        mine, theirs = (
+            [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(file)] for file in (mine, theirs)
+        )
+    assert mine == theirs
+
+
+def test_a_checkpoint_tested_again_gives_the_same_numbers(finished, tmp_path):
+    flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --run-name test"
+    tested = command(tmp_path, flags, tiny="")
+    assert tested.returncode == 0, tested.stderr
+    assert rows(tmp_path / "test") == rows(finished[0])
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    two = command(tmp_path, "--run-name two", launcher=TORCHRUN)
+    assert two.returncode == 0, two.stderr
+    for one, other in zip(rows(finished[0]), rows(tmp_path / "two"), strict=True):
+        assert one | {"mean": 0, "std": 0} == other | {"mean": 0, "std": 0}
+        assert one["mean"] == pytest.approx(other["mean"], abs=1e-5)
+
+
+def test_the_thesis_way_and_every_switch(tmp_path):
+    """One after the other from one root; then all that can be switched, at once."""
+    done = command(tmp_path, "--num-parallel 1 --roots 1 --executions 4 --envs bandit --baselines --run-name sequential")
+    assert done.returncode == 0, done.stderr
+    assert {row["step"] for row in rows(tmp_path / "sequential")} == {1, 2, 3, 4}
+    flags = "--greedy --noise-inputs 2 --performance execution --layers 2 --buckets 5 --bucket-size 2 --learner hill_climbing"
+    done = command(tmp_path, f"{flags} --baselines fme --envs cartpole --run-name all")
+    assert done.returncode == 0, done.stderr
+    assert {row["metric"] for row in rows(tmp_path / "all")} == {"return"}
+
+
+MISTAKES = {
+    "--envs pendulum": "those of pendulum are continuous; choose from bandit, swapping_bandit, cartpole",
+    "--envs cartpol": "There is no environment cartpol; there are bandit",
+    "--envs": "--envs needs at least one environment",
+    "--num-parallel 5": "--num-parallel 5 has to be a multiple of --roots 2",
+    "--executions 0": "--executions has to be at least 1",
+    "--sigma nan": "--sigma has to be above 0",
+    "--buckets 0": "--buckets has to be at least 1",
+    "--selection inf": "--selection a number",
+    "--noise-inputs -1": "--noise-inputs has to be at least 0",
+    "--mode test": "--mode test needs --checkpoint",
+    "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
+    "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of fme.py",
+    "--mode test --checkpoint {done}/checkpoint.pt --hidden 7": "holds networks of other sizes than these flags ask for",
+    "--mode test --checkpoint {done}/checkpoint.pt --envs cartpole": "holds no solutions for cartpole",
+    "--resume {done}": "is finished",
+    "--run-name {done}": "exists; choose another --run-name",
+    "--device cuda": "There is no CUDA device",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    whole = (finished[0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"script": "gla"}, tmp_path / "foreign.pt")
+    tiny = "" if "--mode test --checkpoint {done}" in flags or "--resume" in flags else TINY
+    said = complain("fme", f"{tiny} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(MISTAKES[flags], said), said
+
+
+def test_a_mistake_ends_with_exit_code_1(tmp_path):
+    wrong = command(tmp_path, "--mode test")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("fme.py: --mode test needs --checkpoint")
