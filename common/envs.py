@@ -8,6 +8,9 @@ An environment keeps nothing: its state is a dict of tensors (p, ...) that goes 
 its own either: every call takes `draws`, fresh uniform numbers (p, env.num_draws) in [0, 1), so that whoever runs it decides
 what is random, what repeats, and what members of a population share.
 
+A name may carry a size and what is done to the environment: "independent_bandit:8" has eight arms, "grid_world:5" five rows and
+columns; "shuffled_cartpole" permutes observations and actions, "projected_cartpole" maps observations through a random matrix.
+
 Environments reset themselves. A step that ends an episode, because it terminated (the task is over) or was truncated (time is
 up), returns that step's reward, the state the action led to as `last_obs`, and as `obs` the first observation of the next
 episode, so that a loop over steps needs no branch. Bootstrap from `last_obs`, act on `obs`; between ends the two are equal.
@@ -59,6 +62,16 @@ class Env:
         """How many uniform numbers a call of reset or step wants for each environment."""
         return self.begin_draws + self.move_draws
 
+    @property
+    def lifetime_draws(self) -> int:
+        """How many uniform numbers `reset` wants for each environment: more than a step where a lifetime has something of its
+        own that outlives its episodes."""
+        return self.num_draws
+
+    def payouts(self, state: State) -> Tensor | None:
+        """The expected reward of each action (p, b), where it does not depend on what happens afterwards."""
+        return None
+
     def begin(self, draws: Tensor) -> State:
         """The first state of an episode. draws (p, begin_draws)."""
         raise NotImplementedError
@@ -72,7 +85,7 @@ class Env:
         raise NotImplementedError
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        """New episodes everywhere. draws (p, num_draws)."""
+        """New lifetimes everywhere. draws (p, lifetime_draws)."""
         state = self.begin(draws[:, : self.begin_draws]) | {"steps": torch.zeros_like(draws[:, 0], dtype=torch.int64)}
         return state, self.observe(state)
 
@@ -131,6 +144,68 @@ class SwappingBandit(Bandit):
         good = torch.where(swap, 1 - state["good"], state["good"])
         left = torch.where(swap, self.interval(draws[:, 0]), state["left"] - 1)
         return {"good": good, "since": torch.where(swap, 0, state["since"] + 1), "left": left}, reward, terminated
+
+
+class IndependentBandit(Bandit):
+    """Arms that pay 1, else 0, with probabilities drawn once per lifetime from U[0, 1], each on its own (thesis, section 4.5.2
+    and appendix C.1). state: chances (p, b)."""
+
+    move_draws = 1
+
+    def __init__(self, *args: Any, size: int = 2):
+        super().__init__(*args)
+        self.num_actions = self.begin_draws = size
+
+    def begin(self, draws: Tensor) -> State:
+        return {"chances": draws.to(self.dtype)}
+
+    def observe(self, state: State) -> Tensor:
+        return torch.zeros(len(state["chances"]), 0, dtype=self.dtype, device=self.device)
+
+    def payouts(self, state: State) -> Tensor:
+        return state["chances"]
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        chance = state["chances"].gather(1, action[:, None])
+        reward = (draws < chance)[:, 0].to(self.dtype)
+        return {"chances": state["chances"]}, reward, torch.zeros_like(action, dtype=torch.bool)
+
+
+class DependentBandit(IndependentBandit):
+    """Two arms that pay with probabilities p and 1 - p, p from U[0, 1] (appendix C.1)."""
+
+    begin_draws = 1
+
+    def __init__(self, *args: Any):
+        Env.__init__(self, *args)
+
+    def chance(self, draw: Tensor) -> Tensor:
+        return draw
+
+    def begin(self, draws: Tensor) -> State:
+        chance = self.chance(draws[:, 0].to(self.dtype))
+        return {"chances": torch.stack([chance, 1 - chance], -1)}
+
+
+class EasyBandit(DependentBandit):
+    """As above with p from {0.1, 0.9}."""
+
+    better = 0.9
+
+    def chance(self, draw: Tensor) -> Tensor:
+        return torch.where(draw < 0.5, self.better, 1 - self.better)
+
+
+class MediumBandit(EasyBandit):
+    """As above with p from {0.25, 0.75}."""
+
+    better = 0.75
+
+
+class HardBandit(EasyBandit):
+    """As above with p from {0.4, 0.6}."""
+
+    better = 0.6
 
 
 class CartPole(Env):
@@ -195,18 +270,299 @@ class Pendulum(Env):
         return {"angle": angle + self.seconds * speed, "speed": speed}, reward, torch.zeros_like(speed, dtype=torch.bool)
 
 
+class UprightCartPole(CartPole):
+    """CartPole that pays for being upright and centred (thesis, section 4.5.5): one minus the angle, times one minus the
+    position, each as a share of what ends the episode. 1 in the middle, 0 at the end of an episode."""
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _, terminated = super().move(state, action, draws)
+        x, _, angle, _ = moved["physics"].unbind(-1)
+        off = (x.abs() / self.largest_position).clamp(max=1), (angle.abs() / self.largest_angle).clamp(max=1)
+        return moved, (1 - off[0]) * (1 - off[1]), terminated
+
+
+class MountainCar(Env):
+    """gymnasium's MountainCar-v0 (Moore 1990). Actions: left, none, right. Observations: position, velocity. Reward: -1 for
+    every step; with `free_goal` 0 for the one that reaches the goal, or else lifetimes of many episodes would all pay alike."""
+
+    obs_size, num_actions, max_steps = 2, 3, 200
+    begin_draws = 1
+    obs_scale = (1.2, 0.07)
+    force, gravity, goal, fastest = 0.001, 0.0025, 0.5, 0.07
+
+    def __init__(self, *args: Any, free_goal: bool = False):
+        super().__init__(*args)
+        self.free_goal = free_goal
+
+    def begin(self, draws: Tensor) -> State:
+        x = draws[:, 0].to(self.dtype) * 0.2 - 0.6
+        return {"physics": torch.stack([x, torch.zeros_like(x)], -1)}
+
+    def observe(self, state: State) -> Tensor:
+        return state["physics"]
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        x, velocity = state["physics"].unbind(-1)
+        velocity = velocity + (action - 1).to(self.dtype) * self.force - self.gravity * (3 * x).cos()
+        velocity = velocity.clamp(-self.fastest, self.fastest)
+        x = (x + velocity).clamp(-1.2, 0.6)
+        velocity = torch.where((x <= -1.2) & (velocity < 0), 0.0, velocity)
+        terminated = x >= self.goal
+        reward = -torch.ones_like(x) + (terminated.to(self.dtype) if self.free_goal else 0)
+        return {"physics": torch.stack([x, velocity], -1)}, reward, terminated
+
+
+class Acrobot(Env):
+    """gymnasium's Acrobot-v1 (Sutton 1996, with the dynamics of the book). Actions: a torque of -1, 0 or 1 N m between the
+    links. Observations: cos and sin of both angles, angular velocities in rad/s. Reward: -1 for every step, 0 for the one that
+    reaches the height."""
+
+    obs_size, num_actions, max_steps = 6, 3, 500
+    begin_draws = 4
+    obs_scale = (1.0, 1.0, 1.0, 1.0, 4 * math.pi, 9 * math.pi)
+    seconds, gravity, centre, moment = 0.2, 9.8, 0.5, 1.0  # links of 1 m and 1 kg
+
+    def begin(self, draws: Tensor) -> State:
+        return {"physics": draws.to(self.dtype) / 5 - 0.1}
+
+    def observe(self, state: State) -> Tensor:
+        one, two, *speeds = state["physics"].unbind(-1)
+        return torch.stack([one.cos(), one.sin(), two.cos(), two.sin(), *speeds], -1)
+
+    def change(self, physics: Tensor, torque: Tensor) -> Tensor:
+        """The time derivative of both angles and both speeds."""
+        one, two, speed1, speed2 = physics.unbind(-1)
+        c, i, g = self.centre, self.moment, self.gravity
+        d1 = c**2 + (1 + c**2 + 2 * c * two.cos()) + 2 * i
+        d2 = c**2 + c * two.cos() + i
+        pull2 = c * g * (one + two - math.pi / 2).cos()
+        swing = c * two.sin()
+        pull1 = -swing * speed2**2 - 2 * swing * speed2 * speed1 + (c + 1) * g * (one - math.pi / 2).cos() + pull2
+        turn2 = (torque + d2 / d1 * pull1 - swing * speed1**2 - pull2) / (c**2 + i - d2**2 / d1)
+        return torch.stack([speed1, speed2, -(d2 * turn2 + pull1) / d1, turn2], -1)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        y, torque, dt = state["physics"], (action - 1).to(self.dtype), self.seconds
+        k1 = self.change(y, torque)  # Runge-Kutta of fourth order
+        k2 = self.change(y + dt / 2 * k1, torque)
+        k3 = self.change(y + dt / 2 * k2, torque)
+        k4 = self.change(y + dt * k3, torque)
+        angles, speeds = (y + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)).split(2, -1)
+        angles = (angles + math.pi) % (2 * math.pi) - math.pi
+        fastest = math.pi * torch.tensor([4.0, 9.0], dtype=self.dtype, device=self.device)
+        speeds = torch.minimum(torch.maximum(speeds, -fastest), fastest)
+        one, two = angles.unbind(-1)
+        terminated = -one.cos() - (one + two).cos() > 1
+        return {"physics": torch.cat([angles, speeds], -1)}, terminated.to(self.dtype) - 1, terminated
+
+
+class GridWorld(Env):
+    """A heart that pays +1 and a trap that pays -1 (thesis, section 4.5.4): the agent, the heart and the trap begin in
+    different random cells; what is stepped on first ends the episode. Actions: up, down, left, right; walls stop the agent.
+    Observations: three images of zeros and ones, where the agent, the heart and the trap are. The thesis names neither the
+    size nor a time limit. state: cells (p, 3), each its row times the size plus its column."""
+
+    num_actions = 4
+    objects = 3
+
+    def __init__(self, *args: Any, size: int = 5):
+        super().__init__(*args)
+        self.size, self.begin_draws = size, self.objects
+        self.obs_size, self.max_steps = 3 * size**2, 5 * size
+        self.obs_scale = (1.0,) * self.obs_size
+
+    def place(self, draws: Tensor) -> Tensor:
+        """As many different cells as there are draws (p, n), every arrangement equally likely: the beginning of a shuffle, in
+        which the j-th cell changes places with the chosen[j]-th."""
+        chosen, cells = [], []
+        for j, draw in enumerate(draws.unbind(-1)):
+            cell = j + (draw * (self.size**2 - j)).long()
+            chosen.append(cell)
+            for i in reversed(range(j)):  # what was moved there before
+                cell = torch.where(cell == chosen[i], i, cell)
+            cells.append(cell)
+        return torch.stack(cells, -1)
+
+    def begin(self, draws: Tensor) -> State:
+        return {"cells": self.place(draws)}
+
+    def image(self, cells: Tensor) -> Tensor:
+        """(p, n) cells -> (p, size * size), one where there is any of them."""
+        return (cells[..., None] == torch.arange(self.size**2, device=self.device)).any(1).to(self.dtype)
+
+    def observe(self, state: State) -> Tensor:
+        return torch.cat([self.image(cell) for cell in state["cells"].split(1, -1)], -1)
+
+    def go(self, cell: Tensor, action: Tensor) -> Tensor:
+        """The cell (p,) next to `cell`, or the same where there is a wall."""
+        row, column = cell // self.size, cell % self.size
+        row = (row + (action == 1).long() - (action == 0).long()).clamp(0, self.size - 1)
+        column = (column + (action == 3).long() - (action == 2).long()).clamp(0, self.size - 1)
+        return row * self.size + column
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        agent, heart, trap = state["cells"].unbind(-1)
+        agent = self.go(agent, action)
+        reward = (agent == heart).to(self.dtype) - (agent == trap).to(self.dtype)
+        return {"cells": torch.stack([agent, heart, trap], -1)}, reward, reward != 0
+
+
+class SwappedGridWorld(GridWorld):
+    """The heart pays -1 and the trap +1."""
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, reward, terminated = super().move(state, action, draws)
+        return moved, -reward, terminated
+
+
+class DenseGridWorld(GridWorld):
+    """Reach a target (thesis, section 4.5.5): a step pays by how much nearer it comes, in cells along rows and columns, and the
+    target ends the episode. Obstacles, two fewer than the grid has rows, stop the agent like walls. Observations: three images,
+    the agent, the target, the obstacles. state: cells (p, 2 + obstacles)."""
+
+    def __init__(self, *args: Any, size: int = 5):
+        self.objects = size
+        super().__init__(*args, size=size)
+
+    def observe(self, state: State) -> Tensor:
+        agent, target, obstacles = state["cells"].split([1, 1, self.objects - 2], -1)
+        return torch.cat([self.image(cells) for cells in (agent, target, obstacles)], -1)
+
+    def distance(self, one: Tensor, other: Tensor) -> Tensor:
+        return (one // self.size - other // self.size).abs() + (one % self.size - other % self.size).abs()
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        agent, target, obstacles = state["cells"].split([1, 1, self.objects - 2], -1)
+        there = self.go(agent[:, 0], action)[:, None]
+        there = torch.where((there == obstacles).any(-1, keepdim=True), agent, there)
+        reward = (self.distance(agent, target) - self.distance(there, target))[:, 0].to(self.dtype)
+        return {"cells": torch.cat([there, target, obstacles], -1)}, reward, (there == target)[:, 0]
+
+
+class Wrapper(Env):
+    """An environment seen through something that is drawn once per lifetime and outlives its episodes."""
+
+    own_draws = 0
+
+    def __init__(self, env: Env):
+        super().__init__(env.num_envs, env.device, env.dtype)
+        self.env = env
+        self.obs_size, self.num_actions, self.action_size = env.obs_size, env.num_actions, env.action_size
+        self.max_steps, self.episodic, self.stationary = env.max_steps, env.episodic, env.stationary
+        self.begin_draws, self.move_draws, self.obs_scale = env.begin_draws, env.move_draws, env.obs_scale
+
+    @property
+    def lifetime_draws(self) -> int:
+        return self.env.lifetime_draws + self.own_draws
+
+    def own(self, draws: Tensor) -> State:
+        """What is drawn once per lifetime. draws (p, own_draws)."""
+        raise NotImplementedError
+
+    def see(self, state: State, obs: Tensor) -> Tensor:
+        """What an observation of the environment looks like (p, a)."""
+        return obs
+
+    def act(self, state: State, action: Tensor) -> Tensor:
+        """What an action is to the environment (p,)."""
+        return action
+
+    def payouts(self, state: State) -> Tensor | None:
+        return self.env.payouts(state)
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        state, obs = self.env.reset(draws[:, : self.env.lifetime_draws])
+        own = self.own(draws[:, self.env.lifetime_draws :])
+        return state | own, self.see(own, obs)
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        moved, step = self.env.step(state, self.act(state, action), draws)
+        own = {name: value for name, value in state.items() if name not in moved}
+        return moved | own, step._replace(obs=self.see(own, step.obs), last_obs=self.see(own, step.last_obs))
+
+
+class Shuffled(Wrapper):
+    """Observations and actions in an order of the lifetime's own (thesis, section 4.5.3)."""
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        if env.num_actions is None:
+            raise EnvError("Only discrete actions can be shuffled.")
+        self.own_draws = env.obs_size + env.num_actions
+
+    def own(self, draws: Tensor) -> State:
+        of_obs, of_actions = draws.split([self.obs_size, self.num_actions], -1)
+        return {"obs_order": of_obs.argsort(-1), "action_order": of_actions.argsort(-1)}
+
+    def see(self, state: State, obs: Tensor) -> Tensor:
+        return obs.gather(1, state["obs_order"])
+
+    def act(self, state: State, action: Tensor) -> Tensor:
+        return state["action_order"].gather(1, action[:, None])[:, 0]
+
+    def payouts(self, state: State) -> Tensor | None:
+        payouts = self.env.payouts(state)
+        return None if payouts is None else payouts.gather(1, state["action_order"])
+
+
+class Projected(Wrapper):
+    """Observations, scaled to about one, through a Glorot-normal matrix of the lifetime's own to 16 numbers (C.2.3)."""
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        self.obs_size, self.obs_scale = 16, (1.0,) * 16
+        self.scale = torch.tensor(env.obs_scale, dtype=env.dtype, device=env.device)
+        self.own_draws = 2 * env.obs_size * self.obs_size
+
+    def own(self, draws: Tensor) -> State:
+        u, v = draws.to(self.dtype).chunk(2, -1)
+        normals = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()  # Box and Muller
+        std = math.sqrt(2 / (self.env.obs_size + self.obs_size))
+        return {"projection": std * normals.view(-1, self.env.obs_size, self.obs_size)}
+
+    def see(self, state: State, obs: Tensor) -> Tensor:
+        return ((obs / self.scale)[:, None] @ state["projection"])[:, 0]
+
+
 ENVS: dict[str, type[Env]] = {
     "bandit": Bandit,
     "swapping_bandit": SwappingBandit,
+    "independent_bandit": IndependentBandit,
+    "dependent_bandit": DependentBandit,
+    "easy_bandit": EasyBandit,
+    "medium_bandit": MediumBandit,
+    "hard_bandit": HardBandit,
     "cartpole": CartPole,
+    "upright_cartpole": UprightCartPole,
+    "mountain_car": MountainCar,
+    "acrobot": Acrobot,
     "pendulum": Pendulum,
+    "grid_world": GridWorld,
+    "swapped_grid_world": SwappedGridWorld,
+    "dense_grid_world": DenseGridWorld,
 }
+WRAPPERS: dict[str, type[Wrapper]] = {"shuffled": Shuffled, "projected": Projected}
+SMALLEST = {IndependentBandit: 2, GridWorld: 2, SwappedGridWorld: 2, DenseGridWorld: 3}  # environments with a size
 
 
 def make(
     name: str, num_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
 ) -> Env:
-    """An environment by its name; options are its own. Raises EnvError for a name that there is not."""
-    if name not in ENVS:
-        raise EnvError(f"There is no environment {name}; there are {', '.join(ENVS)}.")
-    return ENVS[name](num_envs, device, dtype, **options)
+    """An environment by its name; options are its own. Raises EnvError for a name or a size that there is not."""
+    wrapper, _, inner = name.partition("_")
+    if wrapper in WRAPPERS:
+        env = make(inner, num_envs, device, dtype, **options)
+        if not env.obs_size:
+            raise EnvError(f"There is nothing to be {wrapper} in {inner}, which is not observed.")
+        return WRAPPERS[wrapper](env)
+    base, colon, size = name.partition(":")
+    if base not in ENVS:
+        raise EnvError(f"There is no environment {base}; there are {', '.join(ENVS)}.")
+    if colon:
+        smallest = SMALLEST.get(ENVS[base])
+        if smallest is None:
+            raise EnvError(f"{base} has no size; leave out :{size}.")
+        if not size.isdecimal() or int(size) < smallest:
+            raise EnvError(f"The size in {name} has to be a number, at least {smallest}.")
+        options["size"] = int(size)
+    return ENVS[base](num_envs, device, dtype, **options)

@@ -63,6 +63,169 @@ def test_pendulum_is_gymnasiums():
     assert step.truncated.all() and not step.terminated.any()
 
 
+@pytest.mark.parametrize("name, theirs, steps", [("mountain_car", "MountainCar-v0", 3000), ("acrobot", "Acrobot-v1", 2000)])
+def test_mountain_car_and_acrobot_are_gymnasiums(name, theirs, steps):
+    """States, rewards and ends, under a policy that reaches the goals: push the way it moves, with the second link."""
+    env = envs.make(name, 4, dtype=torch.float64)
+    others = [gymnasium.make(theirs).unwrapped for _ in range(4)]
+    state, obs = env.reset(draws(env, 4))
+    for other, first in zip(others, state["physics"], strict=True):
+        other.reset(seed=0)
+        other.state = first.numpy().copy()
+    ends = 0
+    for number in range(steps):
+        action = (obs[:, -1] > 0).long() * 2
+        action = torch.randint(3, (4,), generator=DRAWS) if number % 5 == 0 else action
+        state, step = env.step(state, action, draws(env, 4))
+        for index, other in enumerate(others):
+            seen, reward, terminated, _, _ = other.step(int(action[index]))
+            np.testing.assert_allclose(step.last_obs[index], seen, atol=1e-5)
+            assert reward == step.reward[index] and terminated == step.terminated[index]
+            if terminated or step.truncated[index]:
+                ends += int(terminated)
+                other.reset(seed=0)
+            other.state = state["physics"][index].numpy().copy()  # theirs rounds in other places; Acrobot is chaotic
+        obs = step.obs
+    assert ends > 10
+
+
+def test_a_free_goal_is_what_sets_lifetimes_on_the_mountain_apart():
+    env = envs.make("mountain_car", 2, free_goal=True)
+    state, _ = env.reset(draws(env, 2))
+    state["physics"] = torch.tensor([[0.49, 0.05], [-0.5, 0.0]])
+    _, step = env.step(state, torch.tensor([2, 2]), draws(env, 2))
+    assert step.reward.tolist() == [0, -1] and step.terminated.tolist() == [True, False]
+
+
+def test_an_upright_and_centred_cartpole_pays_one():
+    env = envs.make("upright_cartpole", 3)
+    state, _ = env.reset(draws(env, 3))
+    state["physics"] = torch.tensor([[0.0, 0, 0, 0], [1.2, 0, 0, 0], [0, 0, env.largest_angle / 2, 0]])
+    _, step = env.step(state, torch.tensor([1, 1, 1]), draws(env, 3))
+    torch.testing.assert_close(step.reward, torch.tensor([1, 0.5, 0.5]))  # positions change with the next step only
+
+
+BANDITS = {"dependent_bandit": (0, 1), "easy_bandit": (0.1, 0.9), "medium_bandit": (0.25, 0.75), "hard_bandit": (0.4, 0.6)}
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_bandits_of_appendix_c_1(name):
+    env = envs.make(name, 4000)
+    state, _ = env.reset(draws(env, 4000).float())
+    chances = env.payouts(state)
+    torch.testing.assert_close(chances.sum(1), torch.ones(4000))
+    low, high = BANDITS[name]
+    if name == "dependent_bandit":
+        assert chances.min() < 0.01 and abs(chances[:, 0].mean() - 0.5) < 0.03
+    else:
+        torch.testing.assert_close(chances.sort(1).values, torch.tensor([[low, high]]).repeat(4000, 1))
+    paid = torch.zeros(4000)
+    for _ in range(50):
+        state, step = env.step(state, torch.ones(4000, dtype=torch.int64), draws(env, 4000))
+        paid += step.reward / 50
+    assert torch.equal(env.payouts(state), chances)  # for the whole lifetime
+    assert abs((paid - chances[:, 1]).mean()) < 0.01 and (paid - chances[:, 1]).abs().max() < 0.35
+
+
+def test_independent_arms_are_independent_and_as_many_as_asked_for():
+    env = envs.make("independent_bandit:7", 5000)
+    state, obs = env.reset(draws(env, 5000))
+    assert env.num_actions == 7 and obs.shape == (5000, 0)
+    chances = env.payouts(state)
+    assert (torch.corrcoef(chances.T) - torch.eye(7)).abs().max() < 0.05
+    assert (chances.mean(0) - 0.5).abs().max() < 0.02
+
+
+def test_objects_lie_in_different_cells_everywhere_alike():
+    env = envs.make("grid_world:3", 90_000)
+    state, obs = env.reset(draws(env, 90_000))
+    agent, heart, trap = state["cells"].unbind(1)
+    assert not ((agent == heart) | (agent == trap) | (heart == trap)).any()
+    arrangements = (agent * 81 + heart * 9 + trap).bincount(minlength=729)
+    assert (arrangements > 0).sum() == 9 * 8 * 7
+    chi2 = ((arrangements[arrangements > 0] - 90_000 / 504) ** 2 / (90_000 / 504)).sum()
+    assert chi2 < 503 + 5 * (2 * 503) ** 0.5  # five standard deviations
+    assert torch.equal(obs.view(-1, 3, 9).argmax(2), state["cells"]) and (obs.sum(1) == 3).all()
+
+
+def test_grid_worlds_by_hand():
+    for name, sign in (("grid_world:3", 1), ("swapped_grid_world:3", -1)):
+        env = envs.make(name, 4)
+        state, _ = env.reset(draws(env, 4))
+        state["cells"] = torch.tensor([[4, 1, 0], [4, 0, 3], [4, 0, 1], [6, 0, 1]])  # agent, heart, trap
+        moved, step = env.step(state, torch.tensor([0, 2, 3, 1]), draws(env, 4))  # up, left, right, down into the wall
+        assert step.reward.tolist() == [sign, -sign, 0, 0] and step.terminated.tolist() == [True, True, False, False]
+        assert moved["cells"][2:, 0].tolist() == [5, 6] and (moved["steps"] == torch.tensor([0, 0, 1, 1])).all()
+    env = envs.make("dense_grid_world:3", 4)
+    state, obs = env.reset(draws(env, 4))
+    assert obs.shape == (4, 27)
+    state["cells"] = torch.tensor([[4, 2, 8], [4, 2, 1], [1, 2, 8], [0, 8, 3]])  # agent, target, obstacle
+    moved, step = env.step(state, torch.tensor([0, 0, 3, 2]), draws(env, 4))  # nearer; an obstacle; the target; a wall
+    assert step.reward.tolist() == [1, 0, 1, 0] and step.terminated.tolist() == [False, False, True, False]
+    assert moved["cells"][:2, 0].tolist() == [1, 4]
+    _, step = env.step(moved, torch.tensor([1, 1, 0, 0]), draws(env, 4))
+    assert step.reward[0] == -1  # back again
+    env = envs.make("grid_world:2", 1)
+    state, _ = env.reset(draws(env, 1))
+    state["cells"] = torch.tensor([[0, 3, 2]])
+    for number in range(10):
+        state, step = env.step(state, torch.tensor([0]), draws(env, 1))
+        assert step.truncated.item() == (number == 9)
+
+
+@pytest.mark.parametrize("name", ["cartpole", "grid_world:3", "independent_bandit:4"])
+def test_a_shuffled_environment_is_the_same_one_in_another_order(name):
+    shuffled = envs.make(f"shuffled_{name}", 6) if "bandit" not in name else envs.Shuffled(envs.make(name, 6))
+    plain = envs.make(name, 6)
+    of_lifetime = torch.rand(6, shuffled.lifetime_draws, generator=DRAWS, dtype=torch.float64)
+    state, obs = shuffled.reset(of_lifetime)
+    other, theirs = plain.reset(of_lifetime[:, : plain.num_draws])
+    assert shuffled.lifetime_draws == plain.num_draws + plain.obs_size + plain.num_actions
+    ends = 0
+    for _ in range(60):
+        torch.testing.assert_close(obs, theirs.gather(1, state["obs_order"]), rtol=0, atol=0)
+        if (payouts := plain.payouts(other)) is not None:
+            assert torch.equal(shuffled.payouts(state), payouts.gather(1, state["action_order"]))
+        action, fresh = torch.randint(plain.num_actions, (6,), generator=DRAWS), draws(plain, 6)
+        order = state["action_order"]
+        state, step = shuffled.step(state, action, fresh)
+        other, same = plain.step(other, order.gather(1, action[:, None])[:, 0], fresh)
+        assert torch.equal(step.reward, same.reward) and torch.equal(step.terminated, same.terminated)
+        assert torch.equal(order, state["action_order"])  # for the whole lifetime
+        obs, theirs, ends = step.obs, same.obs, ends + int(step.terminated.sum())
+    assert ends or "bandit" in name
+    assert len({tuple(row.tolist()) for row in state["action_order"]}) > 1
+
+
+def test_a_projected_environment_is_a_linear_map_of_it():
+    env = envs.make("projected_cartpole", 500)
+    state, obs = env.reset(torch.rand(500, env.lifetime_draws, generator=DRAWS))
+    assert obs.shape == (500, 16) and env.num_draws == 4
+    weight = state["projection"]
+    assert weight.std().item() == pytest.approx((2 / 20) ** 0.5, rel=0.02) and abs(weight.mean()) < 0.005
+    moved, step = env.step(state, torch.zeros(500, dtype=torch.int64), draws(env, 500))
+    seen = torch.einsum("pa,pab->pb", moved["physics"] / torch.tensor(env.env.obs_scale), weight)
+    torch.testing.assert_close(step.obs, seen)
+    assert torch.equal(moved["projection"], weight)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("cartpol", "There is no environment cartpol; there are bandit"),
+        ("cartpole:3", "cartpole has no size; leave out :3"),
+        ("grid_world:x", "The size in grid_world:x has to be a number, at least 2"),
+        ("independent_bandit:1", "has to be a number, at least 2"),
+        ("shuffled_bandit", "There is nothing to be shuffled in bandit"),
+        ("shuffled_pendulum", "Only discrete actions can be shuffled"),
+        ("projected_cartpol", "There is no environment cartpol"),
+    ],
+)
+def test_an_environment_that_there_is_not_gets_one_sentence(name, said):
+    with pytest.raises(envs.EnvError, match=said):
+        envs.make(name, 1)
+
+
 def test_an_end_gives_the_last_state_and_the_next_episode():
     env = envs.make("cartpole", 2)
     state, obs = env.reset(draws(env, 2))
@@ -129,8 +292,3 @@ def test_arms_swap_after_10_to_30_pulls():
         lengths += (before["since"][swapped] + 1).tolist()
     lengths = np.bincount(lengths, minlength=32)
     assert lengths[:10].sum() == 0 and lengths[31:].sum() == 0 and lengths[10:31].min() > 0.7 * lengths[10:31].mean()
-
-
-def test_an_unknown_environment_is_named():
-    with pytest.raises(envs.EnvError, match="There is no environment cartpol; there are bandit, swapping_bandit, cartpole"):
-        envs.make("cartpol", 1)
