@@ -1051,9 +1051,8 @@ class Evolution:
             fitness_monotonic_execution(population, number)
             measured = measured_rounds(population.args)
             if number in measured:
-                population.curve[measured.index(number)] = population.measure(population.args.num_parallel, TEST, number).mean(
-                    1
-                )
+                found = population.measure(population.args.num_parallel, TEST, number)
+                population.curve[measured.index(number)] = found.mean(1)
             log = self.summary(job, number)
             if number == rounds(population.args) - 1:
                 phi, id = population.solutions.best()
