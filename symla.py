@@ -524,6 +524,7 @@ def beside(name: str) -> list[str]:
 FIVE = ["independent_bandit", "dependent_bandit", "easy_bandit", "medium_bandit", "hard_bandit"]  # Figure 4.3
 LABELS = {"symla": "SymLA", "rnn": "in-context RNN", "thompson": "Thompson sampling", "uniform": "uniform-random player"}
 COLOURS = {"symla": "C0", "rnn": "C1", "thompson": "k", "uniform": "0.6"}
+NOVELTY = {"none": "seen", "task": "unseen task", "domain": "unseen environment"}
 UNITS = {
     "cumulative_regret": "expected cumulative regret",
     "return": "return of the lifetime so far",
@@ -562,7 +563,7 @@ def draw_lifetimes(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
             label = LABELS[learner] + (f", {source}" if len(sources) > 1 and learner in META_TRAINED else "")
             axis.plot(x, mean, color=COLOURS[learner], ls=("-", "--", ":", "-.")[sources.index(source) % 4], label=label)
             axis.fill_between(x, mean - std, mean + std, color=COLOURS[learner], alpha=0.12, lw=0)
-        axis.set(title=f"{task} ({these[0]['novelty']})", xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
+        axis.set(title=f"{task} ({NOVELTY[these[0]['novelty']]})", xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
         axis.title.set_fontsize("medium")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
