@@ -1003,9 +1003,10 @@ def learners_of(args: Args, name: str) -> list[str]:
 
 
 def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
-    """An environment in which lifetimes of a fixed length do not all pay alike."""
-    options = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
-    return envs.make(name, count, device, **({options: True} if options and args.sutton_barto_reward else {}))
+    """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
+    option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
+    env = envs.make(name, count, device, **({option: True} if option and args.sutton_barto_reward else {}))
+    return envs.Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, envs.Wrapper) else env
 
 
 def numbers(args: Args, name: str) -> int:

@@ -9,7 +9,8 @@ its own either: every call takes `draws`, fresh uniform numbers (p, env.num_draw
 what is random, what repeats, and what members of a population share.
 
 A name may carry a size and what is done to the environment: "independent_bandit:8" has eight arms, "grid_world:5" five rows and
-columns; "shuffled_cartpole" permutes observations and actions, "projected_cartpole" maps observations through a random matrix.
+columns; "shuffled_cartpole" permutes observations and actions, "projected_cartpole" maps observations through a random matrix,
+"scaled_cartpole" has observations of about one (so have the other two).
 
 Environments reset themselves. A step that ends an episode, because it terminated (the task is over) or was truncated (time is
 up), returns that step's reward, the state the action led to as `last_obs`, and as `obs` the first observation of the next
@@ -481,8 +482,22 @@ class Wrapper(Env):
         return moved | own, step._replace(obs=self.see(own, step.obs), last_obs=self.see(own, step.last_obs))
 
 
-class Shuffled(Wrapper):
-    """Observations and actions in an order of the lifetime's own (thesis, section 4.5.3)."""
+class Scaled(Wrapper):
+    """Observations of about one."""
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        self.scale, self.obs_scale = torch.tensor(env.obs_scale, dtype=env.dtype, device=env.device), (1.0,) * env.obs_size
+
+    def own(self, draws: Tensor) -> State:
+        return {}
+
+    def see(self, state: State, obs: Tensor) -> Tensor:
+        return obs / self.scale
+
+
+class Shuffled(Scaled):
+    """Observations, scaled to about one, and actions in an order of the lifetime's own (thesis, section 4.5.3)."""
 
     def __init__(self, env: Env):
         super().__init__(env)
@@ -495,7 +510,7 @@ class Shuffled(Wrapper):
         return {"obs_order": of_obs.argsort(-1), "action_order": of_actions.argsort(-1)}
 
     def see(self, state: State, obs: Tensor) -> Tensor:
-        return obs.gather(1, state["obs_order"])
+        return super().see(state, obs).gather(1, state["obs_order"])
 
     def act(self, state: State, action: Tensor) -> Tensor:
         return state["action_order"].gather(1, action[:, None])[:, 0]
@@ -505,13 +520,12 @@ class Shuffled(Wrapper):
         return None if payouts is None else payouts.gather(1, state["action_order"])
 
 
-class Projected(Wrapper):
+class Projected(Scaled):
     """Observations, scaled to about one, through a Glorot-normal matrix of the lifetime's own to 16 numbers (C.2.3)."""
 
     def __init__(self, env: Env):
         super().__init__(env)
         self.obs_size, self.obs_scale = 16, (1.0,) * 16
-        self.scale = torch.tensor(env.obs_scale, dtype=env.dtype, device=env.device)
         self.own_draws = 2 * env.obs_size * self.obs_size
 
     def own(self, draws: Tensor) -> State:
@@ -521,7 +535,7 @@ class Projected(Wrapper):
         return {"projection": std * normals.view(-1, self.env.obs_size, self.obs_size)}
 
     def see(self, state: State, obs: Tensor) -> Tensor:
-        return ((obs / self.scale)[:, None] @ state["projection"])[:, 0]
+        return (super().see(state, obs)[:, None] @ state["projection"])[:, 0]
 
 
 ENVS: dict[str, type[Env]] = {
@@ -541,7 +555,7 @@ ENVS: dict[str, type[Env]] = {
     "swapped_grid_world": SwappedGridWorld,
     "dense_grid_world": DenseGridWorld,
 }
-WRAPPERS: dict[str, type[Wrapper]] = {"shuffled": Shuffled, "projected": Projected}
+WRAPPERS: dict[str, type[Wrapper]] = {"scaled": Scaled, "shuffled": Shuffled, "projected": Projected}
 SMALLEST = {IndependentBandit: 2, GridWorld: 2, SwappedGridWorld: 2, DenseGridWorld: 3}  # environments with a size
 
 

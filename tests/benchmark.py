@@ -8,6 +8,8 @@ Prints the median over several repetitions, and the largest memory that the proc
     python tests/benchmark.py gpicl                           # a meta-step at the laptop's shape, and its parts
     python tests/benchmark.py gpicl --setting thesis          # at the thesis' shape, at 14x14 and 32x32x3
     python tests/benchmark.py fme                             # environment steps per second with 1, 64 and 1,024 solutions
+    python tests/benchmark.py symla                           # an outer step at the laptop's setting, learner and environment
+    python tests/benchmark.py symla --setting thesis          # at the thesis': 512 members with 100 (bandits) or 10 lifetimes
 """
 
 import argparse
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fme
 import gpicl
+import symla
 import vsml
 from common.datasets import Tasks, compile_draws, load
 
@@ -180,13 +183,46 @@ def bench_fme(options: argparse.Namespace) -> None:
             )
 
 
+def bench_symla(options: argparse.Namespace) -> None:
+    """An outer step of SymLA, of the in-context RNN, and of a player that does not learn, which leaves environment and
+    sampling; medians of 3. --pairs and --steps shorten the thesis' step; agent steps per second stay what they are."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    symla.keep_memory()
+    run = argparse.Namespace(compiles=options.compile == "on", device=torch.device(device))
+    thesis = options.setting == "thesis"
+    names = ["independent_bandit", "independent_bandit:10", "upright_cartpole", "grid_world:3", "acrobot"]
+    for name in names[:: 2 if thesis else 1]:
+        torch.compiler.reset()
+        preset = "thesis" if thesis else "laptop"
+        args = symla.Args(**symla.PRESETS[preset] | {"envs": (name,), "preset": preset, "device": device})
+        args = symla.settled(args)
+        args = replace(args, lifetime_steps=min(args.lifetime_steps, options.steps or args.lifetime_steps), chunk=options.chunk)
+        if thesis:
+            args = replace(args, population=min(args.population, 2 * options.pairs))
+        steps = args.population * args.evaluations * args.lifetime_steps
+        taken = {}
+        with torch.no_grad():
+            for learner in ("symla", "rnn", "uniform"):
+                made, live, env = symla.player(args, learner, name, args.evaluations, run, "train")
+                theta = made.init(torch.Generator().manual_seed(0)).to(device)
+                taken[learner] = seconds(partial(symla.es_gradient, args, made, live, env, theta, 0), 3)
+        print(
+            f"{name:<22} {args.population} x {args.evaluations} lifetimes of {args.lifetime_steps} steps  "
+            f"SymLA {taken['symla']:7.3f} s, {steps / taken['symla'] / 1e3:7.1f} K agent steps/s  RNN {taken['rnn']:7.3f} s  "
+            f"environment and sampling {taken['uniform']:7.3f} s, {100 * taken['uniform'] / taken['symla']:3.0f} % of SymLA's"
+            f"  {peak_mb():6.0f} MB",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=["vsml", "gpicl", "fme"])
+    parser.add_argument("script", choices=["vsml", "gpicl", "fme", "symla"])
     parser.add_argument("--compile", choices=["on", "off"], default="on")
     parser.add_argument("--setting", choices=["small", "thesis"], default="small")
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of ES in the thesis setting")
     parser.add_argument("--chunk", type=int, default=None, help="pairs of ES, or solutions of FME, at a time")
+    parser.add_argument("--steps", type=int, default=None, help="environment steps of SymLA's lifetimes, at most")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
-    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme}[options.script](options)
+    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme, "symla": bench_symla}[options.script](options)

@@ -176,7 +176,7 @@ def test_grid_worlds_by_hand():
 @pytest.mark.parametrize("name", ["cartpole", "grid_world:3", "independent_bandit:4"])
 def test_a_shuffled_environment_is_the_same_one_in_another_order(name):
     shuffled = envs.make(f"shuffled_{name}", 6) if "bandit" not in name else envs.Shuffled(envs.make(name, 6))
-    plain = envs.make(name, 6)
+    plain = envs.make(name, 6) if "bandit" in name else envs.make(f"scaled_{name}", 6)
     of_lifetime = torch.rand(6, shuffled.lifetime_draws, generator=DRAWS, dtype=torch.float64)
     state, obs = shuffled.reset(of_lifetime)
     other, theirs = plain.reset(of_lifetime[:, : plain.num_draws])
@@ -195,6 +195,17 @@ def test_a_shuffled_environment_is_the_same_one_in_another_order(name):
         obs, theirs, ends = step.obs, same.obs, ends + int(step.terminated.sum())
     assert ends or "bandit" in name
     assert len({tuple(row.tolist()) for row in state["action_order"]}) > 1
+
+
+def test_scaled_observations_are_of_about_one():
+    env, raw = envs.make("scaled_cartpole", 50), envs.make("cartpole", 50)
+    of_lifetime = draws(env, 50)
+    (state, obs), (_, theirs) = env.reset(of_lifetime), raw.reset(of_lifetime)
+    assert env.lifetime_draws == raw.num_draws
+    torch.testing.assert_close(obs * torch.tensor(raw.obs_scale), theirs)
+    for _ in range(100):
+        state, step = env.step(state, torch.randint(2, (50,), generator=DRAWS), draws(env, 50))
+        assert step.last_obs[:, [0, 2]].abs().max() < 1.3
 
 
 def test_a_projected_environment_is_a_linear_map_of_it():
