@@ -5,14 +5,16 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KILLED, TORCHRUN, rows, run_script
+from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
 
 import fme
 from common import envs
@@ -405,3 +407,19 @@ def test_a_mistake_ends_with_exit_code_1(tmp_path):
     wrong = command(tmp_path, "--mode test")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("fme.py: --mode test needs --checkpoint")
+
+
+# ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
+@pytest.mark.slow
+def test_the_laptop_preset_reaches_its_floors(tmp_path):
+    """`python fme.py`: most of five populations find a player of each task, and rewards have to be seen to follow the swaps."""
+    start = time.time()
+    line = [sys.executable, str(ROOT / "fme.py"), "--run-dir", str(tmp_path), "--run-name", "laptop", "--preset", "laptop"]
+    subprocess.run(line, check=True, cwd=tmp_path)
+    assert time.time() - start < 300
+    results = json.loads((tmp_path / "laptop" / "results.json").read_text())
+    for job, floor in (("bandit fme", 0.95), ("cartpole fme", 100), ("swapping_bandit fme", 0.85)):
+        assert sum(achieved >= floor for achieved in results["achieved"][job]) >= 3, job
+    assert all(abs(achieved - 0.5) < 0.02 for achieved in results["achieved"]["swapping_bandit no_reward"])
+    assert sum(after is not None and after <= 36 for after in results["solved_after"]["bandit fme"]) >= 3
+    assert results["after_swap"]["fme"][4] > 0.8 > 0.2 > results["after_swap"]["fme"][0]  # the fifth pull, the first
