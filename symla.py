@@ -155,7 +155,7 @@ LAPTOP_BANDITS = dict(
 LAPTOP_OTHERS = dict(
     hidden=16,
     lifetime_steps=200,  # time
-    meta_steps=1_200,  # eight minutes on CartPole with the in-context RNN; its rules are longer to find than a bandit's
+    meta_steps=600,  # five minutes on CartPole with the in-context RNN
     evaluations=16,  # 4 leave the fitness so noisy that nothing was found on CartPole
     noise_std=0.1,
     lr=0.05,
@@ -466,13 +466,13 @@ def meta_test(args: Args, thetas: dict[str, Tensor], run: "Run") -> list[dict[st
     Else the return so far, and the reward per step since the last plotted step."""
     rows = []
     for number, name in enumerate(args.test_envs):
+        env = make_env(args, name, args.test_seeds, run.device)
+        draws = luck(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
         for learner_name in learners_of(args, name):
-            outcomes = []
-            for begin in range(0, args.test_seeds, at_a_time(args, name)):
-                count = min(at_a_time(args, name), args.test_seeds - begin)
-                learner, live, env = player(args, learner_name, name, count, run, "test")
-                draws = luck(env, count, args.test_steps or args.lifetime_steps, args.seed, TEST, number, begin)
-                outcomes.append(lifetime(learner, live, env, thetas[learner_name][None], draws))
+            learner, live, _ = player(args, learner_name, name, args.test_seeds, run, "test")
+            theta, together = thetas[learner_name][None], at_a_time(args, env)
+            parts = zip(draws[0].split(together), draws[1].split(together, dim=1), strict=True)
+            outcomes = [lifetime(learner, live, env, theta, part) for part in parts]
             reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
             row, before = partial(result_row, learner_name, name, novelty(args, name)), 0
             for step in plotted_steps(reward.shape[-1]):
@@ -984,6 +984,9 @@ def check(args: Args, world: int) -> None:
     for name in (*args.envs, *args.test_envs):
         if make_env(args, name, 1).num_actions is None:
             raise Mistake(f"SymLA chooses among actions, and those of {name} are continuous; choose another environment.")
+    for name in (*args.envs, *args.test_envs):
+        if not learners_of(args, name):
+            raise Mistake(f"{args.learner} cannot play {name}; choose another --learner, or other environments.")
     for name in args.envs:
         if "rnn" in (args.learner, *args.baselines) and not fits(args, "rnn", name):
             raise Mistake(f"--rnn-inputs {args.rnn_inputs} and --rnn-outputs {args.rnn_outputs} are too small for {name}.")
@@ -1009,36 +1012,33 @@ def make_env(args: Args, name: str, count: int, device: torch.device | str = "cp
     return envs.Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, envs.Wrapper) else env
 
 
-def numbers(args: Args, name: str) -> int:
-    """How many numbers SymLA's hidden state has in an environment."""
-    env = make_env(args, name, 1)
-    return args.hidden * max(env.obs_size, 1) * env.num_actions
-
-
-def at_a_time(args: Args, name: str) -> int:
+def at_a_time(args: Args, env: Env) -> int:
     """How many lifetimes to run at once: their states should stay in a CPU's cache, or use a GPU's memory well."""
-    return max(1, (2**18 if args.device == "cpu" else 2**26) // numbers(args, name))
+    return max(1, (2**19 if args.device == "cpu" else 2**28) // (args.hidden * max(env.obs_size, 1) * env.num_actions))
 
 
 def even_chunk(args: Args, env: Env) -> int:
     """How many pairs of ES to run at once: as many as at_a_time allows, and always the same number, for one compilation."""
-    pairs = len(es.share(args.population // 2))
-    most = (2**18 if args.device == "cpu" else 2**26) // (
-        args.hidden * max(env.obs_size, 1) * env.num_actions * args.evaluations
-    )
+    pairs, most = len(es.share(args.population // 2)), at_a_time(args, env) // args.evaluations
     return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or 2 * c <= most))
 
 
 def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
-    """What a learner needs to live in `count` copies of an environment: itself, a step of both, and the environment."""
+    """What a learner needs to live in `count` copies of an environment: itself, a step of both, and the environment.
+
+    Meta-training compiles anew for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
+    it, written out for small states; a GPU wants the whole step, and products as products.
+    """
     env = make_env(args, name, count, run.device)
-    if learner == "symla" and run.compiles:  # the cell is all that is worth it; one compilation for each size, or one for all
-        anew = use == "train" and len(args.envs) <= 8
-        made = symla(args, torch.compile(fused_lstm_cell, dynamic=not anew, options=fuse(args)))
+    anew = use == "train" and len(args.envs) <= 8
+    if learner == "symla" and run.compiles and args.device == "cpu":
+        small = args.hidden <= 32
+        options = dict(options=fuse(args)) if small else {}
+        made = symla(args, torch.compile(fused_lstm_cell if small else lstm_cell, dynamic=not anew, **options))
         return made, partial(one_step, made, env), env
     made = LEARNERS[learner](args)
     step = partial(one_step, made, env)
-    return made, torch.compile(step, dynamic=False) if run.compiles and use == "train" and learner == "rnn" else step, env
+    return made, torch.compile(step, dynamic=False) if run.compiles and anew and learner in META_TRAINED else step, env
 
 
 def fuse(args: Args) -> dict[str, Any]:
@@ -1081,8 +1081,9 @@ def main() -> None:
     if run.rank > 0:
         return
     for name in args.test_envs:
-        for left_out in set(names) - set(learners_of(args, name)) - {"thompson"}:
-            run.say(f"{name} is too large for the {left_out}, which was made for at most {args.rnn_inputs} observations.")
+        if "rnn" in names and not fits(args, "rnn", name):
+            room = f"{args.rnn_inputs} observations and {args.rnn_outputs} actions"
+            run.say(f"{name} is too large for the in-context RNN, which was made for at most {room}.")
     draw_lifetimes(run.folder / "lifetimes.png", rows, f"standard deviation over {args.test_seeds} lifetimes")
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     run.finish(rows, seconds=seconds, parameters=thetas[args.learner].numel())

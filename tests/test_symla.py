@@ -360,7 +360,7 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_plays_elsewhere(fi
     found = {(row["learner"], row["task"], row["novelty"], row["metric"]) for row in rows(tmp_path / "far")}
     assert ("symla", "grid_world:2", "domain", "return") in found
     assert ("symla", "independent_bandit:5", "task", "cumulative_regret") in found
-    assert not any(learner == "rnn" for learner, *_ in found) and "too large for the rnn" in done.stdout
+    assert not any(learner == "rnn" for learner, *_ in found) and "too large for the in-context RNN" in done.stdout
 
 
 def test_two_processes_equal_one(finished, tmp_path):
@@ -398,6 +398,7 @@ MISTAKES = {
     "--envs independent_bandit cartpole": "--envs mixes bandits and others",
     "--envs independent_bandit:1": "has to be a number, at least 2",
     "--test-envs shuffled_independent_bandit": "nothing to be shuffled",
+    "--learner thompson --baselines --test-envs grid_world:2": "thompson cannot play grid_world:2",
     "--population 5": "--population has to be even",
     "--evaluations 0": "--evaluations has to be at least 1",
     "--lr nan": "--lr has to be above 0",
