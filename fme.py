@@ -1015,9 +1015,11 @@ def check(args: Args) -> None:
     if not args.envs:
         raise Mistake("--envs needs at least one environment.")
     for name in args.envs:
+        choose = f"choose from {', '.join(TUNED)}."
         if make_env(name, 1).num_actions is None:
-            playable = ", ".join(name for name in envs.ENVS if make_env(name, 1).num_actions)
-            raise Mistake(f"FME's networks choose among actions, and those of {name} are continuous; choose from {playable}.")
+            raise Mistake(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
+        if name not in TUNED:
+            raise Mistake(f"There is no setting for {name}, nor a measure of how well it was played; {choose}")
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise Mistake(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")

@@ -554,21 +554,23 @@ def draw_lifetimes(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
-    sources = list(dict.fromkeys(row.get("source", "") for row in rows))
+    sources = list(dict.fromkeys(row.get("source", "") for row in rows if row["learner"] in META_TRAINED)) or [""]
     for axis, task in zip(axes.flat, tasks, strict=False):
         these = [row for row in rows if row["task"] == task]
         for learner, source in dict.fromkeys((row["learner"], row.get("source", "")) for row in these):
             line = [row for row in these if (row["learner"], row.get("source", "")) == (learner, source)]
             x, mean, std = (np.array([row[key] for row in line]) for key in ("step", "mean", "std"))
             label = LABELS[learner] + (f", {source}" if len(sources) > 1 and learner in META_TRAINED else "")
-            axis.plot(x, mean, color=COLOURS[learner], ls=("-", "--", ":", "-.")[sources.index(source) % 4], label=label)
-            axis.fill_between(x, mean - std, mean + std, color=COLOURS[learner], alpha=0.12, lw=0)
-        axis.set(title=f"{task} ({NOVELTY[these[0]['novelty']]})", xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
+            dashes = ("-", "--", ":", "-.")[sources.index(source) % 4 if source in sources else 0]
+            axis.plot(x, mean, color=COLOURS[learner], ls=dashes, label=label)
+            if len(sources) == 1:
+                axis.fill_between(x, mean - std, mean + std, color=COLOURS[learner], alpha=0.12, lw=0)
+        new = f" ({NOVELTY[these[0]['novelty']]})" if len(sources) == 1 else ""
+        axis.set(title=task + new, xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
         axis.title.set_fontsize("medium")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=f"shaded: {spread}", fontsize="small"
-    )
+    title = f"shaded: {spread}" if len(sources) == 1 else None
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=title, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -598,14 +600,20 @@ def compare(args: Args) -> None:
     print(f"Written to {args.run_dir}: lifetimes.png, matrix.png")
 
 
+def in_order(name: str) -> tuple[int, str, int]:
+    """Where an environment stands in a figure: the five bandits as in Figure 4.3, others by name and size."""
+    size = name.rpartition(":")[2]
+    return FIVE.index(name) if name in FIVE else len(FIVE), base(name), int(size) if size.isdecimal() else 0
+
+
 def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
     """Heat-maps of the last step: one for each meta-trained learner, one of their difference, one of the others."""
     last: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         key = row["learner"], row["source"] if row["learner"] in META_TRAINED else LABELS[row["learner"]], row["task"]
         last[key] = max(last.get(key, row), row, key=lambda row: row["step"])
-    tasks = list(dict.fromkeys(task for _, _, task in last))
-    sources = list(dict.fromkeys(source for learner, source, _ in last if learner in META_TRAINED))
+    tasks = sorted({task for _, _, task in last}, key=in_order)
+    sources = sorted({source for learner, source, _ in last if learner in META_TRAINED}, key=in_order)
     maps = {
         LABELS[name]: {(source, task): row["mean"] for (learner, source, task), row in last.items() if learner == name}
         for name in META_TRAINED
@@ -615,7 +623,7 @@ def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
     fixed = {(source, task): row["mean"] for (learner, source, task), row in last.items() if learner not in META_TRAINED}
     maps["not meta-trained"] = fixed
     maps = {title: cells for title, cells in maps.items() if cells}
-    height = max(cell for title, cells in maps.items() if "minus" not in title for cell in cells.values())
+    height = max(row["mean"] for (learner, _, _), row in last.items() if learner in META_TRAINED)
     plt = figures()
     figure, axes = plt.subplots(
         len(maps),
@@ -625,10 +633,10 @@ def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
         layout="constrained",
     )
     for axis, (title, cells) in zip(axes.flat, maps.items(), strict=True):
-        lines = list(dict.fromkeys(source for source, _ in cells))
+        lines = [source for source in [*sources, *LABELS.values()] if source in {source for source, _ in cells}]
         for (source, task), value in cells.items():
             x, y = tasks.index(task), lines.index(source)
-            colour = plt.cm.viridis(value / height if height else 0) if "minus" not in title else "0.9"
+            colour = plt.cm.viridis(min(value / height, 1.0) if height > 0 else 0) if "minus" not in title else "0.9"
             axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
             dark = "minus" not in title and value < 0.6 * height
             axis.text(x, y, f"{value:.3g}", ha="center", va="center", color="w" if dark else "k")

@@ -370,7 +370,8 @@ def test_the_thesis_way_and_every_switch(tmp_path):
 
 
 MISTAKES = {
-    "--envs pendulum": "those of pendulum are continuous; choose from bandit, swapping_bandit, cartpole",
+    "--envs pendulum": "those of pendulum are continuous; choose from bandit, cartpole, swapping_bandit",
+    "--envs acrobot": "There is no setting for acrobot, nor a measure of how well it was played; choose from bandit",
     "--envs cartpol": "There is no environment cartpol; there are bandit",
     "--envs": "--envs needs at least one environment",
     "--num-parallel 5": "--num-parallel 5 has to be a multiple of --roots 2",
