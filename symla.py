@@ -567,7 +567,7 @@ def draw_lifetimes(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
                 axis.fill_between(x, mean - std, mean + std, color=COLOURS[learner], alpha=0.12, lw=0)
         new = f" ({NOVELTY[these[0]['novelty']]})" if len(sources) == 1 else ""
         axis.set(title=task + new, xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
-        axis.title.set_fontsize("medium")
+        axis.title.set_fontsize("small")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     title = f"shaded: {spread}" if len(sources) == 1 else None
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=title, fontsize="small")
@@ -1039,6 +1039,8 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
     """
     env = make_env(args, name, count, run.device)
     anew = use == "train" and len(args.envs) <= 8
+    if run.compiles and anew and args.device == "cpu" and learner != "rnn":
+        env.step = torch.compile(env.step, dynamic=False)
     if learner == "symla" and run.compiles and args.device == "cpu":
         small = args.hidden <= 32
         options = dict(options=fuse(args)) if small else {}
