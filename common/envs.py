@@ -282,6 +282,100 @@ class UprightCartPole(CartPole):
         return moved, (1 - off[0]) * (1 - off[1]), terminated
 
 
+class ContinuousCartPole(CartPole):
+    """CartPole pushed with any force between the two: one continuous action, in units of 10 N. All else as in CartPole."""
+
+    num_actions, action_size = None, 1
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        return super().move(state, (action[:, 0].clamp(-1, 1) + 1) / 2, draws)
+
+
+class CartSwingUp(CartPole):
+    """CartPole from any angle to standing: steps of 0.04 s, walls that stop the cart, 100 steps, no failure. One continuous
+    action, in units of 10 N. Observations: position, velocity, cos and sin of the angle, angular velocity. Reward: 1 for a pole
+    that stands, 0 for one that hangs, minus a tenth of the distance from the centre as a share of the rail."""
+
+    obs_size, num_actions, action_size, max_steps = 5, None, 1, 100
+    obs_scale = (2.4, 3.0, 1.0, 1.0, 6.0)
+    seconds, largest_angle = 0.04, math.inf
+
+    def begin(self, draws: Tensor) -> State:
+        spread = torch.tensor([0.2, 0.2, 2 * math.pi, 0.2], dtype=self.dtype, device=self.device)
+        return {"physics": spread * (draws.to(self.dtype) - 0.5)}
+
+    def observe(self, state: State) -> Tensor:
+        x, velocity, angle, spin = state["physics"].unbind(-1)
+        return torch.stack([x, velocity, angle.cos(), angle.sin(), spin], -1)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _, _ = super().move(state, (action[:, 0].clamp(-1, 1) + 1) / 2, draws)
+        x, velocity, angle, spin = moved["physics"].unbind(-1)
+        wall = x.abs() >= self.largest_position
+        x, velocity = x.clamp(-self.largest_position, self.largest_position), torch.where(wall, 0.0, velocity)
+        reward = (1 + angle.cos()) / 2 - 0.1 * x.abs() / self.largest_position
+        return {"physics": torch.stack([x, velocity, angle, spin], -1)}, reward, torch.zeros_like(wall)
+
+
+class PointMass(Env):
+    """A point between four walls that two forces bring to a target. Observations: position, velocity, the way to the target
+    (two numbers each). Reward: minus its length. 100 steps of 0.1 s, some friction. state: physics (p, 6)."""
+
+    obs_size, action_size, max_steps = 6, 2, 100
+    begin_draws = 4
+    obs_scale = (1.0,) * 6
+    seconds, force, friction = 0.1, 2.0, 1.0
+
+    def begin(self, draws: Tensor) -> State:
+        place, target = (2 * draws.to(self.dtype) - 1).chunk(2, -1)
+        return {"physics": torch.cat([place, torch.zeros_like(place), target], -1)}
+
+    def observe(self, state: State) -> Tensor:
+        place, velocity, target = state["physics"].chunk(3, -1)
+        return torch.cat([place, velocity, target - place], -1)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        place, velocity, target = state["physics"].chunk(3, -1)
+        velocity = velocity + self.seconds * (self.force * action.clamp(-1, 1) - self.friction * velocity)
+        place = (place + self.seconds * velocity).clamp(-1, 1)
+        reward = -(target - place).norm(dim=-1)
+        return {"physics": torch.cat([place, velocity, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
+class Reacher(Env):
+    """An arm of two links of half a metre each, in the plane, whose tip two torques bring to a target. The joints have friction
+    and do not feel each other's motion. Observations: cos and sin of both angles, angular velocities, the way from the tip to
+    the target. Reward: minus its length. 100 steps of 0.05 s. state: physics (p, 6), angles, velocities, target."""
+
+    obs_size, action_size, max_steps = 8, 2, 100
+    begin_draws = 4
+    obs_scale = (1.0, 1.0, 1.0, 1.0, 4.0, 4.0, 1.0, 1.0)
+    seconds, torque, friction, link = 0.05, 8.0, 2.0, 0.5
+
+    def begin(self, draws: Tensor) -> State:
+        draws = draws.to(self.dtype)
+        angles, turn, far = math.pi * (2 * draws[:, :2] - 1), 2 * math.pi * draws[:, 2], 0.9 * draws[:, 3].sqrt()
+        target = torch.stack([far * turn.cos(), far * turn.sin()], -1)
+        return {"physics": torch.cat([angles, torch.zeros_like(angles), target], -1)}
+
+    def way(self, angles: Tensor, target: Tensor) -> Tensor:
+        """From the tip to the target (p, 2)."""
+        one, both = angles[:, 0], angles.sum(-1)
+        tip = torch.stack([one.cos() + both.cos(), one.sin() + both.sin()], -1)
+        return target - self.link * tip
+
+    def observe(self, state: State) -> Tensor:
+        angles, speeds, target = state["physics"].chunk(3, -1)
+        return torch.cat([angles.cos(), angles.sin(), speeds, self.way(angles, target)], -1)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        angles, speeds, target = state["physics"].chunk(3, -1)
+        speeds = speeds + self.seconds * (self.torque * action.clamp(-1, 1) - self.friction * speeds)
+        angles = angles + self.seconds * speeds
+        reward = -self.way(angles, target).norm(dim=-1)
+        return {"physics": torch.cat([angles, speeds, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
 class MountainCar(Env):
     """gymnasium's MountainCar-v0 (Moore 1990). Actions: left, none, right. Observations: position, velocity. Reward: -1 for
     every step; with `free_goal` 0 for the one that reaches the goal, or else lifetimes of many episodes would all pay alike."""
@@ -310,6 +404,33 @@ class MountainCar(Env):
         velocity = torch.where((x <= -1.2) & (velocity < 0), 0.0, velocity)
         terminated = x >= self.goal
         reward = -torch.ones_like(x) + (terminated.to(self.dtype) if self.free_goal else 0)
+        return {"physics": torch.stack([x, velocity], -1)}, reward, terminated
+
+
+class ContinuousMountainCar(Env):
+    """gymnasium's MountainCarContinuous-v0: one continuous action, the force. Reward: 100 at the goal, minus a tenth of the
+    squared force at every step."""
+
+    obs_size, action_size, max_steps = 2, 1, 999
+    begin_draws = 1
+    obs_scale = (1.2, 0.07)
+    power, gravity, goal, fastest = 0.0015, 0.0025, 0.45, 0.07
+
+    def begin(self, draws: Tensor) -> State:
+        x = draws[:, 0].to(self.dtype) * 0.2 - 0.6
+        return {"physics": torch.stack([x, torch.zeros_like(x)], -1)}
+
+    def observe(self, state: State) -> Tensor:
+        return state["physics"]
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        x, velocity = state["physics"].unbind(-1)
+        velocity = velocity + self.power * action[:, 0].clamp(-1, 1) - self.gravity * (3 * x).cos()
+        velocity = velocity.clamp(-self.fastest, self.fastest)
+        x = (x + velocity).clamp(-1.2, 0.6)
+        velocity = torch.where((x <= -1.2) & (velocity < 0), 0.0, velocity)
+        terminated = (x >= self.goal) & (velocity >= 0)
+        reward = 100 * terminated.to(self.dtype) - 0.1 * action[:, 0] ** 2
         return {"physics": torch.stack([x, velocity], -1)}, reward, terminated
 
 
@@ -440,6 +561,66 @@ class DenseGridWorld(GridWorld):
         return {"cells": torch.cat([there, target, obstacles], -1)}, reward, (there == target)[:, 0]
 
 
+class Gymnasium(Env):
+    """Any environment that gymnasium has under `name`, MuJoCo's and Box2D's among them, one process for each copy (`parallel`)
+    or all in this one. Continuous actions are rescaled to [-1, 1]; observations are flat.
+
+    What a copy is doing lives in gymnasium and not in `state`, which therefore cannot be saved: to go on from a checkpoint,
+    `reset`. A step's new episodes are seeded by the last reset. Raises EnvError where gymnasium has no such environment, its
+    package is missing, or its spaces are neither flat nor plain actions.
+    """
+
+    begin_draws = 1
+
+    def __init__(self, name: str, *args: Any, parallel: bool = False, **options: Any):
+        super().__init__(*args)
+        import gymnasium as gym
+
+        versions = [spec.version for spec in gym.registry.values() if spec.name == name and spec.version is not None]
+        name = f"{name}-v{max(versions)}" if versions else name  # the newest, where none is named
+        try:
+            mode, same = "async" if parallel else "sync", gym.vector.AutoresetMode.SAME_STEP
+            more = {"vectorization_mode": mode, "vector_kwargs": {"autoreset_mode": same}}
+            spec = gym.spec(name)
+            self.envs = gym.make_vec(name, self.num_envs, **more, **options)
+        except gym.error.Error as error:
+            raise EnvError(f"gymnasium cannot make {name}: {' '.join(str(error).split())}") from error
+        self.max_steps = spec.max_episode_steps
+        obs, action = self.envs.single_observation_space, self.envs.single_action_space
+        if not isinstance(obs, gym.spaces.Box):
+            raise EnvError(f"Observations of {name} are not numbers of one shape; choose another environment.")
+        self.obs_size, self.obs_scale = math.prod(obs.shape), (1.0,) * math.prod(obs.shape)
+        if isinstance(action, gym.spaces.Discrete):
+            self.num_actions = int(action.n)
+        elif isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded():
+            self.action_size = action.shape[0]
+            self.low, self.high = torch.tensor(action.low), torch.tensor(action.high)
+        else:
+            raise EnvError(f"Actions of {name} are neither one choice nor a bounded vector; choose another environment.")
+
+    def tensor(self, array: Any) -> Tensor:
+        return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.device, self.dtype)
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
+        return {"steps": torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)}, self.tensor(obs)
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        action = action.cpu()
+        if self.num_actions is None:
+            action = self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+        obs, reward, terminated, truncated, info = self.envs.step(action.numpy())
+        obs = last_obs = self.tensor(obs)
+        terminated, truncated = (torch.as_tensor(ends).to(self.device) for ends in (terminated, truncated))
+        truncated = truncated & ~terminated
+        if "final_obs" in info:
+            last_obs = obs.clone()
+            for index in info["_final_obs"].nonzero()[0].tolist():
+                last_obs[index] = torch.as_tensor(info["final_obs"][index]).reshape(-1).to(self.device, self.dtype)
+        steps = torch.where(terminated | truncated, 0, state["steps"] + 1)
+        return {"steps": steps}, Step(obs, self.tensor(reward)[:, 0], terminated, truncated, last_obs)
+
+
 class Wrapper(Env):
     """An environment seen through something that is drawn once per lifetime and outlives its episodes."""
 
@@ -548,9 +729,14 @@ ENVS: dict[str, type[Env]] = {
     "hard_bandit": HardBandit,
     "cartpole": CartPole,
     "upright_cartpole": UprightCartPole,
+    "continuous_cartpole": ContinuousCartPole,
+    "cart_swing_up": CartSwingUp,
     "mountain_car": MountainCar,
+    "continuous_mountain_car": ContinuousMountainCar,
     "acrobot": Acrobot,
     "pendulum": Pendulum,
+    "point_mass": PointMass,
+    "reacher": Reacher,
     "grid_world": GridWorld,
     "swapped_grid_world": SwappedGridWorld,
     "dense_grid_world": DenseGridWorld,
@@ -562,7 +748,8 @@ SMALLEST = {IndependentBandit: 2, GridWorld: 2, SwappedGridWorld: 2, DenseGridWo
 def make(
     name: str, num_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
 ) -> Env:
-    """An environment by its name; options are its own. Raises EnvError for a name or a size that there is not."""
+    """An environment by its name; options are its own. A name with a capital, such as HalfCheetah-v4, is gymnasium's. Raises
+    EnvError for a name or a size that there is not."""
     wrapper, _, inner = name.partition("_")
     if wrapper in WRAPPERS:
         env = make(inner, num_envs, device, dtype, **options)
@@ -570,6 +757,8 @@ def make(
             raise EnvError(f"There is nothing to be {wrapper} in {inner}, which is not observed.")
         return WRAPPERS[wrapper](env)
     base, colon, size = name.partition(":")
+    if base[:1].isupper() and not colon:
+        return Gymnasium(name, num_envs, device, dtype, **options)
     if base not in ENVS:
         raise EnvError(f"There is no environment {base}; there are {', '.join(ENVS)}.")
     if colon:

@@ -265,6 +265,115 @@ def test_cartpole_is_cut_off_after_500_steps_and_that_is_no_failure():
     assert truncated[-1].any() and (state["steps"][truncated[-1]] == 0).all()
 
 
+def test_continuous_mountain_car_is_gymnasiums():
+    env = envs.make("continuous_mountain_car", 4, dtype=torch.float64)
+    theirs = [gymnasium.make("MountainCarContinuous-v0").unwrapped for _ in range(4)]
+    state, obs = env.reset(draws(env, 4))
+    for other, first in zip(theirs, obs, strict=True):
+        other.reset(seed=0)
+        other.state = first.numpy().copy()
+    ends = 0
+    for _ in range(1500):
+        push = 1.3 * torch.sign(obs[:, 1:]) + 0.4 * torch.randn(4, 1, generator=DRAWS, dtype=torch.float64)
+        state, step = env.step(state, push, draws(env, 4))
+        for index, other in enumerate(theirs):
+            _, reward, terminated, _, _ = other.step(push[index].numpy())
+            np.testing.assert_allclose(step.last_obs[index], other.state, atol=1e-5)  # theirs are single precision
+            other.state = step.obs[index].numpy().copy()
+            assert float(step.reward[index]) == pytest.approx(reward, abs=1e-9) and terminated == step.terminated[index]
+            ends += int(terminated)
+        obs = step.obs
+    assert ends > 10
+
+
+def test_continuous_cartpole_is_cartpole_where_it_is_pushed_fully():
+    ours, plain = (envs.make(name, 8, dtype=torch.float64) for name in ("continuous_cartpole", "cartpole"))
+    first = draws(plain, 8)
+    (one, _), (other, _) = ours.reset(first), plain.reset(first)
+    for _ in range(300):
+        action, luck = torch.randint(2, (8,), generator=DRAWS), draws(plain, 8)
+        one, mine = ours.step(one, 5.0 * (2 * action[:, None] - 1), luck)
+        other, theirs = plain.step(other, action, luck)
+        for ours_is, theirs_is in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(ours_is, theirs_is)
+    still, _, _ = ours.move({"physics": torch.zeros(1, 4, dtype=torch.float64)}, torch.zeros(1, 1, dtype=torch.float64), None)
+    assert (still["physics"] == 0).all()
+
+
+def test_the_cart_swings_as_cartpole_does_until_a_wall_stops_it():
+    env = envs.make("cart_swing_up", 6, dtype=torch.float64)
+    plain = envs.make("cartpole", 6, dtype=torch.float64)
+    plain.seconds = env.seconds
+    state, _ = env.reset(draws(env, 6))
+    walls = 0
+    for number in range(100):
+        action = torch.full((6, 1), 1.0 if number % 50 < 30 else -1.0, dtype=torch.float64)
+        free, _, _ = plain.move(state, (action[:, 0] > 0).long(), None)
+        x, velocity, angle, spin = free["physics"].unbind(-1)
+        state, step = env.step(state, action, draws(env, 6))
+        inside = x.abs() < 2.4
+        walls += int((~inside).sum())
+        torch.testing.assert_close(step.last_obs[inside, 1], velocity[inside])
+        assert (step.last_obs[~inside, 1] == 0).all() and (step.last_obs[:, 0].abs() <= 2.4).all()
+        torch.testing.assert_close(step.last_obs[:, 2:], torch.stack([angle.cos(), angle.sin(), spin], -1))
+        torch.testing.assert_close(step.reward, (1 + angle.cos()) / 2 - 0.1 * (x.abs() / 2.4).clamp(max=1))
+        assert step.truncated.all() == (number == 99) and not step.terminated.any()
+    assert walls > 0
+
+
+@pytest.mark.parametrize("name", ["point_mass", "reacher"])
+def test_who_follows_the_way_to_the_target_arrives(name):
+    """Reward is minus the distance that the next observation shows; a hand-made controller brings it close to zero."""
+    env = envs.make(name, 32, dtype=torch.float64)
+    state, obs = env.reset(draws(env, 32))
+    first = None
+    for _ in range(99):
+        if name == "point_mass":
+            action = 5 * obs[:, 4:] - 3 * obs[:, 2:4]
+        else:  # the transposed Jacobian of the tip
+            cos1, sin1, cos12, sin12 = (
+                obs[:, 0],
+                obs[:, 1],
+                state["physics"][:, :2].sum(-1).cos(),
+                state["physics"][:, :2].sum(-1).sin(),
+            )
+            dx, dy = obs[:, 6], obs[:, 7]
+            both = -sin12 * dx + cos12 * dy
+            action = 10 * torch.stack([-sin1 * dx + cos1 * dy + both, both], -1) - 0.3 * obs[:, 4:6]
+        state, step = env.step(state, action, draws(env, 32))
+        distance = step.last_obs[:, 4:6] if name == "point_mass" else step.last_obs[:, 6:8]
+        torch.testing.assert_close(step.reward, -distance.norm(dim=-1))
+        first, obs = step.reward if first is None else first, step.obs
+    assert first.mean() < -0.5 and step.reward.mean() > -0.1
+
+
+def test_gymnasiums_environments_behind_our_face():
+    """Observations, rescaled actions, rewards and ends as gymnasium gives them, and what the last step of an episode led to."""
+    env = envs.make("LunarLanderContinuous", 2)
+    assert (env.obs_size, env.action_size, env.num_actions, env.max_steps) == (8, 2, None, 1000)
+    seeds = torch.tensor([[0.25], [0.5]])
+    theirs = [gymnasium.make("LunarLanderContinuous-v3").unwrapped for _ in range(2)]
+    first = [other.reset(seed=int(seed * 2**31))[0] for other, seed in zip(theirs, seeds, strict=True)]
+    state, obs = env.reset(seeds)
+    np.testing.assert_array_equal(obs, np.stack(first))
+    ended = [False, False]
+    for _ in range(200):
+        action = 2 * torch.rand(2, 2, generator=DRAWS) - 1
+        state, step = env.step(state, action, seeds)
+        for index, other in enumerate(theirs):
+            if not ended[index]:
+                last, reward, terminated, _, _ = other.step(action[index].numpy())
+                np.testing.assert_array_equal(step.last_obs[index], last)
+                assert step.reward[index] == pytest.approx(reward, rel=1e-5) and step.terminated[index] == terminated
+                assert torch.equal(step.obs[index], step.last_obs[index]) != terminated
+                ended[index] = terminated
+    assert all(ended)
+    discrete = envs.make("CartPole-v1", 1)
+    assert (discrete.num_actions, discrete.action_size) == (2, 0)
+    with pytest.raises(envs.EnvError, match="gymnasium cannot make Hoper-v4"):
+        envs.make("Hoper-v4", 1)
+
+
 def play(name, policy, steps=4000, count=8):
     """Mean reward of a policy(state, last action, last reward) per step."""
     env = envs.make(name, count)

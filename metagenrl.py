@@ -1,0 +1,1211 @@
+"""MetaGenRL: a learned objective function that trains agents in environments it never saw.
+
+A small network is the loss: it reads what an agent did, backwards in time, and what the agent would do now, and its gradient is
+what the agent follows. Critics say how good the agent's actions are after such a step; differentiating that through the step
+improves the objective. At meta-test time the objective is fixed, and trains agents of any size from scratch.
+
+Kirsch, "Automating AI Research" (2025), chapter 2 and appendix A; Kirsch, van Steenkiste and Schmidhuber, "Improving
+Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
+
+    Eq. 2.3              -> reinforce (a baseline)
+    Eq. 2.5              -> critic_gradient
+    Eq. 2.6, A.2         -> meta_loss
+    Eq. A.1, section A.2.1 -> objective
+    Algorithm 6          -> meta_train
+    Algorithm 7          -> train_agents (as Algorithm 6 with the objective fixed)
+    Figures 2.3 to 2.6   -> meta_test, draw_curves
+
+    python metagenrl.py                                           # small agents, small tasks: 5 minutes
+    python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
+    python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
+
+Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
+observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form a
+group; in it, every network of every agent is one row of a matrix, and all agents take a step at once.
+"""
+
+import ctypes
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from common import envs
+from common.envs import Env, EnvError
+
+# ======================================================================================================================
+# Args
+# ======================================================================================================================
+Name = Literal["metagenrl", "untrained", "td3", "reinforce-off"]
+Input = Literal["reward", "value", "next_value", "time", "gain"]
+
+
+@dataclass
+class Args:
+    """MetaGenRL (chapter 2): meta-learn the loss that agents are trained with, then train agents elsewhere with it."""
+
+    preset: Literal["auto", "thesis", "laptop"] = "auto"
+    """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
+    seed: int = 0
+    """Decides everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live."""
+    compile: bool = True
+    """Fuse updates with torch.compile (needs a C++ compiler on a CPU)."""
+    mode: Literal["train", "test"] = "train"
+    """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
+    checkpoint: Path | None = None
+    """The checkpoint.pt to meta-test."""
+    resume: Path | None = None
+    """A run folder to go on with, exactly where it stopped."""
+    run_dir: Path = Path("runs")
+    """Run folders are made in here."""
+    run_name: str | None = None
+    """Name of the run folder (default: script-environments-learner-seed-time)."""
+    track: bool = False
+    """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
+    checkpoint_every: int = 20_000
+    """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium begin new episodes at each."""
+
+    learner: Name = "metagenrl"
+    """What trains agents at meta-test time. metagenrl: the learned objective; untrained: the same one before meta-training;
+    td3: the critic's gradient; reinforce-off: REINFORCE with GAE on replayed data."""
+    baselines: tuple[Name, ...] = ("untrained", "td3", "reinforce-off")
+    """What else trains agents, for as many steps."""
+
+    envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
+    """Environments to meta-train in (section 2.5). Names with a capital are gymnasium's, any of them."""
+    test_envs: tuple[str, ...] = ("Hopper-v4",)
+    """Environments to meta-test in, beside --envs (section 2.5)."""
+    test_seen: bool = True
+    """Meta-test in --envs too."""
+    env_steps: int = 600_000
+    """Steps of each agent in its environment, meta-training (section 2.5)."""
+    test_steps: int = 1_000_000
+    """Steps of each agent, meta-test (section 2.5)."""
+    copies: int = 1
+    """e, copies of its environment that an agent acts in at once (not in the thesis); there is one update for each step of all
+    copies, so more copies mean fewer updates for as many environment steps."""
+
+    population: int = 20
+    """Agents, distributed equally over --envs (section 2.5)."""
+    objectives: int = 1
+    """m, objectives meta-trained side by side, each by a population of its own: seeds as a batch axis (Table 2.1: 6)."""
+    layers: int = 3
+    """Hidden layers of critic and policy (Table A.2; two would fit the 384 K parameters of section 2.3.3)."""
+    hidden: int = 350
+    """Units of each (Table A.2)."""
+    objective_units: int = 32
+    """Units of the objective's LSTM (Table A.2)."""
+    objective_filters: int = 32
+    """Units of the objective's other layers, which are 3 deep (Table A.2)."""
+    inputs: tuple[Input, ...] = ("reward", "value", "next_value", "time")
+    """What the objective hears at each step beside both actions (section 2.3.2). gain: next_value minus value. Leave some out
+    for the ablation of Figure 2.5."""
+    bound: float = 1000.0
+    """eta, bound of the objective's value at each step (Table A.2)."""
+
+    length: int = 20
+    """Steps of a sub-trajectory (Table A.3)."""
+    batch: int = 100
+    """Sub-trajectories in an update of an agent (Table A.3)."""
+    replay: int = 1_000_000
+    """Transitions that a replay buffer holds (not in the thesis)."""
+    critic_lr: float = 1e-3
+    """lambda_1, Adam (Table A.3)."""
+    policy_lr: float = 1e-3
+    """lambda_2, Adam (Table A.3)."""
+    inner_lr: float = 1e-3
+    """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
+    inner_steps: int = 1
+    """Steps of Eq. 2.6 before the critic is asked; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
+    inner_normalized: bool = False
+    """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
+    value_scaled: bool = False
+    """Divide the critic's value in Eq. 2.6 by its standard deviation over the batch, so that environments weigh alike (not in
+    the thesis)."""
+    objective_lr: float = 1e-3
+    """lambda_4, Adam (Table A.3)."""
+    clip: float = 1.0
+    """Largest norm of any gradient (Table A.3)."""
+    discount: float = 0.99
+    """gamma (Table A.3)."""
+    target_speed: float = 0.005
+    """How far target networks move towards the others (Table A.3)."""
+    target_noise: float = 0.2
+    """Standard deviation of noise on the action in a critic's target (Table A.3: critic noise)."""
+    target_noise_clip: float = 0.5
+    """Its bound (Table A.3)."""
+    delay: int = 2
+    """Updates of the critic for each one of policy and objective (A.2.2)."""
+    noise: tuple[float, ...] = (0.1,)
+    """Standard deviation of noise on actions taken (Table A.3). Several: an agent's copies take turns (not in the thesis)."""
+    random_steps: int = 10_000
+    """Steps of an agent that are random, at first (Table A.3)."""
+    frozen_steps: int = 0
+    """Steps of an agent during which its policy is not trained, and trains no objective (not in the thesis)."""
+    anneal_steps: int = 10_000
+    """Steps, after --frozen-steps, in which the objective's gradient takes over from the critic's in meta-training (A.2.2)."""
+    reset_every: int = 0
+    """Steps after which some agents begin anew, with empty buffers, so that the objective keeps seeing beginners; 0: never (not
+    in the thesis)."""
+    reset_share: float = 0.25
+    """How many of them, in turn."""
+    gae: float = 0.97
+    """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
+    normalized_advantages: bool = False
+    """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
+
+    test_seeds: int = 6
+    """Agents that each learner trains in each environment, for each of --objectives (Figure 2.3: 2 for each of 6 objectives, 6
+    for the others)."""
+    evaluations: int = 20
+    """Times that agents are evaluated along the way, without noise."""
+    episodes: int = 4
+    """Episodes in an evaluation of an agent."""
+    progress: bool = False
+    """Meta-test objectives from after 1/5, 2/5, 3/5 and 4/5 of meta-training too (Figure 2.4)."""
+    log_every: int = 100
+    """Iterations that a line of metrics.csv is the mean of."""
+
+
+LAPTOP = dict(
+    envs=("point_mass", "cart_swing_up"),  # they need no processes of their own
+    test_envs=("pendulum", "reacher"),
+    env_steps=12_000,  # what minutes allow
+    test_steps=10_000,
+    copies=4,  # environments cost less than updates
+    population=16,
+    hidden=32,
+    layers=2,
+    objective_units=24,
+    objective_filters=16,
+    inputs=("reward", "value", "next_value", "time", "gain"),
+    length=10,
+    batch=10,
+    replay=20_000,
+    compile=False,  # it would take longer than the run
+    critic_lr=3e-3,  # few steps
+    policy_lr=3e-4,  # small networks turn to extremes sooner than critics know better
+    target_speed=0.02,  # likewise
+    inner_lr=0.02,  # of a gradient of length one
+    inner_normalized=True,  # the objective's scale is free
+    value_scaled=True,  # returns differ tenfold between environments
+    objective_lr=3e-3,  # few steps
+    noise=(0.05, 0.1, 0.2, 0.4),
+    random_steps=2_000,
+    frozen_steps=2_000,  # until the critics know something
+    anneal_steps=3_200,
+    reset_every=1_600,
+    checkpoint_every=500,
+    log_every=20,
+)
+PRESETS = {"thesis": {}, "laptop": LAPTOP}
+
+
+# ======================================================================================================================
+# The learner
+# ======================================================================================================================
+class Network(NamedTuple):
+    """A feed-forward network whose parameters are one row of a matrix for each agent: layers of the sizes given, layer
+    normalisation before each activation if asked for (A.2.1)."""
+
+    sizes: tuple[int, ...]
+    normalized: bool = True
+    squares: bool = False  # half of the units square instead of ReLU (A.2.1)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Weight and bias of each layer, and gain and shift of each normalisation."""
+        shapes = []
+        for i, (a, b) in enumerate(pairwise(self.sizes)):
+            shapes += [(a, b), (1, b)] + [(1, b)] * 2 * (self.normalized and i < len(self.sizes) - 2)
+        return shapes
+
+    @property
+    def d(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    def init(self, p: int, generator: torch.Generator) -> Tensor:
+        """(p, d): weights and biases uniform within 1 / sqrt(inputs), gains 1, shifts 0."""
+        parts = []
+        for i, (a, b) in enumerate(pairwise(self.sizes)):
+            parts.append((2 * torch.rand(p, (a + 1) * b, generator=generator) - 1) / math.sqrt(a))
+            if self.normalized and i < len(self.sizes) - 2:
+                parts += [torch.ones(p, b), torch.zeros(p, b)]
+        return torch.cat(parts, -1)
+
+    def __call__(self, params: Tensor, x: Tensor) -> Tensor:
+        """params (p, d), x (p, ..., sizes[0]) -> (p, ..., sizes[-1])."""
+        shapes = self.shapes
+        parts = params.split([math.prod(shape) for shape in shapes], -1)
+        parts = iter([part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)])
+        y = x.flatten(1, -2)
+        for i in range(len(self.sizes) - 1):
+            weight, bias = next(parts), next(parts)
+            y = torch.baddbmm(bias, y, weight)
+            if i == len(self.sizes) - 2:
+                break
+            if self.normalized:
+                y = F.layer_norm(y, y.shape[-1:]) * next(parts) + next(parts)
+            y = half_squares(y) if self.squares else y.relu()
+        return y.unflatten(1, x.shape[1:-1])
+
+
+def half_squares(x: Tensor) -> Tensor:
+    """ReLU for one half of the units, squares for the other (A.2.1)."""
+    one, other = x.chunk(2, -1)
+    return torch.cat([one.relu(), other.square()], -1)
+
+
+def gradient(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The function that returns the gradient and the value of a scalar function of one tensor, itself differentiable inside
+    another `gradient`. torch.func has it, and torch.compile takes it; autograd does the same in little more than half the time
+    where nothing is compiled."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad_and_value(f)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        inside = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if inside and x.requires_grad else x.detach().requires_grad_()
+            y = f(x)
+            (g,) = torch.autograd.grad(y, x, create_graph=inside)
+        return g, y if inside else y.detach()
+
+    return both
+
+
+class Batch(NamedTuple):
+    """Sub-trajectories from replay buffers, for p agents. Where an episode ended early, mask is 0."""
+
+    obs: Tensor  # (p, s, t, a)
+    action: Tensor  # (p, s, t, b), taken
+    reward: Tensor  # (p, s, t)
+    terminated: Tensor  # (p, s, t)
+    time: Tensor  # (p, s, t), from 0 at the beginning of an episode to 1 at its time limit
+    next_obs: Tensor  # (p, s, t, a)
+    mask: Tensor  # (p, s, t)
+
+
+class Nets(NamedTuple):
+    """The networks of agents in one environment, and of the objective."""
+
+    policy: Network
+    critic: Network
+    of_inputs: Network
+    of_actions: Network
+    of_hidden: Network
+    units: int  # of the objective's LSTM
+
+    def act(self, phi: Tensor, obs: Tensor) -> Tensor:
+        """pi_phi(s), deterministic. phi (p, d), obs (p, ..., a) -> (p, ..., b) in [-1, 1]."""
+        return self.policy(phi, obs).tanh()
+
+    def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
+        """Q_theta(s, a) of one critic (p, ...)."""
+        return self.critic(theta, torch.cat([obs, action], -1))[..., 0]
+
+    @property
+    def lstm_shapes(self) -> list[tuple[int, int]]:
+        """Of inputs, hidden state, bias."""
+        n = self.units
+        return [(self.of_inputs.sizes[-1] + self.of_actions.sizes[-1], 4 * n), (n, 4 * n), (1, 4 * n)]
+
+    @property
+    def objective_sizes(self) -> list[int]:
+        """Parameters of the objective's parts: networks of inputs, of actions and of hidden states, and the LSTM."""
+        parts = [self.of_inputs.d, self.of_actions.d, self.of_hidden.d]
+        return parts + [math.prod(shape) for shape in self.lstm_shapes]
+
+    def init_objective(self, m: int, generator: torch.Generator) -> Tensor:
+        """alpha (m, d)."""
+        parts = [net.init(m, generator) for net in (self.of_inputs, self.of_actions, self.of_hidden)]
+        bound = 1 / math.sqrt(self.units)
+        parts += [bound * (2 * torch.rand(m, size, generator=generator) - 1) for size in self.objective_sizes[3:]]
+        return torch.cat(parts, -1)
+
+
+def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
+    hidden, filters = (args.hidden,) * args.layers, (args.objective_filters,) * 2
+    return Nets(
+        policy=Network((obs_size, *hidden, action_size)),
+        critic=Network((obs_size + action_size, *hidden, 1)),
+        of_inputs=Network((len(args.inputs), *filters, 8), normalized=False, squares=True),
+        of_actions=Network((2, *filters, args.objective_filters), squares=True),
+        of_hidden=Network((args.objective_units, *filters, 1), normalized=False, squares=True),
+        units=args.objective_units,
+    )
+
+
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean (p,) of x (p, s, t) where mask is 1."""
+    return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation (p,) of x (p, s, t) where mask is 1."""
+    return mean((x - mean(x, mask)[:, None, None]) ** 2, mask).sqrt()
+
+
+def standardized(x: Tensor, mask: Tensor) -> Tensor:
+    """x (p, s, t) with mean zero and deviation one over an agent's batch."""
+    return (x - mean(x, mask)[:, None, None]) / (spread(x, mask)[:, None, None] + 1e-5)
+
+
+def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tensor, value: Tensor, next_value: Tensor) -> Tensor:
+    """L_alpha at every step (section 2.3.2, A.2.1, Figure 2.2). alpha (p, d): an objective for each agent; action (p, s, t, b)
+    is pi_phi(s), the one input that a gradient flows through; values (p, s, t). Returns l_t (p, s, t), zero where mask is."""
+    of_inputs, of_actions, of_hidden, *lstm = alpha.split(nets.objective_sizes, -1)
+    w_x, w_h, bias = (part.unflatten(-1, shape) for part, shape in zip(lstm, nets.lstm_shapes, strict=True))
+    heard = {"reward": batch.reward, "value": value, "next_value": next_value, "gain": next_value - value}
+    heard = {name: standardized(x, batch.mask) for name, x in heard.items() if name in args.inputs} | {"time": batch.time}
+    x = nets.of_inputs(of_inputs, torch.stack([heard[name] for name in args.inputs], -1))
+    pair = torch.stack([batch.action, action], -1)  # (p, s, t, b, 2)
+    embedding = nets.of_actions(of_actions, pair).mean(-2)  # Eq. A.1: whatever the number of action dimensions
+    x = torch.baddbmm(bias, torch.cat([x, embedding], -1).flatten(1, 2), w_x).unflatten(1, batch.mask.shape[1:])
+    h = c = torch.zeros_like(x[:, :, 0, : nets.units])
+    hidden = []
+    for t in reversed(range(x.shape[2])):  # backwards: an action is judged by what came of it
+        gates, new = torch.baddbmm(x[:, :, t], h, w_h).split([3 * nets.units, nets.units], -1)
+        i, f, o = gates.sigmoid().chunk(3, -1)
+        c = batch.mask[:, :, t, None] * (f * c + i * new.tanh())
+        h = o * c.tanh()
+        hidden.append(h)
+    l_t = nets.of_hidden(of_hidden, torch.stack(hidden[::-1], 2))[..., 0]
+    return batch.mask * args.bound * (l_t / args.bound).tanh()
+
+
+# ======================================================================================================================
+# The inner loop
+# ======================================================================================================================
+State = dict[str, Tensor]  # everything of a group's agents: parameters, targets, Adam's moments, buffer, environments
+
+
+def values(nets: Nets, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+    """V_t and V_{t+1} = Q_theta(s, pi_phi(s)) (p, s, t), constants; nothing is to come after a terminal state."""
+    obs = torch.cat([batch.obs, batch.next_obs], 2)
+    value, next_value = nets.q(state["theta"][0], obs, nets.act(state["phi"], obs)).chunk(2, -1)
+    return value, next_value * (1 - batch.terminated)
+
+
+def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: Tensor) -> Tensor:
+    """Eq. 2.5 for both critics of every agent, with TD3's smoothed actions and the smaller of two targets. Time limits are not
+    the end. noise (p, s, t, b) standard normal. Returns (2, p, d)."""
+    smooth = (args.target_noise * noise).clamp(-args.target_noise_clip, args.target_noise_clip)
+    next_action = (nets.act(state["target_phi"], batch.next_obs) + smooth).clamp(-1, 1)
+    next_q = torch.minimum(*(nets.q(theta, batch.next_obs, next_action) for theta in state["target_theta"]))
+    y = batch.reward + args.discount * (1 - batch.terminated) * next_q
+
+    def loss(theta: Tensor) -> Tensor:
+        return sum(mean((nets.q(critic, batch.obs, batch.action) - y) ** 2, batch.mask).sum() for critic in theta)
+
+    return gradient(loss)(state["theta"])[0]
+
+
+def follow_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
+    """The gradient of L_alpha with respect to the policies (p, d)."""
+    seen = values(nets, state, batch)
+
+    def loss(phi: Tensor) -> Tensor:
+        return mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *seen), batch.mask).sum()
+
+    return gradient(loss)(state["phi"])[0]
+
+
+def follow_critic(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
+    """The gradient of minus Q_theta(s, pi_phi(s)) with respect to the policies: DDPG, and with the rest of this file TD3."""
+
+    def loss(phi: Tensor) -> Tensor:
+        return -mean(nets.q(state["theta"][0], batch.obs, nets.act(phi, batch.obs)), batch.mask).sum()
+
+    return gradient(loss)(state["phi"])[0]
+
+
+def clipped(args: Args, g: Tensor) -> Tensor:
+    """Gradients (..., d) with norms of at most --clip."""
+    return g * (args.clip / (g.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1)
+
+
+def adam(state: State, name: str, g: Tensor, lr: float, where: Tensor) -> State:
+    """A step of Adam (Kingma and Ba 2014) for the agents in `where` (p,), each counting its own steps. g (..., p, d)."""
+    where = where[:, None]
+    steps = state[f"{name}_steps"] + where.to(g.dtype)
+    m, v = state[f"{name}_m"].lerp(g, 0.1), state[f"{name}_v"].lerp(g * g, 0.001)
+    safe = steps.clamp(min=1)
+    moved = state[name] - lr * (m / (1 - 0.9**safe)) / ((v / (1 - 0.999**safe)).sqrt() + 1e-8)
+    new = {name: moved, f"{name}_m": m, f"{name}_v": v}
+    return {key: torch.where(where, value, state[key]) for key, value in new.items()} | {f"{name}_steps": steps}
+
+
+def update_critics(args: Args, nets: Nets, state: State, batch: Batch, noise: Tensor) -> State:
+    g = clipped(args, critic_gradient(args, nets, state, batch, noise))
+    return adam(state, "theta", g, args.critic_lr, torch.ones_like(state["age"], dtype=torch.bool))
+
+
+def update_policies(
+    args: Args, nets: Nets, follow: Callable, alpha: Tensor, state: State, batch: Batch, share: Tensor | None
+) -> State:
+    """Policies follow `follow`, or a share of it and for the rest the critic (A.2.2); then the targets move (TD3)."""
+    g = clipped(args, follow(args, nets, alpha, state, batch))
+    if share is not None:
+        g = share * g + (1 - share) * clipped(args, follow_critic(args, nets, alpha, state, batch))
+    new = adam(state, "phi", g, args.policy_lr, state["age"] >= args.frozen_steps)
+    moved = {"phi": new["phi"], "theta": state["theta"]}
+    return new | {f"target_{name}": state[f"target_{name}"].lerp(x, args.target_speed) for name, x in moved.items()}
+
+
+def act(args: Args, nets: Nets, state: State, noise: Tensor, uniform: Tensor) -> Tensor:
+    """Actions (p, e, b): the policy's, explored around with noise (p, e, b); at first random, uniform (p, e, b) in [0, 1)."""
+    action = (nets.act(state["phi"], state["obs"]) + noise).clamp(-1, 1)
+    return torch.where((state["age"] < args.random_steps)[:, None, None], 2 * uniform - 1, action)
+
+
+def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Batch:
+    """Sub-trajectories of --length steps, each within an episode, from every agent's buffer: which copy and which step they
+    begin at is uniform. now (): steps of each copy so far; draws (p, s, 2) uniform."""
+    buffer = state["buffer"]
+    p, e, capacity, _ = buffer.shape
+    held = (now - state["born"]).clamp(max=capacity)[:, None, None]
+    copy, first = (draws * torch.stack([torch.full_like(held, e), held], -1)[:, 0]).long().unbind(-1)
+    t = first[..., None] + torch.arange(args.length, device=draws.device)
+    agent = torch.arange(p, device=draws.device)[:, None, None]
+    steps = buffer[agent, copy[..., None], (now - held + t) % capacity]
+    a, b = env.obs_size, env.action_size
+    obs, action, reward, terminated, time, ended, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
+    after_end = F.pad(ended[..., 0].cumsum(-1)[..., :-1], (1, 0)) > 0
+    mask = ((t < held) & ~after_end).to(reward.dtype)
+    return Batch(obs, action, reward[..., 0], terminated[..., 0], time[..., 0], next_obs, mask)
+
+
+class Group:
+    """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
+
+    state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; born (p,) the step
+    of its copies at which an agent began; lost (), how many had to begin anew; buffer (p, e, capacity, ...); obs (p, e, a); and
+    what the environments keep.
+    """
+
+    def __init__(
+        self,
+        args: Args,
+        name: str,
+        which: Tensor,
+        steps: int,
+        device: torch.device,
+        fuse: Callable,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        """which (p,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not."""
+        self.args, self.name, self.total, self.device = args, name, len(which), device
+        self.own = torch.arange(len(which))[rank::world].to(device)
+        self.which = which.to(device)[self.own]
+        self.env = make_env(name, len(self.own) * args.copies, device)
+        self.nets = make_nets(args, self.env.obs_size, self.env.action_size)
+        self.act, self.update_critics, self.update_policies, self.objective_gradient = (
+            fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, objective_gradient)
+        )
+        self.sample_from = fuse(partial(sample, args, self.env))
+        noise = [args.noise[i % len(args.noise)] for i in range(args.copies)]
+        self.noise = torch.tensor(noise, device=device)[:, None]
+        self.steps = steps // args.copies
+        width = 2 * self.env.obs_size + self.env.action_size + 4
+        capacity = max(1, min(args.replay // args.copies, self.steps))
+        self.state = {"buffer": torch.zeros(len(self.own), args.copies, capacity, width, device=device)}
+        self.state |= {"born": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
+        self.state |= {"lost": torch.zeros((), dtype=torch.int64, device=device)} | self.beginners()
+        self.begin_episodes(0)
+
+    def draws(self, draw: Callable, *shape: int) -> Tensor:
+        """Random numbers for this process' agents; all processes draw those of all agents."""
+        return draw(self.total, *shape, device=self.device)[self.own]
+
+    def beginners(self) -> State:
+        """Networks of agents that have learned nothing."""
+        nets, generator = (self.nets.policy, self.nets.critic, self.nets.critic), torch.default_generator
+        phi, *theta = (net.init(self.total, generator).to(self.device)[self.own] for net in nets)
+        state = {"phi": phi, "theta": torch.stack(theta)}
+        state |= {f"target_{name}": x.clone() for name, x in state.items()}
+        for name in ("phi", "theta"):
+            state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
+            state[f"{name}_steps"] = torch.zeros(len(phi), 1, device=self.device)
+        return state
+
+    def begin_episodes(self, now: int) -> None:
+        """New episodes everywhere; now: steps of each copy so far."""
+        buffer, ended = self.state["buffer"], self.env.obs_size + self.env.action_size + 3
+        buffer[:, :, (now - 1) % buffer.shape[2], ended] = 1
+        draws = self.draws(torch.rand, self.args.copies, self.env.lifetime_draws)
+        world, obs = self.env.reset(draws.flatten(0, 1))
+        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": obs.unflatten(0, (-1, self.args.copies))}
+
+    def begin_anew(self, now: int, where: Tensor) -> None:
+        """Agents in `where` (p,) forget everything."""
+        for name, fresh in self.beginners().items():
+            self.state[name] = torch.where(where[:, None], fresh, self.state[name])
+        self.state["age"] = torch.where(where, 0, self.state["age"])
+        self.state["born"] = torch.where(where, now, self.state["born"])
+
+    def replace_lost(self, now: int) -> None:
+        """Agents that are not finite begin anew, and are counted."""
+        lost = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
+        if lost.any():
+            self.begin_anew(now, lost)
+            self.state["lost"] += lost.sum()
+
+    @property
+    def external(self) -> bool:
+        """Whether what the environments do cannot be saved."""
+        return isinstance(self.env, envs.Gymnasium)
+
+    def interact(self, now: int) -> Tensor:
+        """A step in every copy, noted in the buffers. Returns the mean reward."""
+        e, b, capacity = self.args.copies, self.env.action_size, self.state["buffer"].shape[2]
+        noise, uniform = (self.draws(draw, e, b) for draw in (torch.randn, torch.rand))
+        action = self.act(self.state, self.noise * noise, uniform)
+        before = {name[4:]: x for name, x in self.state.items() if name.startswith("env_")}
+        draws = self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1)
+        world, step = self.env.step(before, action.flatten(0, 1), draws)
+        time = before["steps"] / ((self.env.max_steps or 1000) - 1)
+        ended = step.terminated | step.truncated
+        rest = torch.stack([step.reward, step.terminated, time, ended], -1)
+        obs, last_obs = self.state["obs"].flatten(0, 1), step.last_obs
+        noted = torch.cat([obs, action.flatten(0, 1), rest, last_obs], -1)
+        self.state["buffer"][:, :, now % capacity] = noted.unflatten(0, (-1, e))
+        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
+        self.state["age"] = self.state["age"] + e
+        return step.reward.mean()
+
+    def sample(self, now: int) -> Batch:
+        """A batch from every agent's buffer; now: steps of each copy so far."""
+        draws = self.draws(torch.rand, self.args.batch, 2)
+        return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
+
+
+def train_agents(args: Args, group: Group, follow: Callable, alpha: Tensor, look: Callable) -> None:
+    """Algorithm 7: agents learn from scratch, with policies that follow `follow`. alpha (p, d). Calls look(now) after each step
+    of their copies."""
+    for now in range(1, group.steps + 1):
+        group.interact(now - 1)
+        learn(args, group, follow, alpha, group.sample(now), now)
+        look(now)
+
+
+def learn(
+    args: Args, group: Group, follow: Callable, alpha: Tensor, batch: Batch, now: int, share: Tensor | None = None
+) -> None:
+    """One update of critics, and with delay of policies, of all agents in a group."""
+    noise = group.draws(torch.randn, args.batch, args.length, group.env.action_size)
+    group.state |= group.update_critics(group.state, batch, noise)
+    if now % args.delay == 0:
+        group.state |= group.update_policies(follow, alpha, group.state, batch, share)
+
+
+# ======================================================================================================================
+# The outer loop
+# ======================================================================================================================
+def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
+    """Eq. 2.6 and A.2: minus what the critic thinks of the actions after one or more steps along the objective's gradient, each
+    on sub-trajectories of its own. alpha (p, d). Returns (p,)."""
+    phi = state["phi"]
+    size = args.batch // (args.inner_steps + 1)
+    for tau in (Batch(*parts) for parts in zip(*(x.split(size, 1)[: args.inner_steps] for x in batch), strict=True)):
+        seen = values(nets, state, tau)
+
+        def loss(phi: Tensor) -> Tensor:
+            return objective(args, nets, alpha, tau, nets.act(phi, tau.obs), *seen).sum()  # noqa: B023 (called at once)
+
+        g, _ = gradient(loss)(phi)
+        if args.inner_normalized:
+            g = g / (g.norm(dim=-1, keepdim=True) + 1e-8)
+        phi = phi - args.inner_lr * g
+    q, before = (nets.q(state["theta"][0], batch.obs, nets.act(x, batch.obs)) for x in (phi, state["phi"]))
+    improvement = mean(q - before, batch.mask)  # `before` is a constant that makes the number readable
+    if args.value_scaled:
+        improvement = improvement / (spread(before, batch.mask) + 1e-5)
+    return -improvement
+
+
+def objective_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss; and who counts
+    (p,): agents whose policies are not trained yet, or whose gradient is not finite, do not."""
+    g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
+    g = clipped(args, g)
+    counts = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
+    return torch.where(counts[:, None], g, 0), loss / len(g), counts.to(g.dtype)
+
+
+def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, run: "Run") -> None:
+    """Algorithm 6. Changes alpha (m, d) in place, and notes in history (5, m, d) what it was after each fifth."""
+    adam = torch.optim.Adam([alpha], args.objective_lr)
+    iterations, logged = args.env_steps // args.copies, {}
+    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": [group.state for group in groups]}
+    for step in run.steps(iterations, keep):
+        begin_anew(args, groups, step)
+        found, counts, now = torch.zeros_like(alpha), torch.zeros(len(alpha), 1, device=run.device), step + 1
+        annealed = (now * args.copies - args.frozen_steps) / max(1, args.anneal_steps)
+        share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
+        for group in groups:  # for e, phi, theta, B in P: all agents of an environment at once
+            reward, own = group.interact(step), alpha[group.which]
+            batch = group.sample(now)
+            learn(args, group, follow_objective, own, batch, now, share)
+            if now % args.delay == 0:
+                g, loss, counted = group.objective_gradient(own, group.state, batch)
+                found.index_add_(0, group.which, g)
+                counts.index_add_(0, group.which, counted[:, None])
+                logged.setdefault(f"{group.name}_meta_loss", []).append(loss)
+            logged.setdefault(f"{group.name}_reward", []).append(reward)
+        if now % args.delay == 0:
+            alpha.grad = all_reduce_mean(found) / all_reduce_mean(counts).clamp(min=1 / run.world)
+            adam.step()
+        history[5 * step // iterations] = alpha
+        if now % args.log_every == 0:
+            run.log(step, {name: all_reduce_mean(torch.stack(parts).mean()) for name, parts in sorted(logged.items())})
+            logged = {}
+        if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
+            for group in groups:
+                group.replace_lost(now)
+
+
+def begin_anew(args: Args, groups: list[Group], step: int) -> None:
+    """Some agents begin anew, in turn (--reset-every); and after a checkpoint environments that it cannot hold do."""
+    every, turns = args.reset_every // args.copies, round(1 / args.reset_share)
+    for group in groups:
+        if every and step and step % every == 0:
+            group.begin_anew(step, group.own % turns == step // every % turns)
+        if step % args.checkpoint_every == 0 and group.external:
+            group.begin_episodes(step)
+
+
+# ======================================================================================================================
+# Baselines
+# ======================================================================================================================
+def follow_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
+    """The gradient of minus Eq. 2.3 on replayed data, which biases it: REINFORCE with generalised advantages (Schulman et al.
+    2015) within sub-trajectories, as if the policy were Gaussian with the deviation of exploration."""
+    value, next_value = values(nets, state, batch)
+    delta = batch.mask * (batch.reward + args.discount * next_value - value)
+    advantages = [torch.zeros_like(delta[:, :, 0])]
+    for t in reversed(range(delta.shape[2])):
+        advantages.append(delta[:, :, t] + args.discount * args.gae * advantages[-1])
+    advantage = torch.stack(advantages[:0:-1], 2)
+    if args.normalized_advantages:
+        advantage = standardized(advantage, batch.mask)
+    std = sum(args.noise) / len(args.noise)
+
+    def loss(phi: Tensor) -> Tensor:
+        log_policy = -((batch.action - nets.act(phi, batch.obs)) ** 2).sum(-1) / (2 * std**2)
+        return -mean(log_policy * advantage, batch.mask).sum()
+
+    return gradient(loss)(state["phi"])[0]
+
+
+FOLLOW = {"td3": follow_critic, "reinforce-off": follow_reinforce}
+
+
+# ======================================================================================================================
+# Meta-test
+# ======================================================================================================================
+def meta_test(args: Args, objectives: dict[str, Tensor], run: "Run") -> list[dict[str, Any]]:
+    """Fresh agents learn in every environment (Algorithm 7), trained by each learner; those of objectives (m, d) are one
+    batch. Returns rows of returns along the way, without noise."""
+    rows = []
+    places = dict.fromkeys([*(args.envs if args.test_seen else ()), *args.test_envs])
+    learned = [name for name in (args.learner, *args.baselines) if name in ("metagenrl", "untrained")]
+    learned = [name for name in objectives if name.split(",")[0] in learned]
+    jobs = [(learned, follow_objective)] if learned else []
+    jobs += [([name], FOLLOW[name]) for name in dict.fromkeys([args.learner, *args.baselines]) if name in FOLLOW]
+    bar = tqdm(total=len(places) * len(jobs) * (args.test_steps // args.copies), desc="meta-test", disable=run.rank > 0)
+    for number, name in enumerate(places):
+        for learners, follow in jobs:
+            each = args.objectives * args.test_seeds
+            alpha = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
+            alpha = torch.cat(alpha or [torch.zeros(each, 0, device=run.device)])
+            torch.manual_seed(args.seed + 1_000_003 * (number + 1))
+            group = Group(args, name, torch.arange(each * len(learners)), args.test_steps, run.device, fuser(run))
+            curve = returns(args, group, follow, alpha, bar, 1009 * args.seed + number)
+            for learner, part in zip(learners, zip(*(x.split(each) for _, x in curve), strict=True), strict=True):
+                novelty = "none" if name in args.envs else "domain"
+                for (step, _), value in zip(curve, part, strict=True):
+                    rows.append(result_row(learner, name, novelty, "return", step, value))
+    return rows
+
+
+def returns(args: Args, group: Group, follow: Callable, alpha: Tensor, bar: tqdm, key: int) -> list[tuple[int, Tensor]]:
+    """The curve of agents that learn in a group: environment steps, and returns (p,)."""
+    env = make_env(group.name, group.total * args.episodes, group.device)
+    points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
+    curve = [(0, evaluate(args, group, env, key))]
+
+    def look(now: int) -> None:
+        bar.update()
+        if now in points:
+            group.replace_lost(now)
+            curve.append((now * args.copies, evaluate(args, group, env, key)))
+
+    train_agents(args, group, follow, alpha, look)
+    return curve
+
+
+def evaluate(args: Args, group: Group, env: Env, key: int) -> Tensor:
+    """Mean return (p,) of --episodes episodes of each agent, without noise, always in the same starting states."""
+    generator = torch.Generator(group.device).manual_seed(key)
+    draw = partial(torch.rand, env.num_envs, generator=generator, device=group.device)
+    world, obs = env.reset(draw(env.lifetime_draws))
+    total, alive = torch.zeros(2, env.num_envs, device=group.device)
+    alive += 1
+    for _ in range(env.max_steps or 1000):
+        action = group.nets.act(group.state["phi"], obs.unflatten(0, (group.total, -1))).flatten(0, 1)
+        world, step = env.step(world, action, draw(env.num_draws))
+        total += alive * step.reward
+        alive *= 1 - (step.terminated | step.truncated).to(alive.dtype)
+        obs = step.obs
+        if group.external and not alive.any():
+            break
+    return total.unflatten(0, (group.total, -1)).mean(-1)
+
+
+LABELS = {"metagenrl": "MetaGenRL", "untrained": "untrained objective", "td3": "TD3", "reinforce-off": "off-policy REINFORCE"}
+COLOURS = {"metagenrl": "C0", "untrained": "0.6", "td3": "k", "reinforce-off": "C1"}
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
+    """Figures 2.3 and 2.4: one panel for each environment, a line for each learner. Shaded: standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks, strict=True):
+        these = [row for row in rows if row["task"] == task]
+        for number, learner in enumerate(dict.fromkeys(row["learner"] for row in these)):
+            x, mean, std = zip(
+                *((row["step"], row["mean"], row["std"]) for row in these if row["learner"] == learner), strict=True
+            )
+            name, _, when = learner.partition(",")
+            colour = COLOURS[name] if not when else plt.cm.viridis(number / 6)
+            axis.plot(x, mean, color=colour, label=LABELS[name] + when and f", {when}")
+            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+        new = "meta-trained in" if these[0]["novelty"] == "none" else "never seen"
+        axis.set(title=f"{task} ({new})", xlabel="environment steps of an agent", ylabel="return")
+        axis.title.set_fontsize("small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=f"shaded: {spread}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ======================================================================================================================
+# The run
+# ======================================================================================================================
+SCRIPT = Path(__file__).stem
+USER_ERRORS = (EnvError,)
+NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
+
+
+# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
+class Mistake(Exception):
+    """Something a user can mend; the message is one sentence that says how."""
+
+
+def parse_args() -> Args:
+    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
+    args = tyro.cli(Args)
+    if args.resume:
+        if args.mode == "test" or args.checkpoint:
+            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
+        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
+        args = tyro.cli(Args, default=base)
+        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
+        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
+        if changed:
+            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
+    elif args.mode == "test":
+        if not args.checkpoint:
+            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
+        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
+    elif args.checkpoint:
+        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
+    else:
+        if args.preset == "auto":
+            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
+        preset = args.preset
+        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
+        args.preset = preset
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Mistake("There is no CUDA device; leave out --device cuda.")
+    return args
+
+
+def saved_args(path: Path, **changes: Any) -> Args:
+    """The Args of a checkpoint, with changes."""
+    saved = read_checkpoint(path)["args"]
+    try:
+        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
+        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
+    except (KeyError, TypeError) as error:
+        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
+    if not path.is_file():
+        raise Mistake(f"There is no checkpoint {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
+        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
+    return checkpoint
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Write a file whole or not at all: to a temporary name, synced, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def take_out(keep: Any) -> Any:
+    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
+    if isinstance(keep, dict):
+        return {name: take_out(value) for name, value in keep.items()}
+    if isinstance(keep, (list, tuple)):
+        return [take_out(value) for value in keep]
+    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
+
+
+def put_back(keep: Any, state: Any) -> None:
+    """The opposite of take_out, in place."""
+    if isinstance(keep, dict):
+        for name, value in keep.items():
+            put_back(value, state[name])
+    elif isinstance(keep, (list, tuple)):
+        for value, saved in zip(keep, state, strict=True):
+            put_back(value, saved)
+    elif isinstance(keep, Tensor):
+        keep.data.copy_(state)
+    else:
+        keep.load_state_dict(state)
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a nested state, with the names that lead to them."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, (dict, list)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, f"{name} {key}".strip())
+
+
+def keep_memory() -> None:
+    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
+def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
+    """A row of results.json from the values (seeds,) of independent meta-test runs."""
+    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
+    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+
+
+class Run:
+    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+
+    def __init__(self, args: Args):
+        self.args, self.started, self.file, self.lines = args, time.time(), None, []
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(args.device)
+        if args.device == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        torch.manual_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
+        self.saved = bool(self.resumed)
+        if self.resumed and (args.resume / "results.json").exists():
+            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
+        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [word if isinstance(word, str) else "-".join(word) for word in words]
+        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
+        self.folder = args.resume or args.run_dir / (args.run_name or name)
+        self.compiles = args.compile and self.can_compile()
+        keep_memory()
+        if self.rank == 0:
+            self.open_folder()
+
+    def open_folder(self) -> None:
+        if not self.resumed and self.folder.exists():
+            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            text = json.dumps(self.plain_args(), indent=2) + "\n"
+            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
+        else:  # drop what was logged after the checkpoint
+            path = self.folder / "metrics.csv"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
+            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
+        self.wandb = None
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
+            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
+        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
+
+    def can_compile(self) -> bool:
+        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
+        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
+            return True
+        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
+        return False
+
+    def plain_args(self) -> dict[str, Any]:
+        """The Args as JSON has them."""
+        return json.loads(json.dumps(asdict(self.args), default=str))
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
+        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
+        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
+        first = 0
+        if self.resumed:
+            first = self.resumed["step"]
+            put_back(keep, self.resumed["state"])
+            torch.set_rng_state(self.resumed["rng"]["cpu"])
+            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
+                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
+        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        for step in self.bar:
+            yield step
+            if (step + 1) % self.args.checkpoint_every == 0:
+                self.save(step + 1, keep)
+        self.save(max(first, total), keep)
+
+    def log(self, step: int, values: dict[str, Tensor]) -> None:
+        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        self.lines.append((step, values))
+        if self.args.device == "cpu" or len(self.lines) == 20:
+            self.write_lines()
+
+    def write_lines(self) -> None:
+        """Raises Mistake at a value that is not finite."""
+        for step, values in self.lines:
+            values = {name: float(value) for name, value in values.items()}
+            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
+            if self.rank > 0:
+                continue
+            if self.file is None:
+                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
+                if self.file.tell() == 0:
+                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
+            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(values, step=step)
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
+        self.lines = []
+
+    def refuse_nan(self, step: int, names: list[str]) -> None:
+        if names:
+            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
+            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
+        self.write_lines()
+        state = take_out(keep)
+        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
+        if self.rank == 0:
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
+            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
+            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        self.saved = True
+
+    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
+        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        if self.rank > 0:
+            return
+        if self.args.device == "cuda":
+            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
+        else:
+            import resource  # not on Windows
+
+            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
+        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
+        self.board.close()
+        first = {row["task"]: row["metric"] for row in reversed(rows)}
+        shown = [row for row in rows if row["metric"] == first[row["task"]]]
+        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
+        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
+        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
+            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
+            found = {row["step"]: row for row in these}
+            cells = [found.get(step) for step in steps] + [found[max(found)]]
+            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
+            table.append([task, novelty, learner, *texts])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        metrics = ", ".join(sorted(set(first.values())))
+        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
+        for line in table:
+            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+
+
+def run_as_script(main: Any) -> None:
+    """main(), with a user's mistakes said in one sentence and exit code 1."""
+    try:
+        main()
+    except (Mistake, *USER_ERRORS) as error:
+        sys.exit(f"{SCRIPT}.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+
+
+def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
+    """An environment with continuous actions; the observations of those that are ours are scaled to about one."""
+    env = envs.make(name, count, device, **({"parallel": count > 1} if name[:1].isupper() else {}))
+    if env.num_actions is not None:
+        raise Mistake(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
+    return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
+
+
+def fuser(run: "Run") -> Callable:
+    """What compiles a function, if anything does."""
+    return partial(torch.compile, dynamic=False) if run.compiles else lambda f: f
+
+
+def check(args: Args, world: int) -> None:
+    """Refuse what cannot work, before anything is written."""
+    counts = "env_steps test_steps copies population objectives layers hidden objective_units length replay delay inner_steps"
+    counts += " test_seeds evaluations episodes log_every checkpoint_every"
+    for name in counts.split():
+        if getattr(args, name) < 1:
+            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
+    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "clip", "bound"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
+    if not args.envs:
+        raise Mistake("--envs needs at least one environment.")
+    if not args.noise or min(args.noise) < 0:
+        raise Mistake("--noise needs at least one number, none of them below 0.")
+    if not args.inputs:
+        raise Mistake("--inputs needs at least one input.")
+    if args.population % len(args.envs):
+        raise Mistake(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
+    if args.population // len(args.envs) * args.objectives % world:
+        raise Mistake(f"{args.population // len(args.envs)} agents in an environment cannot be shared by {world} processes.")
+    if not 0 < args.reset_share <= 1:
+        raise Mistake("--reset-share has to be between 0 and 1.")
+    if args.batch <= args.inner_steps:
+        raise Mistake("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
+    if args.objective_filters < 2 or args.objective_filters % 2:
+        raise Mistake("--objective-filters has to be even: half of the units are squares.")
+    if min(args.env_steps, args.test_steps) < args.copies:
+        raise Mistake("--env-steps and --test-steps have to be at least --copies.")
+    for name in {*args.envs, *args.test_envs}:
+        make_env(name, 1)
+
+
+def load_objectives(alpha: Tensor, history: Tensor, path: Path) -> None:
+    """Objectives of a checkpoint."""
+    state = read_checkpoint(path)["state"]
+    if state["alpha"].shape != alpha.shape:
+        raise Mistake(f"{path} holds objectives of another size or number than these flags ask for; leave them out.")
+    alpha.copy_(state["alpha"])
+    history.copy_(state["history"])
+
+
+def main() -> None:
+    args = parse_args()
+    check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    untrained = make_nets(args, 1, 1).init_objective(args.objectives, torch.Generator().manual_seed(args.seed))
+    alpha = untrained.clone()
+    history = alpha.repeat(5, 1, 1)
+    if args.mode == "test":
+        load_objectives(alpha, history, args.checkpoint)
+    run = Run(args)
+    untrained, alpha, history = untrained.to(run.device), alpha.to(run.device), history.to(run.device)
+    started, lost = time.time(), 0
+    with torch.no_grad():
+        if args.mode == "train" and args.learner == "metagenrl":
+            which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
+            shard = (run.device, fuser(run), run.rank, run.world)
+            groups = [Group(args, name, which, args.env_steps, *shard) for name in args.envs]
+            meta_train(args, groups, alpha, history, run)
+            lost = sum(int(group.state["lost"]) for group in groups)
+        tested = time.time()
+        if run.rank > 0:
+            return
+        objectives = {"metagenrl": alpha, "untrained": untrained}
+        if args.progress:
+            objectives |= {f"metagenrl, {20 * (part + 1)} %": history[part] for part in range(4)}
+        rows = meta_test(args, objectives, run)
+    draw_curves(run.folder / "returns.png", rows, f"standard deviation over {rows[0]['seeds']} agents")
+    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
+    if lost:
+        run.say(f"{lost} agents were not finite and began anew.")
+    run.finish(rows, seconds=seconds, parameters=alpha.shape[-1], agents_begun_anew=lost)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

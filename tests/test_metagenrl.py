@@ -1,0 +1,508 @@
+"""metagenrl.py: the objective and its second-order gradient, agents as a batch axis, replay, and the command line."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+
+import metagenrl
+
+ARGS = metagenrl.Args(
+    envs=("pendulum",), population=3, layers=2, hidden=9, objective_units=6, objective_filters=4, length=5, batch=8, copies=2,
+    noise=(0.1, 0.3), random_steps=0, env_steps=60, test_steps=60, replay=1000, anneal_steps=0,
+)  # fmt: skip
+DRAWS = torch.Generator().manual_seed(0)
+
+
+def setting(p=3, a=4, b=2, dtype=torch.float64, args=ARGS):
+    """Networks, objectives (p, d), and a state and a batch of p agents, all random; some sub-trajectories are short."""
+    nets = metagenrl.make_nets(args, a, b)
+
+    def draw(*shape):
+        return torch.randn(p, args.batch, args.length, *shape, generator=DRAWS, dtype=dtype)
+
+    phi, target_phi = (nets.policy.init(p, DRAWS).to(dtype) for _ in range(2))
+    theta, target_theta = (torch.stack([nets.critic.init(p, DRAWS).to(dtype) for _ in range(2)]) for _ in range(2))
+    state = {"phi": phi, "theta": theta, "target_phi": target_phi, "target_theta": target_theta}
+    state |= {f"{name}_{moment}": torch.zeros_like(state[name]) for name in ("phi", "theta") for moment in "mv"}
+    state |= {f"{name}_steps": torch.zeros(p, 1, dtype=dtype) for name in ("phi", "theta")}
+    state["age"] = torch.full((p,), 10**6)
+    lengths = torch.randint(1, args.length + 1, (p, args.batch, 1), generator=DRAWS)
+    mask = (torch.arange(args.length) < lengths).to(dtype)
+    terminated = (torch.arange(args.length) == lengths - 1).to(dtype) * (draw() > 0)
+    batch = metagenrl.Batch(draw(a), draw(b).tanh(), draw(), terminated, draw().sigmoid(), draw(a), mask)
+    return nets, nets.init_objective(p, DRAWS).to(dtype), state, batch
+
+
+def one(state, batch, agent):
+    """What belongs to one agent."""
+    alone = {
+        name: x[:, agent : agent + 1] if "theta" in name and x.ndim == 3 else x[agent : agent + 1] for name, x in state.items()
+    }
+    return alone, metagenrl.Batch(*(x[agent : agent + 1] for x in batch))
+
+
+# ---- the objective -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_second_order_gradient_is_that_of_finite_differences(inner_steps, normalized):
+    """Eq. 2.6 and A.2."""
+    args = replace(
+        ARGS, inner_steps=inner_steps, inner_lr=0.3 if normalized else 3e-3, inner_normalized=normalized, value_scaled=True
+    )
+    nets, alpha, state, batch = setting(args=args)
+
+    def loss(alpha):
+        return metagenrl.meta_loss(args, nets, alpha, state, batch).sum()
+
+    with torch.no_grad():
+        g, value = metagenrl.gradient(loss)(alpha)
+        assert value == loss(alpha) and g.norm() > 1e-4
+        for _ in range(3):
+            direction = torch.randn(alpha.shape, generator=DRAWS, dtype=alpha.dtype)
+            step = 1e-6 * direction
+            slope = (loss(alpha + step) - loss(alpha - step)) / 2e-6
+            assert (g * direction).sum() == pytest.approx(float(slope), rel=1e-4, abs=1e-7)
+
+
+def test_gradients_are_those_of_torch_func():
+    """What torch.compile is given."""
+    alpha = setting()[1]
+    pairs = torch.func.grad_and_value(lambda x: (x**2 * torch.func.grad(lambda y: (y**3).sum())(x)).sum())(alpha)
+    ours = metagenrl.gradient(lambda x: (x**2 * metagenrl.gradient(lambda y: (y**3).sum())(x)[0]).sum())(alpha)
+    for one, other in zip(ours, pairs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_policies_follow_the_objective_through_their_actions_alone():
+    """The values are constants (section 2.3.2, footnote 3), although they are made with the policy."""
+    nets, alpha, state, batch = setting()
+    value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
+    phi = state["phi"].clone().requires_grad_()
+
+    def loss(value, next_value):
+        per_step = metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi, batch.obs), value, next_value)
+        return metagenrl.mean(per_step, batch.mask).sum()
+
+    with torch.no_grad():
+        ours = metagenrl.follow_objective(ARGS, nets, alpha, state, batch)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(value, next_value), phi)[0])
+    through = metagenrl.values(nets, state | {"phi": phi}, batch)
+    assert not torch.allclose(ours, torch.autograd.grad(loss(*through), phi)[0], rtol=1e-2)
+    fixed = metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi.detach(), batch.obs), value, next_value)
+    assert not fixed.requires_grad
+
+
+def test_what_a_terminal_state_leads_to_is_worth_nothing():
+    nets, _, state, batch = setting()
+    assert batch.terminated.any()
+    _, next_value = metagenrl.values(nets, state, batch)
+    assert (next_value[batch.terminated == 1] == 0).all() and (next_value[batch.terminated == 0] != 0).all()
+
+
+def test_the_objective_takes_any_number_of_action_dimensions_in_any_order():
+    for b in (1, 2, 5):
+        nets, alpha, state, batch = setting(b=b)
+        action, seen = nets.act(state["phi"], batch.obs), metagenrl.values(nets, state, batch)
+        ours = metagenrl.objective(ARGS, nets, alpha, batch, action, *seen)
+        order = torch.randperm(b, generator=DRAWS)
+        shuffled = batch._replace(action=batch.action[..., order])
+        torch.testing.assert_close(metagenrl.objective(ARGS, nets, alpha, shuffled, action[..., order], *seen), ours)
+        if b > 1:
+            wrong = metagenrl.objective(ARGS, nets, alpha, shuffled, action, *seen)
+            assert order.tolist() == list(range(b)) or not torch.allclose(wrong, ours)
+
+
+def test_the_objective_hears_the_future_and_nothing_behind_an_end():
+    nets, alpha, state, batch = setting()
+    batch = batch._replace(mask=torch.ones_like(batch.mask))
+    batch.mask[:, 1, 3:] = 0  # an end
+    action, seen = nets.act(state["phi"], batch.obs), metagenrl.values(nets, state, batch)
+    ours = metagenrl.objective(ARGS, nets, alpha, batch, action, *seen)
+    time = batch.time.clone()
+    time[:, 0, 2] += 1
+    changed = metagenrl.objective(ARGS, nets, alpha, batch._replace(time=time), action, *seen) != ours
+    assert changed[:, 0, :3].all() and not changed[:, 0, 3:].any() and not changed[:, 1:].any()
+    for what in ("time", "reward"):
+        x = getattr(batch, what).clone()
+        x[:, 1, 3:] += 10
+        assert torch.equal(metagenrl.objective(ARGS, nets, alpha, batch._replace(**{what: x}), action, *seen), ours)
+    assert (ours[:, 1, 3:] == 0).all() and (ours.abs() < ARGS.bound).all()
+
+
+@pytest.mark.parametrize(
+    "inputs", [("reward", "value", "next_value"), ("reward", "time"), ("reward", "value", "time"), ("gain",)]
+)
+def test_the_objective_hears_what_it_is_told_to(inputs):
+    args = replace(ARGS, inputs=inputs)
+    nets, alpha, state, batch = setting(args=args)
+    action, seen = nets.act(state["phi"], batch.obs), metagenrl.values(nets, state, batch)
+    ours = metagenrl.objective(args, nets, alpha, batch, action, *seen)
+    other = {"reward": batch._replace(reward=batch.reward.flip(2)), "time": batch._replace(time=1 - batch.time)}
+    for name, changed in other.items():
+        heard = not torch.equal(metagenrl.objective(args, nets, alpha, changed, action, *seen), ours)
+        assert heard == (name in inputs)
+    mixed = metagenrl.objective(args, nets, alpha, batch, action, seen[0].flip(2), seen[1])
+    assert torch.equal(mixed, ours) != bool({"value", "gain"} & set(inputs))
+
+
+def test_the_thesis_objective_has_about_15_thousand_parameters():
+    args = metagenrl.Args()
+    nets = metagenrl.make_nets(args, 17, 6)
+    assert 14_000 < nets.init_objective(1, DRAWS).shape[1] < 16_000
+    assert sum(nets.objective_sizes) == nets.init_objective(1, DRAWS).shape[1]
+
+
+# ---- agents ------------------------------------------------------------------------------------------------------------
+def slow_network(params, x, sizes):
+    """A policy or a critic of one agent, layer by layer, for one input."""
+    at = 0
+
+    def take(*shape):
+        nonlocal at
+        count = torch.Size(shape).numel()
+        at += count
+        return params[at - count : at].view(shape)
+
+    for layer, (a, b) in enumerate(pairwise(sizes)):
+        weight, bias = take(a, b), take(b)
+        x = x @ weight + bias
+        if layer < len(sizes) - 2:
+            gain, shift = take(b), take(b)
+            x = torch.relu((x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5) * gain + shift)
+    return x
+
+
+@pytest.mark.parametrize("where", ["middle", "terminal"])
+def test_critics_follow_equation_2_5_with_td3s_targets(where):
+    """The gradient for one agent, transition by transition; a time limit, which is not terminal, bootstraps."""
+    nets, _, state, batch = setting(p=2)
+    batch = batch._replace(terminated=torch.full_like(batch.terminated, float(where == "terminal")))
+    noise = torch.randn(batch.action.shape, generator=DRAWS, dtype=batch.obs.dtype)
+    with torch.no_grad():
+        ours = metagenrl.critic_gradient(ARGS, nets, state, batch, noise)
+    theta = state["theta"][:, 1].clone().requires_grad_()
+    total, count = 0, 0
+    for s, t in batch.mask[1].nonzero().tolist():
+        obs, action, next_obs = (x[1, s, t] for x in (batch.obs, batch.action, batch.next_obs))
+        smooth = (0.2 * noise[1, s, t]).clamp(-0.5, 0.5)
+        next_action = (torch.tanh(slow_network(state["target_phi"][1], next_obs, nets.policy.sizes)) + smooth).clamp(-1, 1)
+        pair = torch.cat([next_obs, next_action])
+        target = min(slow_network(target[1], pair, nets.critic.sizes)[0] for target in state["target_theta"])
+        y = batch.reward[1, s, t] + (0.99 * target if where == "middle" else 0)
+        for critic in theta:
+            total = total + (slow_network(critic, torch.cat([obs, action]), nets.critic.sizes)[0] - y) ** 2
+        count += 1
+    torch.testing.assert_close(ours[:, 1], torch.autograd.grad(total / count, theta)[0])
+
+
+@pytest.mark.parametrize("follow", ["objective", "critic", "reinforce"])
+def test_a_batch_of_agents_is_agents_one_by_one(follow):
+    follow = getattr(metagenrl, f"follow_{follow}")
+    nets, alpha, state, batch = setting()
+    noise = torch.randn(batch.action.shape, generator=DRAWS, dtype=batch.obs.dtype)
+    share = torch.tensor(0.3, dtype=batch.obs.dtype)
+    with torch.no_grad():
+        critics = metagenrl.update_critics(ARGS, nets, state, batch, noise)
+        policies = metagenrl.update_policies(ARGS, nets, follow, alpha, state, batch, share)
+        meta = metagenrl.objective_gradient(ARGS, nets, alpha, state, batch)[0]
+        for agent in range(3):
+            alone, part = one(state, batch, agent)
+            again = metagenrl.update_critics(ARGS, nets, alone, part, noise[agent : agent + 1])
+            again |= metagenrl.update_policies(ARGS, nets, follow, alpha[agent : agent + 1], alone, part, share)
+            expected, _ = one(critics | policies, batch, agent)
+            for name, x in again.items():
+                torch.testing.assert_close(x, expected[name])
+            alone = metagenrl.objective_gradient(ARGS, nets, alpha[agent : agent + 1], alone, part)[0]
+            torch.testing.assert_close(alone[0], meta[agent])
+
+
+def test_adam_is_torchs_and_counts_steps_by_agent():
+    state = setting()[2]
+    theirs = torch.nn.Parameter(state["phi"].clone())
+    adam = torch.optim.Adam([theirs], 0.01)
+    where = torch.ones(3, dtype=torch.bool)
+    for _ in range(5):
+        theirs.grad = torch.randn(theirs.shape, generator=DRAWS, dtype=theirs.dtype)
+        adam.step()
+        state |= metagenrl.adam(state, "phi", theirs.grad, 0.01, where)
+        torch.testing.assert_close(state["phi"], theirs.detach())
+    where[1] = False
+    later = metagenrl.adam(state, "phi", theirs.grad, 0.01, where)
+    assert torch.equal(later["phi"][1], state["phi"][1]) and not torch.equal(later["phi"][0], state["phi"][0])
+    assert later["phi_steps"][:, 0].tolist() == [6, 5, 6]
+
+
+def test_frozen_policies_neither_learn_nor_teach():
+    nets, alpha, state, batch = setting()
+    args = replace(ARGS, frozen_steps=100)
+    state["age"] = torch.tensor([100, 99, 500])
+    with torch.no_grad():
+        new = metagenrl.update_policies(args, nets, metagenrl.follow_objective, alpha, state, batch, None)
+        g, _, counts = metagenrl.objective_gradient(args, nets, alpha, state, batch)
+    assert (new["phi"] != state["phi"]).any(-1).tolist() == [True, False, True]
+    assert counts.tolist() == [1, 0, 1] and (g != 0).any(-1).tolist() == [True, False, True]
+
+
+def group(args=ARGS, name="pendulum", p=3, steps=60):
+    torch.manual_seed(0)
+    return metagenrl.Group(args, name, torch.zeros(p, dtype=torch.int64), steps, torch.device("cpu"), lambda f: f)
+
+
+@pytest.mark.parametrize("capacity", [30, 1000])
+def test_sub_trajectories_stay_within_an_episode_and_the_buffer(capacity):
+    """continuous_cartpole ends early; a small buffer is overwritten; an agent begins anew."""
+    args = replace(ARGS, replay=2 * capacity, batch=200, random_steps=10**9)
+    agents = group(args, "continuous_cartpole", steps=200)
+    episode = torch.zeros(3, 2, dtype=torch.int64)
+    note = []  # of every copy and step: the episode, the step in it, the observation
+    for now in range(100):
+        before, steps = agents.state["obs"].clone(), agents.state["env_steps"].view(3, 2).clone()
+        agents.interact(now)
+        note.append((episode.clone(), steps, before))
+        episode += agents.state["env_steps"].view(3, 2) == 0
+        if now == 79:
+            agents.begin_anew(80, torch.tensor([False, True, False]))
+    assert (episode > 2).all()
+    known = {}
+    for now, (episodes, steps, obs) in enumerate(note):
+        for agent in range(3):
+            for copy in range(2):
+                key = (agent, *obs[agent, copy].tolist())
+                known[key] = (now, copy, int(episodes[agent, copy]), int(steps[agent, copy]))
+    batch = agents.sample(100)
+    lengths = set()
+    for agent in range(3):
+        for s in range(200):
+            inside = batch.mask[agent, s].bool()
+            length = int(inside.sum())
+            lengths.add(length)
+            assert inside[:length].all() and length >= 1
+            found = [known[agent, *x.tolist()] for x in batch.obs[agent, s, :length]]
+            assert len({(copy, which) for _, copy, which, _ in found}) == 1
+            steps = [step for _, _, _, step in found]
+            assert steps == list(range(steps[0], steps[0] + length))
+            oldest = max(100 - min(capacity, 100), 80 if agent == 1 else 0)
+            assert found[0][0] >= oldest
+            torch.testing.assert_close(batch.time[agent, s, :length], torch.tensor(steps) / 499.0)
+            torch.testing.assert_close(batch.next_obs[agent, s, : length - 1], batch.obs[agent, s, 1:length])
+    assert lengths == set(range(1, 6))
+
+
+def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
+    agents = group()
+    with torch.no_grad():
+        for now in range(1, 5):
+            agents.interact(now - 1)
+            metagenrl.learn(ARGS, agents, metagenrl.follow_critic, torch.zeros(3, 0), agents.sample(now), now)
+        before = agents.state["phi"].clone()
+        agents.state["phi"][1, 5] = torch.nan
+        alpha = agents.nets.init_objective(3, DRAWS)
+        g, _, counts = metagenrl.objective_gradient(ARGS, agents.nets, alpha, agents.state, agents.sample(4))
+        assert counts.tolist() == [1, 0, 1] and g.isfinite().all()
+        agents.replace_lost(4)
+    assert agents.state["lost"] == 1 and agents.state["phi"].isfinite().all()
+    assert torch.equal(agents.state["phi"][::2], before[::2]) and agents.state["age"].tolist() == [8, 0, 8]
+    assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["born"].tolist() == [0, 4, 0]
+
+
+def test_reinforce_is_the_gradient_of_equation_2_3():
+    nets, _, state, batch = setting(p=2)
+    args = replace(ARGS, noise=(0.5,), gae=0.9)
+    value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
+    phi = state["phi"].clone().requires_grad_()
+    policy = torch.distributions.Normal(nets.act(phi, batch.obs), 0.5)
+    log_policy = policy.log_prob(batch.action).sum(-1)
+    total = 0
+    for p in range(2):
+        inside = batch.mask[p].nonzero().tolist()
+        for s, t in inside:
+            steps = [k for r, k in inside if r == s and k >= t]
+            deltas = [batch.reward[p, s, k] + 0.99 * next_value[p, s, k] - value[p, s, k] for k in steps]
+            advantage = sum((0.99 * 0.9) ** (k - t) * delta for k, delta in zip(steps, deltas, strict=True))
+            total = total - log_policy[p, s, t] * advantage / len(inside)
+    with torch.no_grad():
+        ours = metagenrl.follow_reinforce(args, nets, None, state, batch)
+    torch.testing.assert_close(ours, torch.autograd.grad(total, phi)[0])
+
+
+def test_compiled_updates_are_the_same():
+    """torch.compile takes every update whole, second-order gradients too. (What inductor makes of it takes minutes.)"""
+    args = replace(ARGS, inner_steps=2)
+    nets, alpha, state, batch = setting(args=args)
+    noise = torch.randn(batch.action.shape, generator=DRAWS, dtype=batch.obs.dtype)
+    given = {metagenrl.update_critics: (state, batch, noise), metagenrl.objective_gradient: (alpha, state, batch)}
+    given |= {metagenrl.update_policies: (metagenrl.follow_objective, alpha, state, batch, torch.tensor(0.3).double())}
+    with torch.no_grad():
+        for ours, inputs in given.items():
+            compiled = torch.compile(ours, dynamic=False, fullgraph=True, backend="aot_eager")(args, nets, *inputs)
+            torch.testing.assert_close(compiled, ours(args, nets, *inputs))
+
+
+def test_an_agent_learns():
+    """TD3 brings a point to its target: from a distance of about 1.2 to less than half of it, in 4,800 steps of an agent."""
+    args = metagenrl.Args(**metagenrl.LAPTOP | {"random_steps": 400, "frozen_steps": 400})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        agents = metagenrl.Group(args, "point_mass", torch.zeros(4, dtype=torch.int64), 4800, torch.device("cpu"), lambda f: f)
+        env = metagenrl.make_env("point_mass", 16)
+        before = metagenrl.evaluate(args, agents, env, 0)
+        metagenrl.train_agents(args, agents, metagenrl.follow_critic, torch.zeros(4, 0), lambda now: None)
+        after = metagenrl.evaluate(args, agents, env, 0)
+    assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------
+TINY = "--preset laptop --envs point_mass pendulum --test-envs continuous_cartpole --env-steps 96 --test-steps 40 --copies 4"
+TINY += " --population 4 --hidden 8 --objective-units 4 --objective-filters 4 --length 4 --batch 4 --random-steps 20"
+TINY += (
+    " --frozen-steps 20 --anneal-steps 20 --reset-every 40 --checkpoint-every 8 --log-every 4 --test-seeds 2 --evaluations 2"
+)
+TINY += " --episodes 1"
+
+
+def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+    return run_script("metagenrl.py", run_dir, f"{tiny} {flags}", launcher)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run as a user types it."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = command(folder, "--run-name done --objectives 2 --progress")
+    assert done.returncode == 0, done.stderr
+    return folder / "done", done.stdout
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, said = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "returns.png"} <= names
+    results = json.loads((folder / "results.json").read_text())
+    assert results["script"] == "metagenrl" and results["agents_begun_anew"] == 0 and results["parameters"] > 300
+    found = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
+    learners = {"metagenrl", "untrained", "td3", "reinforce-off"} | {f"metagenrl, {20 * part} %" for part in range(1, 5)}
+    tasks = {("point_mass", "none"), ("pendulum", "none"), ("continuous_cartpole", "domain")}
+    assert found == {(learner, *task) for learner in learners for task in tasks}
+    for row in results["results"]:
+        assert row["metric"] == "return" and row["seeds"] == 4 and row["step"] in (0, 20, 40)
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 6
+    assert "return: mean ± standard deviation over 4 runs" in said
+
+
+def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
+    flags = "--objectives 2 --progress"
+    killed = command(tmp_path, f"{flags} --run-name killed", launcher=KILLED)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
+    resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "killed") == rows(finished[0])
+    saved = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (tmp_path / "killed", finished[0])]
+    assert torch.equal(saved[0]["alpha"], saved[1]["alpha"]) and torch.equal(saved[0]["history"], saved[1]["history"])
+
+
+def test_environments_of_gymnasium_resume_in_the_same_numbers_too(tmp_path):
+    flags = "--envs MountainCarContinuous-v0 --test-envs --no-test-seen --baselines --reset-every 0 --env-steps 64"
+    flags += " --test-envs pendulum"
+    done = command(tmp_path, f"{flags} --run-name done")
+    assert done.returncode == 0, done.stderr
+    assert command(tmp_path, f"{flags} --run-name killed", launcher=KILLED).returncode == -signal.SIGKILL
+    resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "killed") == rows(tmp_path / "done")
+
+
+def test_a_checkpoint_tested_again_gives_the_same_numbers_and_trains_agents_elsewhere(finished, tmp_path):
+    flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'}"
+    assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
+    assert rows(tmp_path / "test") == rows(finished[0])
+    done = command(tmp_path, f"{flags} --run-name far --no-test-seen --test-envs LunarLanderContinuous --baselines", tiny="")
+    assert done.returncode == 0, done.stderr
+    assert {row["task"] for row in rows(tmp_path / "far")} == {"LunarLanderContinuous"}
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    done = command(tmp_path, "--run-name two --objectives 2 --progress", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (tmp_path / "two", finished[0])]
+    torch.testing.assert_close(states[0]["alpha"], states[1]["alpha"], rtol=1e-3, atol=1e-4)
+
+
+MISTAKES = {
+    "--envs cartpole": "agents act continuously, and cartpole has discrete actions",
+    "--envs CartPole-v1": "agents act continuously, and CartPole-v1 has discrete actions",
+    "--envs pendulun": "There is no environment pendulun",
+    "--test-envs Hoper-v4": "gymnasium cannot make Hoper-v4",
+    "--envs": "--envs needs at least one environment",
+    "--population 5": "--population 5 cannot be distributed equally over 2 environments",
+    "--batch 1": "--batch has to be larger than --inner-steps",
+    "--objective-filters 3": "--objective-filters has to be even",
+    "--env-steps 3": "have to be at least --copies",
+    "--inner-lr nan": "--inner-lr has to be above 0",
+    "--noise": "--noise needs at least one number",
+    "--inputs": "--inputs needs at least one input",
+    "--test-seeds 0": "--test-seeds has to be at least 1",
+    "--reset-share 0": "--reset-share has to be between 0 and 1",
+    "--mode test": "--mode test needs --checkpoint",
+    "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
+    "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of metagenrl.py",
+    "--mode test --checkpoint {done}/checkpoint.pt --objective-units 7": "holds objectives of another size or number",
+    "--resume {done}": "is finished",
+    "--run-name {done}": "exists; choose another --run-name",
+    "--device cuda": "There is no CUDA device",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    whole = (finished[0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"script": "gla"}, tmp_path / "foreign.pt")
+    tiny = "" if "--mode test --checkpoint" in flags or "--resume" in flags else TINY
+    said = complain("metagenrl", f"{tiny} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(MISTAKES[flags], said), said
+
+
+def test_a_mistake_ends_with_exit_code_1(tmp_path):
+    wrong = command(tmp_path, "--envs cartpole")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("metagenrl.py: MetaGenRL's agents act continuously")
+
+
+# ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
+@pytest.mark.slow
+def test_the_laptop_preset_reaches_its_floors(tmp_path):
+    """`python metagenrl.py`: agents trained by the learned objective end above those of the untrained one and of off-policy
+    REINFORCE in both environments that it never saw, and above where they began."""
+    start = time.time()
+    line = [
+        sys.executable,
+        str(ROOT / "metagenrl.py"),
+        "--run-dir",
+        str(tmp_path),
+        "--run-name",
+        "laptop",
+        "--preset",
+        "laptop",
+    ]
+    subprocess.run(line, check=True, cwd=tmp_path)
+    assert time.time() - start < 300
+    found = rows(tmp_path / "laptop")
+    last = max(row["step"] for row in found)
+    ends = {(row["learner"], row["task"]): row["mean"] for row in found if row["step"] == last}
+    begins = {row["task"]: row["mean"] for row in found if row["step"] == 0 and row["learner"] == "metagenrl"}
+    for task in ("pendulum", "reacher"):
+        ours = ends["metagenrl", task]
+        assert ours > begins[task] and ours > ends["untrained", task] and ours > ends["reinforce-off", task]
