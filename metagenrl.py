@@ -47,13 +47,13 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import envs
+from common import envs, es
 from common.envs import Env, EnvError
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["metagenrl", "untrained", "td3", "reinforce-off"]
+Name = Literal["metagenrl", "epg", "untrained", "td3", "reinforce-off", "reinforce-on", "ppo"]
 Input = Literal["reward", "value", "next_value", "time", "gain"]
 
 
@@ -85,10 +85,11 @@ class Args:
     """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium begin new episodes at each."""
 
     learner: Name = "metagenrl"
-    """What trains agents at meta-test time. metagenrl: the learned objective; untrained: the same one before meta-training;
-    td3: the critic's gradient; reinforce-off: REINFORCE with GAE on replayed data."""
+    """What trains agents at meta-test time. Meta-learned: metagenrl, and epg, the same objective found by evolution. untrained:
+    the objective before meta-training; td3: the critic's gradient; reinforce-off: REINFORCE with GAE on replayed data;
+    reinforce-on: on fresh data; ppo."""
     baselines: tuple[Name, ...] = ("untrained", "td3", "reinforce-off")
-    """What else trains agents, for as many steps."""
+    """What else trains agents, for as many steps; nothing that would have to be meta-learned."""
 
     envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
     """Environments to meta-train in (section 2.5). Names with a capital are gymnasium's, any of them."""
@@ -172,6 +173,25 @@ class Args:
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
     normalized_advantages: bool = False
     """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
+    rollout: int = 4_000
+    """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
+    epochs: int = 80
+    """reinforce-on, ppo: steps of the value function on each rollout, and of PPO's policy (Spinning Up)."""
+    on_policy_lr: float = 3e-4
+    """reinforce-on, ppo: Adam's learning rate for the policy; the value function has --critic-lr (Spinning Up)."""
+    clip_ratio: float = 0.2
+    """ppo: how far probabilities may move (Spinning Up)."""
+    largest_kl: float = 0.015
+    """ppo: an agent's policy stays as it is once it has moved this far on a rollout (Spinning Up: 1.5 times 0.01)."""
+
+    generations: int = 1_000
+    """epg: outer steps (not in the thesis, which allows 1 G environment steps)."""
+    pairs: int = 32
+    """epg: pairs of objectives in a generation (A.2.3: V = 64)."""
+    sigma: float = 0.05
+    """epg: standard deviation of the noise on their parameters (not in the thesis)."""
+    life_steps: int = 8_192
+    """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
     test_seeds: int = 6
     """Agents that each learner trains in each environment, for each of --objectives (Figure 2.3: 2 for each of 6 objectives, 6
@@ -214,8 +234,13 @@ LAPTOP = dict(
     frozen_steps=2_000,  # until the critics know something
     anneal_steps=3_200,
     reset_every=1_600,
+    rollout=400,
+    generations=10,  # a quarter of an hour
+    pairs=8,
+    life_steps=6_000,
     checkpoint_every=500,
     log_every=20,
+    test_seeds=5,
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
 
@@ -310,6 +335,7 @@ class Nets(NamedTuple):
 
     policy: Network
     critic: Network
+    value: Network
     of_inputs: Network
     of_actions: Network
     of_hidden: Network
@@ -348,6 +374,7 @@ def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
     return Nets(
         policy=Network((obs_size, *hidden, action_size)),
         critic=Network((obs_size + action_size, *hidden, 1)),
+        value=Network((obs_size, *hidden, 1)),
         of_inputs=Network((len(args.inputs), *filters, 8), normalized=False, squares=True),
         of_actions=Network((2, *filters, args.objective_filters), squares=True),
         of_hidden=Network((args.objective_units, *filters, 1), normalized=False, squares=True),
@@ -487,12 +514,17 @@ def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Ba
     copy, first = (draws * torch.stack([torch.full_like(held, e), held], -1)[:, 0]).long().unbind(-1)
     t = first[..., None] + torch.arange(args.length, device=draws.device)
     agent = torch.arange(p, device=draws.device)[:, None, None]
-    steps = buffer[agent, copy[..., None], (now - held + t) % capacity]
+    batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - held + t) % capacity])
+    after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
+    return batch._replace(mask=((t < held) & ~after_end).to(ended.dtype))
+
+
+def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
+    """What a buffer holds, as a batch without a mask, and where episodes ended."""
     a, b = env.obs_size, env.action_size
-    obs, action, reward, terminated, time, ended, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
-    after_end = F.pad(ended[..., 0].cumsum(-1)[..., :-1], (1, 0)) > 0
-    mask = ((t < held) & ~after_end).to(reward.dtype)
-    return Batch(obs, action, reward[..., 0], terminated[..., 0], time[..., 0], next_obs, mask)
+    obs, action, *scalars, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
+    reward, terminated, time, ended = (x[..., 0] for x in scalars)
+    return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
 
 
 class Group:
@@ -504,19 +536,12 @@ class Group:
     """
 
     def __init__(
-        self,
-        args: Args,
-        name: str,
-        which: Tensor,
-        steps: int,
-        device: torch.device,
-        fuse: Callable,
-        rank: int = 0,
-        world: int = 1,
+        self, args: Args, name: str, which: Tensor, steps: int, device: torch.device, fuse: Callable, own: Tensor | None = None
     ):
-        """which (p,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not."""
+        """which (n,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not.
+        own (p,): the agents among the n that live here; agents of the same number share their beginnings and their luck."""
         self.args, self.name, self.total, self.device = args, name, len(which), device
-        self.own = torch.arange(len(which))[rank::world].to(device)
+        self.own = (torch.arange(len(which)) if own is None else own).to(device)
         self.which = which.to(device)[self.own]
         self.env = make_env(name, len(self.own) * args.copies, device)
         self.nets = make_nets(args, self.env.obs_size, self.env.action_size)
@@ -576,11 +601,15 @@ class Group:
         """Whether what the environments do cannot be saved."""
         return isinstance(self.env, envs.Gymnasium)
 
-    def interact(self, now: int) -> Tensor:
-        """A step in every copy, noted in the buffers. Returns the mean reward."""
+    def interact(self, now: int, std: Tensor | None = None) -> None:
+        """A step in every copy, noted in the buffers; `rewards` (p,) are what it paid. std (p, 1, b): explore with these
+        deviations, from the beginning, and leave the bounds of actions to the environment."""
         e, b, capacity = self.args.copies, self.env.action_size, self.state["buffer"].shape[2]
         noise, uniform = (self.draws(draw, e, b) for draw in (torch.randn, torch.rand))
-        action = self.act(self.state, self.noise * noise, uniform)
+        if std is None:
+            action = self.act(self.state, self.noise * noise, uniform)
+        else:
+            action = self.nets.act(self.state["phi"], self.state["obs"]) + std * noise
         before = {name[4:]: x for name, x in self.state.items() if name.startswith("env_")}
         draws = self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1)
         world, step = self.env.step(before, action.flatten(0, 1), draws)
@@ -592,12 +621,17 @@ class Group:
         self.state["buffer"][:, :, now % capacity] = noted.unflatten(0, (-1, e))
         self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
         self.state["age"] = self.state["age"] + e
-        return step.reward.mean()
+        self.rewards = step.reward.unflatten(0, (-1, e)).mean(1)
 
     def sample(self, now: int) -> Batch:
         """A batch from every agent's buffer; now: steps of each copy so far."""
         draws = self.draws(torch.rand, self.args.batch, 2)
         return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
+
+    def latest(self, now: int, steps: int) -> tuple[Batch, Tensor]:
+        """The last steps of every copy (p, e, t) in order, and where episodes ended."""
+        buffer = self.state["buffer"]
+        return unpacked(self.env, buffer[:, :, torch.arange(now - steps, now) % buffer.shape[2]])
 
 
 def train_agents(args: Args, group: Group, follow: Callable, alpha: Tensor, look: Callable) -> None:
@@ -664,15 +698,15 @@ def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, 
         annealed = (now * args.copies - args.frozen_steps) / max(1, args.anneal_steps)
         share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment at once
-            reward, own = group.interact(step), alpha[group.which]
-            batch = group.sample(now)
+            group.interact(step)
+            batch, own = group.sample(now), alpha[group.which]
             learn(args, group, follow_objective, own, batch, now, share)
             if now % args.delay == 0:
                 g, loss, counted = group.objective_gradient(own, group.state, batch)
                 found.index_add_(0, group.which, g)
                 counts.index_add_(0, group.which, counted[:, None])
                 logged.setdefault(f"{group.name}_meta_loss", []).append(loss)
-            logged.setdefault(f"{group.name}_reward", []).append(reward)
+            logged.setdefault(f"{group.name}_reward", []).append(group.rewards.mean())
         if now % args.delay == 0:
             alpha.grad = all_reduce_mean(found) / all_reduce_mean(counts).clamp(min=1 / run.world)
             adam.step()
@@ -698,15 +732,20 @@ def begin_anew(args: Args, groups: list[Group], step: int) -> None:
 # ======================================================================================================================
 # Baselines
 # ======================================================================================================================
+def discounted(x: Tensor, keep: Tensor) -> Tensor:
+    """y_t = x_t + keep_t y_{t+1} over the last axis."""
+    y = [torch.zeros_like(x[..., 0])]
+    for t in reversed(range(x.shape[-1])):
+        y.append(x[..., t] + keep[..., t] * y[-1])
+    return torch.stack(y[:0:-1], -1)
+
+
 def follow_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of minus Eq. 2.3 on replayed data, which biases it: REINFORCE with generalised advantages (Schulman et al.
     2015) within sub-trajectories, as if the policy were Gaussian with the deviation of exploration."""
     value, next_value = values(nets, state, batch)
     delta = batch.mask * (batch.reward + args.discount * next_value - value)
-    advantages = [torch.zeros_like(delta[:, :, 0])]
-    for t in reversed(range(delta.shape[2])):
-        advantages.append(delta[:, :, t] + args.discount * args.gae * advantages[-1])
-    advantage = torch.stack(advantages[:0:-1], 2)
+    advantage = discounted(delta, torch.full_like(delta, args.discount * args.gae))
     if args.normalized_advantages:
         advantage = standardized(advantage, batch.mask)
     std = sum(args.noise) / len(args.noise)
@@ -718,7 +757,79 @@ def follow_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Bat
     return gradient(loss)(state["phi"])[0]
 
 
+def train_on_policy(args: Args, group: Group, ppo: bool, look: Callable) -> None:
+    """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
+    2017); policies are Gaussian with deviations of their own, values have a network of their own. Calls look(now) after each
+    step of an agent's copies."""
+    nets, state, b = group.nets, group.state, group.env.action_size
+    state["psi"] = nets.value.init(group.total, torch.default_generator).to(group.device)
+    state["log_std"] = torch.full((group.total, b), -0.5, device=group.device)
+    for name in ("psi", "log_std"):
+        state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
+        state[f"{name}_steps"] = torch.zeros(group.total, 1, device=group.device)
+
+    def log_policy(params: Tensor, tau: Batch) -> Tensor:
+        phi, log_std = params.split([nets.policy.d, b], -1)
+        log_std = log_std[:, None, None]
+        z = (tau.action - nets.act(phi, tau.obs)) / log_std.exp()
+        return -(z**2 / 2 + log_std).sum(-1)
+
+    rollout = max(2, args.rollout // args.copies)
+    for now in range(1, group.steps + 1):
+        group.interact(now - 1, state["log_std"].exp()[:, None])
+        if now % rollout == 0:
+            tau, ended = group.latest(now, rollout)
+            value, next_value = (nets.value(state["psi"], obs)[..., 0] for obs in (tau.obs, tau.next_obs))
+            delta = tau.reward + args.discount * (1 - tau.terminated) * next_value - value
+            advantage = discounted(delta, args.discount * args.gae * (1 - ended))
+            target, weight = value + advantage, standardized(advantage, tau.mask)
+            before = log_policy(torch.cat([state["phi"], state["log_std"]], -1), tau)
+
+            def loss(params: Tensor) -> Tensor:
+                ratio = (log_policy(params, tau) - before).exp()  # noqa: B023 (called at once)
+                near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio) if ppo else ratio
+                return -torch.minimum(ratio * weight, near * weight).mean((1, 2)).sum()  # noqa: B023
+
+            for _ in range(args.epochs if ppo else 1):
+                params = torch.cat([state["phi"], state["log_std"]], -1)
+                close = (before - log_policy(params, tau)).mean((1, 2)) < args.largest_kl
+                g = gradient(loss)(params)[0].split([nets.policy.d, b], -1)
+                for name, part in zip(("phi", "log_std"), g, strict=True):
+                    state |= adam(state, name, part, args.on_policy_lr, close)
+            everyone = torch.ones_like(close)
+            for _ in range(args.epochs):
+                g = gradient(lambda psi: ((nets.value(psi, tau.obs)[..., 0] - target) ** 2).mean((1, 2)).sum())  # noqa: B023
+                state |= adam(state, "psi", g(state["psi"])[0], args.critic_lr, everyone)
+        look(now)
+
+
+def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
+    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on what an agent earns in the last
+    fifth of a life in which it was trained by it, in the environments in turn. All of a generation have the same luck. Changes
+    alpha (1, d) in place, and notes in history (5, 1, d) what it was after each fifth."""
+    optimizer = torch.optim.Adam([alpha], args.objective_lr)
+    settings = dict(pairs=args.pairs, sigma=args.sigma, seed=args.seed, rank_shaping=True)
+    for generation in run.steps(args.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
+        name = args.envs[generation % len(args.envs)]
+
+        def evaluate(population: Tensor, _: Tensor) -> Tensor:
+            torch.manual_seed(1009 * args.seed + generation)  # noqa: B023 (called at once)
+            own = torch.zeros(len(population), dtype=torch.int64)
+            group = Group(args, name, own[:1], args.life_steps, run.device, fuser(run), own)  # noqa: B023
+            earned = []
+            train_agents(args, group, follow_objective, population, lambda now: earned.append(group.rewards))
+            return -torch.stack(earned[-len(earned) // 5 :]).mean(0).nan_to_num(-1e9)
+
+        grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
+        alpha.grad = grads[None]
+        optimizer.step()
+        history[5 * generation // args.generations] = alpha
+        run.log(generation, {"reward": -losses.mean()})
+
+
 FOLLOW = {"td3": follow_critic, "reinforce-off": follow_reinforce}
+ON_POLICY = ("reinforce-on", "ppo")
+META_LEARNED = ("metagenrl", "epg")
 
 
 # ======================================================================================================================
@@ -729,19 +840,18 @@ def meta_test(args: Args, objectives: dict[str, Tensor], run: "Run") -> list[dic
     batch. Returns rows of returns along the way, without noise."""
     rows = []
     places = dict.fromkeys([*(args.envs if args.test_seen else ()), *args.test_envs])
-    learned = [name for name in (args.learner, *args.baselines) if name in ("metagenrl", "untrained")]
-    learned = [name for name in objectives if name.split(",")[0] in learned]
-    jobs = [(learned, follow_objective)] if learned else []
-    jobs += [([name], FOLLOW[name]) for name in dict.fromkeys([args.learner, *args.baselines]) if name in FOLLOW]
+    learned = [name for name in objectives if name.split(",")[0] in (args.learner, *args.baselines)]
+    jobs = [learned] if learned else []
+    jobs += [[name] for name in dict.fromkeys([args.learner, *args.baselines]) if name in (*FOLLOW, *ON_POLICY)]
     bar = tqdm(total=len(places) * len(jobs) * (args.test_steps // args.copies), desc="meta-test", disable=run.rank > 0)
     for number, name in enumerate(places):
-        for learners, follow in jobs:
+        for learners in jobs:
             each = args.objectives * args.test_seeds
             alpha = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
             alpha = torch.cat(alpha or [torch.zeros(each, 0, device=run.device)])
             torch.manual_seed(args.seed + 1_000_003 * (number + 1))
             group = Group(args, name, torch.arange(each * len(learners)), args.test_steps, run.device, fuser(run))
-            curve = returns(args, group, follow, alpha, bar, 1009 * args.seed + number)
+            curve = returns(args, group, learners[0], alpha, bar, 1009 * args.seed + number)
             for learner, part in zip(learners, zip(*(x.split(each) for _, x in curve), strict=True), strict=True):
                 novelty = "none" if name in args.envs else "domain"
                 for (step, _), value in zip(curve, part, strict=True):
@@ -749,7 +859,7 @@ def meta_test(args: Args, objectives: dict[str, Tensor], run: "Run") -> list[dic
     return rows
 
 
-def returns(args: Args, group: Group, follow: Callable, alpha: Tensor, bar: tqdm, key: int) -> list[tuple[int, Tensor]]:
+def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, key: int) -> list[tuple[int, Tensor]]:
     """The curve of agents that learn in a group: environment steps, and returns (p,)."""
     env = make_env(group.name, group.total * args.episodes, group.device)
     points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
@@ -761,7 +871,10 @@ def returns(args: Args, group: Group, follow: Callable, alpha: Tensor, bar: tqdm
             group.replace_lost(now)
             curve.append((now * args.copies, evaluate(args, group, env, key)))
 
-    train_agents(args, group, follow, alpha, look)
+    if learner in ON_POLICY:
+        train_on_policy(args, group, learner == "ppo", look)
+    else:
+        train_agents(args, group, FOLLOW.get(learner, follow_objective), alpha, look)
     return curve
 
 
@@ -783,8 +896,17 @@ def evaluate(args: Args, group: Group, env: Env, key: int) -> Tensor:
     return total.unflatten(0, (group.total, -1)).mean(-1)
 
 
-LABELS = {"metagenrl": "MetaGenRL", "untrained": "untrained objective", "td3": "TD3", "reinforce-off": "off-policy REINFORCE"}
-COLOURS = {"metagenrl": "C0", "untrained": "0.6", "td3": "k", "reinforce-off": "C1"}
+LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained objective", "td3": "TD3", "ppo": "PPO"}
+LABELS |= {"reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
+COLOURS = {
+    "metagenrl": "C0",
+    "epg": "C2",
+    "untrained": "0.6",
+    "td3": "k",
+    "ppo": "C4",
+    "reinforce-off": "C1",
+    "reinforce-on": "C3",
+}
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
@@ -1137,11 +1259,11 @@ def fuser(run: "Run") -> Callable:
 def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
     counts = "env_steps test_steps copies population objectives layers hidden objective_units length replay delay inner_steps"
-    counts += " test_seeds evaluations episodes log_every checkpoint_every"
+    counts += " test_seeds evaluations episodes log_every checkpoint_every rollout epochs generations pairs life_steps"
     for name in counts.split():
         if getattr(args, name) < 1:
             raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "clip", "bound"):
+    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "on_policy_lr", "clip", "bound", "sigma"):
         if not 0 < getattr(args, name) < math.inf:
             raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
     if not args.envs:
@@ -1150,6 +1272,15 @@ def check(args: Args, world: int) -> None:
         raise Mistake("--noise needs at least one number, none of them below 0.")
     if not args.inputs:
         raise Mistake("--inputs needs at least one input.")
+    for name in args.baselines:
+        if name in META_LEARNED and name != args.learner:
+            raise Mistake(
+                f"{name} has to be meta-learned, in a run of its own with --learner {name}; leave it out of --baselines."
+            )
+    if args.learner == "epg" and args.objectives > 1:
+        raise Mistake("EPG evolves one objective in a run; leave out --objectives.")
+    if args.progress and args.learner not in META_LEARNED:
+        raise Mistake(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
     if args.population % len(args.envs):
         raise Mistake(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if args.population // len(args.envs) * args.objectives % world:
@@ -1189,16 +1320,20 @@ def main() -> None:
     with torch.no_grad():
         if args.mode == "train" and args.learner == "metagenrl":
             which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
-            shard = (run.device, fuser(run), run.rank, run.world)
-            groups = [Group(args, name, which, args.env_steps, *shard) for name in args.envs]
+            own = torch.arange(len(which))[run.rank :: run.world]
+            groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
             meta_train(args, groups, alpha, history, run)
             lost = sum(int(group.state["lost"]) for group in groups)
+        elif args.mode == "train" and args.learner == "epg":
+            evolve(args, alpha, history, run)
         tested = time.time()
         if run.rank > 0:
             return
-        objectives = {"metagenrl": alpha, "untrained": untrained}
+        objectives = {"untrained": untrained}
+        if args.learner in META_LEARNED:
+            objectives = {args.learner: alpha} | objectives
         if args.progress:
-            objectives |= {f"metagenrl, {20 * (part + 1)} %": history[part] for part in range(4)}
+            objectives |= {f"{args.learner}, {20 * (part + 1)} %": history[part] for part in range(4)}
         rows = meta_test(args, objectives, run)
     draw_curves(run.folder / "returns.png", rows, f"standard deviation over {rows[0]['seeds']} agents")
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
