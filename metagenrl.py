@@ -527,6 +527,17 @@ def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
     return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
 
 
+def beginners(nets: Nets, p: int) -> State:
+    """Networks of p agents that have learned nothing, and Adam's moments and steps for them."""
+    phi, *theta = (net.init(p, torch.default_generator) for net in (nets.policy, nets.critic, nets.critic))
+    state = {"phi": phi, "theta": torch.stack(theta)}
+    state |= {f"target_{name}": x.clone() for name, x in state.items()}
+    for name in ("phi", "theta"):
+        state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
+        state[f"{name}_steps"] = torch.zeros(p, 1)
+    return state
+
+
 class Group:
     """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
 
@@ -564,15 +575,9 @@ class Group:
         return draw(self.total, *shape, device=self.device)[self.own]
 
     def beginners(self) -> State:
-        """Networks of agents that have learned nothing."""
-        nets, generator = (self.nets.policy, self.nets.critic, self.nets.critic), torch.default_generator
-        phi, *theta = (net.init(self.total, generator).to(self.device)[self.own] for net in nets)
-        state = {"phi": phi, "theta": torch.stack(theta)}
-        state |= {f"target_{name}": x.clone() for name, x in state.items()}
-        for name in ("phi", "theta"):
-            state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
-            state[f"{name}_steps"] = torch.zeros(len(phi), 1, device=self.device)
-        return state
+        """This process' agents, before they have learned anything."""
+        everyone = beginners(self.nets, self.total)
+        return {name: x.to(self.device).index_select(-2, self.own) for name, x in everyone.items()}
 
     def begin_episodes(self, now: int) -> None:
         """New episodes everywhere; now: steps of each copy so far."""
@@ -927,7 +932,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
             )
             name, _, when = learner.partition(",")
             colour = COLOURS[name] if not when else plt.cm.viridis(number / 6)
-            axis.plot(x, mean, color=colour, label=LABELS[name] + when and f", {when}")
+            axis.plot(x, mean, color=colour, label=LABELS[name] + (f" after{when}" if when else ""))
             low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
         new = "meta-trained in" if these[0]["novelty"] == "none" else "never seen"

@@ -10,6 +10,8 @@ Prints the median over several repetitions, and the largest memory that the proc
     python tests/benchmark.py fme                             # environment steps per second with 1, 64 and 1,024 solutions
     python tests/benchmark.py symla                           # an outer step at the laptop's setting, learner and environment
     python tests/benchmark.py symla --setting thesis          # at the thesis': 512 members with 100 (bandits) or 10 lifetimes
+    python tests/benchmark.py metagenrl                       # updates of 1, 5 and 20 agents at the laptop's setting
+    python tests/benchmark.py metagenrl --setting thesis      # at the thesis': 3 x 350 units, 100 sub-trajectories of 20 steps
 """
 
 import argparse
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fme
 import gpicl
+import metagenrl
 import symla
 import vsml
 from common.datasets import Tasks, compile_draws, load
@@ -215,14 +218,61 @@ def bench_symla(options: argparse.Namespace) -> None:
         )
 
 
+def bench_metagenrl(options: argparse.Namespace) -> None:
+    """Updates of critics, policies and objective, apart and as they come in meta-training (policies and objective every second
+    time), of 1, 5 and 20 agents in environments as large as HalfCheetah; and environment steps of the laptop's environments."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    metagenrl.keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    thesis, one = options.setting == "thesis", None
+    args = metagenrl.Args(**({} if thesis else metagenrl.LAPTOP) | dict(device=device.type))
+    args = replace(args, frozen_steps=0, random_steps=0)
+    compiles = options.compile == "on" and (device.type == "cuda" or options.compile_updates)
+    fuse = metagenrl.fuser(argparse.Namespace(compiles=compiles))
+    nets = metagenrl.make_nets(args, 17, 6)
+    for agents in (1, 5, 20):
+        torch.manual_seed(0)
+        state = {name: x.to(device) for name, x in metagenrl.beginners(nets, agents).items()}
+        state["age"] = torch.full((agents,), 10**6, device=device)
+        shape = (agents, args.batch, args.length)
+        obs, action, reward, noise, next_obs = (torch.randn(*shape, n, device=device) for n in (17, 6, 1, 6, 17))
+        mask = torch.ones(shape, device=device)
+        batch = metagenrl.Batch(obs, action.tanh(), reward[..., 0], 0 * mask, mask / 2, next_obs, mask)
+        alpha = nets.init_objective(agents, torch.default_generator).to(device)
+        share = torch.tensor(1.0, device=device)
+        update = [fuse(partial(f, args, nets)) for f in (metagenrl.update_critics, metagenrl.update_policies)]
+        meta = fuse(partial(metagenrl.objective_gradient, args, nets))
+        repetitions = 2 if thesis and device.type == "cpu" else 10
+        with torch.no_grad():
+            critics = seconds(partial(update[0], state, batch, noise), repetitions)
+            policies = seconds(partial(update[1], metagenrl.follow_objective, alpha, state, batch, share), repetitions)
+            objective = seconds(partial(meta, alpha, state, batch), repetitions)
+        whole = critics + (policies + objective) / args.delay
+        one = one or whole
+        print(
+            f"{agents:>3} agents  update {1e3 * whole:7.1f} ms, {agents / whole:7.1f} agent updates/s, {whole / one:5.1f} x one"
+            f" agent: critics {1e3 * critics:7.1f} ms, policies {1e3 * policies:7.1f} ms, objective {1e3 * objective:7.1f} ms"
+            f"  {peak_mb():6.0f} MB",
+            flush=True,
+        )
+    for name in ("point_mass", "cart_swing_up", "pendulum", "LunarLanderContinuous", "HalfCheetah-v4"):
+        with torch.no_grad():
+            group = metagenrl.Group(args, name, torch.arange(8), 1000, device, lambda f: f)
+            taken = seconds(partial(group.interact, 0), 50)
+        print(f"{name:<24} {8 * args.copies:>3} copies  {8 * args.copies / taken / 1e3:8.1f} K environment steps/s", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=["vsml", "gpicl", "fme", "symla"])
+    parser.add_argument("script", choices=["vsml", "gpicl", "fme", "symla", "metagenrl"])
     parser.add_argument("--compile", choices=["on", "off"], default="on")
+    parser.add_argument("--compile-updates", action="store_true", help="MetaGenRL's on a CPU too, which takes minutes")
     parser.add_argument("--setting", choices=["small", "thesis"], default="small")
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of ES in the thesis setting")
     parser.add_argument("--chunk", type=int, default=None, help="pairs of ES, or solutions of FME, at a time")
     parser.add_argument("--steps", type=int, default=None, help="environment steps of SymLA's lifetimes, at most")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
-    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme, "symla": bench_symla}[options.script](options)
+    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme, "symla": bench_symla, "metagenrl": bench_metagenrl}[
+        options.script
+    ](options)
