@@ -34,6 +34,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -538,12 +539,17 @@ def beginners(nets: Nets, p: int) -> State:
     return state
 
 
+def agent_axis(name: str) -> int:
+    """Which axis of something in a group's state is the agents'; critics are two."""
+    return int("theta" in name and not name.endswith("steps"))
+
+
 class Group:
     """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
 
     state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; born (p,) the step
-    of its copies at which an agent began; lost (), how many had to begin anew; buffer (p, e, capacity, ...); obs (p, e, a); and
-    what the environments keep.
+    of its copies at which an agent began; lost (p,), how often it had to begin anew; buffer (p, e, capacity, ...); obs (p, e,
+    a); and what the environments keep.
     """
 
     def __init__(
@@ -562,12 +568,15 @@ class Group:
         self.sample_from = fuse(partial(sample, args, self.env))
         noise = [args.noise[i % len(args.noise)] for i in range(args.copies)]
         self.noise = torch.tensor(noise, device=device)[:, None]
+        self.external = isinstance(self.env, envs.Gymnasium)  # what its environments do cannot be saved
+        self.pool = ThreadPoolExecutor(1) if self.external else None
+        self.sharded = dist.is_initialized() and len(self.own) < self.total
         self.steps = steps // args.copies
         width = 2 * self.env.obs_size + self.env.action_size + 4
         capacity = max(1, min(args.replay // args.copies, self.steps))
         self.state = {"buffer": torch.zeros(len(self.own), args.copies, capacity, width, device=device)}
         self.state |= {"born": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
-        self.state |= {"lost": torch.zeros((), dtype=torch.int64, device=device)} | self.beginners()
+        self.state |= {"lost": torch.zeros_like(self.which)} | self.beginners()
         self.begin_episodes(0)
 
     def draws(self, draw: Callable, *shape: int) -> Tensor:
@@ -597,36 +606,55 @@ class Group:
     def replace_lost(self, now: int) -> None:
         """Agents that are not finite begin anew, and are counted."""
         lost = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
-        if lost.any():
+        any_lost = lost.any().float()
+        if all_reduce_mean(any_lost) if self.sharded else any_lost:  # all processes draw beginners, or none
             self.begin_anew(now, lost)
-            self.state["lost"] += lost.sum()
+            self.state["lost"] = self.state["lost"] + lost
 
-    @property
-    def external(self) -> bool:
-        """Whether what the environments do cannot be saved."""
-        return isinstance(self.env, envs.Gymnasium)
-
-    def interact(self, now: int, std: Tensor | None = None) -> None:
-        """A step in every copy, noted in the buffers; `rewards` (p,) are what it paid. std (p, 1, b): explore with these
-        deviations, from the beginning, and leave the bounds of actions to the environment."""
-        e, b, capacity = self.args.copies, self.env.action_size, self.state["buffer"].shape[2]
+    def send(self, std: Tensor | None = None) -> None:
+        """Act in every copy. Environments of gymnasium then go on by themselves until `receive`. std (p, 1, b): explore with
+        these deviations, from the beginning, and leave the bounds of actions to the environment."""
+        e, b = self.args.copies, self.env.action_size
         noise, uniform = (self.draws(draw, e, b) for draw in (torch.randn, torch.rand))
         if std is None:
             action = self.act(self.state, self.noise * noise, uniform)
         else:
             action = self.nets.act(self.state["phi"], self.state["obs"]) + std * noise
         before = {name[4:]: x for name, x in self.state.items() if name.startswith("env_")}
-        draws = self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1)
-        world, step = self.env.step(before, action.flatten(0, 1), draws)
+        step = partial(self.env.step, before, action.flatten(0, 1), self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1))
+        self.sent = before, action, self.pool.submit(step).result if self.external else step
+
+    def receive(self, now: int) -> None:
+        """What came of it, noted in the buffers; `rewards` (p,) are what was paid. now: steps of each copy before this one."""
+        before, action, step = self.sent
+        world, step = step()
+        e, capacity = self.args.copies, self.state["buffer"].shape[2]
         time = before["steps"] / ((self.env.max_steps or 1000) - 1)
         ended = step.terminated | step.truncated
         rest = torch.stack([step.reward, step.terminated, time, ended], -1)
-        obs, last_obs = self.state["obs"].flatten(0, 1), step.last_obs
-        noted = torch.cat([obs, action.flatten(0, 1), rest, last_obs], -1)
+        noted = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.last_obs], -1)
         self.state["buffer"][:, :, now % capacity] = noted.unflatten(0, (-1, e))
         self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
         self.state["age"] = self.state["age"] + e
         self.rewards = step.reward.unflatten(0, (-1, e)).mean(1)
+
+    def state_dict(self) -> State:
+        """The state of all agents, whichever process they live in."""
+        whole = {}
+        for name, x in self.state.items():
+            x = x.unflatten(0, (-1, self.args.copies)) if name.startswith("env_") else x
+            parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if self.sharded else [x]
+            if self.sharded:
+                dist.all_gather(parts, x.contiguous())
+            axis = agent_axis(name)
+            whole[name] = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+        return whole
+
+    def load_state_dict(self, whole: State) -> None:
+        """The opposite, on any number of processes."""
+        for name, x in whole.items():
+            x = x.to(self.device).index_select(agent_axis(name), self.own)
+            self.state[name] = x.flatten(0, 1) if name.startswith("env_") else x
 
     def sample(self, now: int) -> Batch:
         """A batch from every agent's buffer; now: steps of each copy so far."""
@@ -643,7 +671,8 @@ def train_agents(args: Args, group: Group, follow: Callable, alpha: Tensor, look
     """Algorithm 7: agents learn from scratch, with policies that follow `follow`. alpha (p, d). Calls look(now) after each step
     of their copies."""
     for now in range(1, group.steps + 1):
-        group.interact(now - 1)
+        group.send()
+        group.receive(now - 1)
         learn(args, group, follow, alpha, group.sample(now), now)
         look(now)
 
@@ -696,14 +725,16 @@ def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, 
     """Algorithm 6. Changes alpha (m, d) in place, and notes in history (5, m, d) what it was after each fifth."""
     adam = torch.optim.Adam([alpha], args.objective_lr)
     iterations, logged = args.env_steps // args.copies, {}
-    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": [group.state for group in groups]}
+    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
     for step in run.steps(iterations, keep):
         begin_anew(args, groups, step)
         found, counts, now = torch.zeros_like(alpha), torch.zeros(len(alpha), 1, device=run.device), step + 1
         annealed = (now * args.copies - args.frozen_steps) / max(1, args.anneal_steps)
         share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
+        for group in groups:
+            group.send()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment at once
-            group.interact(step)
+            group.receive(step)
             batch, own = group.sample(now), alpha[group.which]
             learn(args, group, follow_objective, own, batch, now, share)
             if now % args.delay == 0:
@@ -781,7 +812,8 @@ def train_on_policy(args: Args, group: Group, ppo: bool, look: Callable) -> None
 
     rollout = max(2, args.rollout // args.copies)
     for now in range(1, group.steps + 1):
-        group.interact(now - 1, state["log_std"].exp()[:, None])
+        group.send(state["log_std"].exp()[:, None])
+        group.receive(now - 1)
         if now % rollout == 0:
             tau, ended = group.latest(now, rollout)
             value, next_value = (nets.value(state["psi"], obs)[..., 0] for obs in (tau.obs, tau.next_obs))
@@ -1328,18 +1360,18 @@ def main() -> None:
             own = torch.arange(len(which))[run.rank :: run.world]
             groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
             meta_train(args, groups, alpha, history, run)
-            lost = sum(int(group.state["lost"]) for group in groups)
+            lost = sum(int(group.state_dict()["lost"].sum()) for group in groups)
         elif args.mode == "train" and args.learner == "epg":
             evolve(args, alpha, history, run)
         tested = time.time()
-        if run.rank > 0:
-            return
         objectives = {"untrained": untrained}
         if args.learner in META_LEARNED:
             objectives = {args.learner: alpha} | objectives
         if args.progress:
             objectives |= {f"{args.learner}, {20 * (part + 1)} %": history[part] for part in range(4)}
         rows = meta_test(args, objectives, run)
+    if run.rank > 0:
+        return
     draw_curves(run.folder / "returns.png", rows, f"standard deviation over {rows[0]['seeds']} agents")
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     if lost:

@@ -266,7 +266,8 @@ def test_sub_trajectories_stay_within_an_episode_and_the_buffer(capacity):
     note = []  # of every copy and step: the episode, the step in it, the observation
     for now in range(100):
         before, steps = agents.state["obs"].clone(), agents.state["env_steps"].view(3, 2).clone()
-        agents.interact(now)
+        agents.send()
+        agents.receive(now)
         note.append((episode.clone(), steps, before))
         episode += agents.state["env_steps"].view(3, 2) == 0
         if now == 79:
@@ -301,7 +302,8 @@ def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
     agents = group()
     with torch.no_grad():
         for now in range(1, 5):
-            agents.interact(now - 1)
+            agents.send()
+            agents.receive(now - 1)
             metagenrl.learn(ARGS, agents, metagenrl.follow_critic, torch.zeros(3, 0), agents.sample(now), now)
         before = agents.state["phi"].clone()
         agents.state["phi"][1, 5] = torch.nan
@@ -309,7 +311,7 @@ def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
         g, _, counts = metagenrl.objective_gradient(ARGS, agents.nets, alpha, agents.state, agents.sample(4))
         assert counts.tolist() == [1, 0, 1] and g.isfinite().all()
         agents.replace_lost(4)
-    assert agents.state["lost"] == 1 and agents.state["phi"].isfinite().all()
+    assert agents.state["lost"].tolist() == [0, 1, 0] and agents.state["phi"].isfinite().all()
     assert torch.equal(agents.state["phi"][::2], before[::2]) and agents.state["age"].tolist() == [8, 0, 8]
     assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["born"].tolist() == [0, 4, 0]
 
@@ -435,6 +437,22 @@ def test_two_processes_equal_one(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (tmp_path / "two", finished[0])]
     torch.testing.assert_close(states[0]["alpha"], states[1]["alpha"], rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(
+        states[0]["groups"], states[1]["groups"], strict=True
+    ):  # every agent, whichever process it lived in
+        for name, x in theirs.items():
+            torch.testing.assert_close(ours[name], x, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
+    """A checkpoint holds the agents of all processes."""
+    flags = "--objectives 2 --progress --run-name two"
+    assert command(tmp_path, flags, launcher=(*TORCHRUN, "--no-python", *KILLED)).returncode != 0
+    folder = tmp_path / "two"
+    assert (folder / "checkpoint.pt").exists() and not (folder / "results.json").exists()
+    assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0
+    alphas = [torch.load(x / "checkpoint.pt", weights_only=True)["state"]["alpha"] for x in (folder, finished[0])]
+    torch.testing.assert_close(*alphas, rtol=1e-3, atol=1e-4)
 
 
 MISTAKES = {
