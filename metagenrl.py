@@ -35,7 +35,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +54,7 @@ from common.envs import Env, EnvError
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["metagenrl", "epg", "untrained", "td3", "reinforce-off", "reinforce-on", "ppo"]
+Name = Literal["metagenrl", "epg", "rl2", "untrained", "td3", "reinforce-off", "reinforce-on", "ppo"]
 Input = Literal["reward", "value", "next_value", "time", "gain"]
 
 
@@ -86,9 +86,9 @@ class Args:
     """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium begin new episodes at each."""
 
     learner: Name = "metagenrl"
-    """What trains agents at meta-test time. Meta-learned: metagenrl, and epg, the same objective found by evolution. untrained:
-    the objective before meta-training; td3: the critic's gradient; reinforce-off: REINFORCE with GAE on replayed data;
-    reinforce-on: on fresh data; ppo."""
+    """What trains agents at meta-test time. Meta-learned: metagenrl; epg, the same objective found by evolution; rl2, an LSTM
+    that is the agent itself. untrained: the objective before meta-training; td3: the critic's gradient; reinforce-off:
+    REINFORCE with GAE on replayed data; reinforce-on: on fresh data; ppo."""
     baselines: tuple[Name, ...] = ("untrained", "td3", "reinforce-off")
     """What else trains agents, for as many steps; nothing that would have to be meta-learned."""
 
@@ -194,6 +194,21 @@ class Args:
     life_steps: int = 8_192
     """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
+    trial_steps: int = 100_000_000
+    """rl2: environment steps of meta-training, all together (section 2.5.1, footnote 6)."""
+    trials: int = 16
+    """rl2: trials of two episodes in each environment, in an update (not in the thesis)."""
+    rl2_units: int = 64
+    """rl2: units of the LSTM (A.2.3)."""
+    rl2_lr: float = 1e-3
+    """rl2: Adam's learning rate (not in the thesis)."""
+    rl2_epochs: int = 4
+    """rl2: steps of PPO on the trials of an update (not in the thesis)."""
+    rl2_inputs: int | None = None
+    """rl2: observations that it has room for (default: as --envs and --test-envs need); fewer are padded with zeros (A.2.3)."""
+    rl2_outputs: int | None = None
+    """rl2: action dimensions, likewise."""
+
     test_seeds: int = 6
     """Agents that each learner trains in each environment, for each of --objectives (Figure 2.3: 2 for each of 6 objectives, 6
     for the others)."""
@@ -239,6 +254,7 @@ LAPTOP = dict(
     generations=10,  # a quarter of an hour
     pairs=8,
     life_steps=6_000,
+    trial_steps=1_000_000,  # five times what MetaGenRL's agents have
     checkpoint_every=500,
     log_every=20,
     test_seeds=5,
@@ -864,35 +880,138 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
         run.log(generation, {"reward": -losses.mean()})
 
 
+class RL2(torch.nn.Module):
+    """RL^2 (Duan et al. 2016; Wang et al. 2016): one LSTM is the agent and the learning. It hears the observation, the last
+    action, the reward and whether an episode ended; it is not reset for two episodes (A.2.3)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.a, self.b = args.rl2_inputs, args.rl2_outputs
+        self.lstm = torch.nn.LSTM(self.a + self.b + 2, args.rl2_units)
+        self.action = torch.nn.Linear(args.rl2_units, self.b)
+        self.value = torch.nn.Linear(args.rl2_units, 1)
+        self.log_std = torch.nn.Parameter(torch.full((self.b,), -0.5))
+
+    def log_policy(self, hidden: Tensor, action: Tensor) -> Tensor:
+        """Of actions (..., b), as far as the environment has dimensions."""
+        z = (action - self.action(hidden)[..., : action.shape[-1]]) / self.log_std[: action.shape[-1]].exp()
+        return -(z**2 / 2 + self.log_std[: action.shape[-1]]).sum(-1)
+
+    def trial(self, env: Env, draws: Callable, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Two episodes in every copy: what was heard (t, e, ...), actions (t, e, b), rewards (t, e) and whether the trial was
+        still going on (t, e). draws: like torch.rand or torch.randn, by name."""
+        world, obs = env.reset(draws("rand", env.num_envs, env.lifetime_draws))
+        action = torch.zeros(env.num_envs, env.action_size, device=obs.device)
+        reward = ended = over = torch.zeros(env.num_envs, device=obs.device)
+        state, told = None, []
+        for _ in range(2 * (env.max_steps or 1000)):
+            heard = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
+            heard = torch.cat([*heard, reward[:, None], ended[:, None]], -1)
+            hidden, state = self.lstm(heard[None], state)
+            std = noise * self.log_std[: env.action_size].exp()
+            action = self.action(hidden[0])[:, : env.action_size] + std * draws("randn", *action.shape)
+            going = (over < 2).float()
+            world, step = env.step(world, action, draws("rand", env.num_envs, env.num_draws))
+            obs, reward, ended = step.obs, step.reward, (step.terminated | step.truncated).float()
+            told.append((heard, action, reward * going, going))
+            over = over + ended
+        return tuple(torch.stack(parts) for parts in zip(*told, strict=True))
+
+
+def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
+    """PPO on trials in all environments; within a trial, returns do not end with the first episode. Changes net in place."""
+    adam = torch.optim.Adam(net.parameters(), args.rl2_lr)
+    places = [make_env(name, args.trials, run.device) for name in args.envs]
+    steps = sum(2 * args.trials * (env.max_steps or 1000) for env in places)
+
+    def draws(name: str, *shape: int) -> Tensor:
+        return getattr(torch, name)(*shape, device=run.device)
+
+    for update in run.steps(max(1, args.trial_steps // steps), {"net": net, "adam": adam}):
+        trials, log = [], {}
+        for env, name in zip(places, args.envs, strict=True):
+            heard, action, reward, going = net.trial(env, draws)
+            hidden, _ = net.lstm(heard)
+            value = net.value(hidden)[..., 0] * going
+            delta = reward + args.discount * F.pad(value[1:], (0, 0, 0, 1)) - value
+            advantage = discounted(delta.T, torch.full_like(delta.T, args.discount * args.gae)).T
+            weight = standardized(advantage[None], going[None])[0] * going
+            trials.append((heard, action, going, value + advantage, weight, net.log_policy(hidden, action)))
+            log[f"{name}_return"] = reward.sum(0).mean() / 2
+        for _ in range(args.rl2_epochs):
+            with torch.enable_grad():
+                loss = torch.zeros((), device=run.device)
+                for heard, action, going, target, weight, before in trials:
+                    hidden, _ = net.lstm(heard)
+                    ratio = (net.log_policy(hidden, action) - before).exp()
+                    near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
+                    error = going * (net.value(hidden)[..., 0] - target)
+                    scale = target.var() + 1e-3  # environments pay differently
+                    loss = loss - torch.minimum(ratio * weight, near * weight).sum() / going.sum() + (error**2).mean() / scale
+                adam.zero_grad()
+                loss.backward()
+            for p in net.parameters():
+                p.grad = all_reduce_mean(p.grad)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            adam.step()
+        run.log(update, {name: all_reduce_mean(value) for name, value in log.items()})
+
+
+def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
+    """Returns per episode (p,) of its trials, which begin anew after two episodes: what it has seen before changes nothing."""
+    device = net.log_std.device
+    env, generator, curve = (
+        make_env(name, args.test_seeds * args.episodes, device),
+        torch.Generator(device).manual_seed(key),
+        [],
+    )
+
+    def draws(name: str, *shape: int) -> Tensor:
+        return getattr(torch, name)(*shape, generator=generator, device=device)
+
+    for part in range(args.evaluations + 1):
+        reward = net.trial(env, draws, noise=0.0)[2].sum(0) / 2
+        curve.append((args.test_steps * part // args.evaluations, reward.unflatten(0, (args.test_seeds, -1)).mean(-1)))
+    env.close()
+    return curve
+
+
 FOLLOW = {"td3": follow_critic, "reinforce-off": follow_reinforce}
 ON_POLICY = ("reinforce-on", "ppo")
-META_LEARNED = ("metagenrl", "epg")
+META_LEARNED = ("metagenrl", "epg", "rl2")
 
 
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def meta_test(args: Args, objectives: dict[str, Tensor], run: "Run") -> list[dict[str, Any]]:
+def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "Run") -> list[dict[str, Any]]:
     """Fresh agents learn in every environment (Algorithm 7), trained by each learner; those of objectives (m, d) are one
     batch. Returns rows of returns along the way, without noise."""
     rows = []
     places = dict.fromkeys([*(args.envs if args.test_seen else ()), *args.test_envs])
-    learned = [name for name in objectives if name.split(",")[0] in (args.learner, *args.baselines)]
-    jobs = [learned] if learned else []
-    jobs += [[name] for name in dict.fromkeys([args.learner, *args.baselines]) if name in (*FOLLOW, *ON_POLICY)]
-    bar = tqdm(total=len(places) * len(jobs) * (args.test_steps // args.copies), desc="meta-test", disable=run.rank > 0)
+    names = dict.fromkeys([args.learner, *args.baselines])
+    learned = [name for name in objectives if name.split(",")[0] in names]
+    jobs = ([learned] if learned else []) + [[name] for name in names if name not in ("metagenrl", "epg", "untrained")]
+    bar = tqdm(total=len(places) * len(jobs), desc="meta-test", disable=run.rank > 0)
     for number, name in enumerate(places):
+        novelty, key = "none" if name in args.envs else "domain", 1009 * args.seed + number
         for learners in jobs:
-            each = args.objectives * args.test_seeds
-            alpha = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
-            alpha = torch.cat(alpha or [torch.zeros(each, 0, device=run.device)])
-            torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-            group = Group(args, name, torch.arange(each * len(learners)), args.test_steps, run.device, fuser(run))
-            curve = returns(args, group, learners[0], alpha, bar, 1009 * args.seed + number)
-            for learner, part in zip(learners, zip(*(x.split(each) for _, x in curve), strict=True), strict=True):
-                novelty = "none" if name in args.envs else "domain"
+            if learners == ["rl2"]:
+                curve = returns_of_rl2(args, rl2, name, key)
+            else:
+                each = args.objectives * args.test_seeds
+                alpha = [
+                    objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives
+                ]
+                alpha = torch.cat(alpha or [torch.zeros(each, 0, device=run.device)])
+                torch.manual_seed(args.seed + 1_000_003 * (number + 1))
+                group = Group(args, name, torch.arange(each * len(learners)), args.test_steps, run.device, fuser(run))
+                curve = returns(args, group, learners[0], alpha, bar, key)
+                group.env.close()
+            for learner, part in zip(learners, zip(*(x.chunk(len(learners)) for _, x in curve), strict=True), strict=True):
                 for (step, _), value in zip(curve, part, strict=True):
                     rows.append(result_row(learner, name, novelty, "return", step, value))
+            bar.update(1 - bar.n % 1)
     return rows
 
 
@@ -903,7 +1022,8 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
     curve = [(0, evaluate(args, group, env, key))]
 
     def look(now: int) -> None:
-        bar.update()
+        if now % 50 == 0:
+            bar.update(50 / group.steps * 0.999)
         if now in points:
             group.replace_lost(now)
             curve.append((now * args.copies, evaluate(args, group, env, key)))
@@ -912,6 +1032,7 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
         train_on_policy(args, group, learner == "ppo", look)
     else:
         train_agents(args, group, FOLLOW.get(learner, follow_objective), alpha, look)
+    env.close()
     return curve
 
 
@@ -934,10 +1055,11 @@ def evaluate(args: Args, group: Group, env: Env, key: int) -> Tensor:
 
 
 LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained objective", "td3": "TD3", "ppo": "PPO"}
-LABELS |= {"reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
+LABELS |= {"rl2": "RL²", "reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
 COLOURS = {
     "metagenrl": "C0",
     "epg": "C2",
+    "rl2": "C5",
     "untrained": "0.6",
     "td3": "k",
     "ppo": "C4",
@@ -1297,10 +1419,11 @@ def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
     counts = "env_steps test_steps copies population objectives layers hidden objective_units length replay delay inner_steps"
     counts += " test_seeds evaluations episodes log_every checkpoint_every rollout epochs generations pairs life_steps"
+    counts += " trial_steps trials rl2_units rl2_epochs"
     for name in counts.split():
         if getattr(args, name) < 1:
             raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "on_policy_lr", "clip", "bound", "sigma"):
+    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "on_policy_lr", "rl2_lr", "clip", "bound", "sigma"):
         if not 0 < getattr(args, name) < math.inf:
             raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
     if not args.envs:
@@ -1316,7 +1439,9 @@ def check(args: Args, world: int) -> None:
             )
     if args.learner == "epg" and args.objectives > 1:
         raise Mistake("EPG evolves one objective in a run; leave out --objectives.")
-    if args.progress and args.learner not in META_LEARNED:
+    if args.learner == "rl2" and args.objectives > 1:
+        raise Mistake("RL^2 has no objective; leave out --objectives.")
+    if args.progress and args.learner not in ("metagenrl", "epg"):
         raise Mistake(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
     if args.population % len(args.envs):
         raise Mistake(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
@@ -1334,23 +1459,45 @@ def check(args: Args, world: int) -> None:
         make_env(name, 1)
 
 
-def load_objectives(alpha: Tensor, history: Tensor, path: Path) -> None:
-    """Objectives of a checkpoint."""
-    state = read_checkpoint(path)["state"]
-    if state["alpha"].shape != alpha.shape:
-        raise Mistake(f"{path} holds objectives of another size or number than these flags ask for; leave them out.")
-    alpha.copy_(state["alpha"])
-    history.copy_(state["history"])
+def with_room(args: Args) -> Args:
+    """Args with room in RL^2 for the environments that they name, where no flag said otherwise."""
+    if args.learner != "rl2":
+        return args
+    places = [make_env(name, 1) for name in (*args.envs, *args.test_envs)]
+    sizes = dict(rl2_inputs=max(env.obs_size for env in places), rl2_outputs=max(env.action_size for env in places))
+    args = replace(args, **{flag: size for flag, size in sizes.items() if getattr(args, flag) is None})
+    if args.rl2_inputs < sizes["rl2_inputs"] or args.rl2_outputs < sizes["rl2_outputs"]:
+        room = f"{args.rl2_inputs} observations and {args.rl2_outputs} action dimensions"
+        raise Mistake(f"RL^2 has room for {room}, and an environment has more; choose other environments.")
+    return args
+
+
+def load(args: Args, alpha: Tensor, history: Tensor, rl2: RL2 | None) -> None:
+    """What was meta-learned, from --checkpoint."""
+    state = read_checkpoint(args.checkpoint)["state"]
+    try:
+        if rl2:
+            rl2.load_state_dict(state["net"])
+        else:
+            alpha.copy_(state["alpha"].view(alpha.shape))
+            history.copy_(state["history"].view(history.shape))
+    except (KeyError, RuntimeError) as error:
+        raise Mistake(
+            f"{args.checkpoint} holds objectives of another learner, size or number than these flags ask for; leave them out."
+        ) from error
 
 
 def main() -> None:
     args = parse_args()
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    args = with_room(args)
+    torch.manual_seed(args.seed)
+    rl2 = RL2(args) if args.learner == "rl2" else None
     untrained = make_nets(args, 1, 1).init_objective(args.objectives, torch.Generator().manual_seed(args.seed))
     alpha = untrained.clone()
     history = alpha.repeat(5, 1, 1)
     if args.mode == "test":
-        load_objectives(alpha, history, args.checkpoint)
+        load(args, alpha, history, rl2)
     run = Run(args)
     untrained, alpha, history = untrained.to(run.device), alpha.to(run.device), history.to(run.device)
     started, lost = time.time(), 0
@@ -1363,20 +1510,25 @@ def main() -> None:
             lost = sum(int(group.state_dict()["lost"].sum()) for group in groups)
         elif args.mode == "train" and args.learner == "epg":
             evolve(args, alpha, history, run)
+        elif rl2:
+            rl2.to(run.device)
+            if args.mode == "train":
+                meta_train_rl2(args, rl2, run)
         tested = time.time()
         objectives = {"untrained": untrained}
-        if args.learner in META_LEARNED:
+        if args.learner in ("metagenrl", "epg"):
             objectives = {args.learner: alpha} | objectives
         if args.progress:
             objectives |= {f"{args.learner}, {20 * (part + 1)} %": history[part] for part in range(4)}
-        rows = meta_test(args, objectives, run)
+        rows = meta_test(args, objectives, rl2, run)
     if run.rank > 0:
         return
     draw_curves(run.folder / "returns.png", rows, f"standard deviation over {rows[0]['seeds']} agents")
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     if lost:
         run.say(f"{lost} agents were not finite and began anew.")
-    run.finish(rows, seconds=seconds, parameters=alpha.shape[-1], agents_begun_anew=lost)
+    parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
+    run.finish(rows, seconds=seconds, parameters=parameters, agents_begun_anew=lost)
 
 
 if __name__ == "__main__":

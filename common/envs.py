@@ -73,6 +73,9 @@ class Env:
         """The expected reward of each action (p, b), where it does not depend on what happens afterwards."""
         return None
 
+    def close(self) -> None:
+        """End the processes that it runs in, if it does."""
+
     def begin(self, draws: Tensor) -> State:
         """The first state of an episode. draws (p, begin_draws)."""
         raise NotImplementedError
@@ -597,6 +600,9 @@ class Gymnasium(Env):
             self.low, self.high = torch.tensor(action.low), torch.tensor(action.high)
         else:
             raise EnvError(f"Actions of {name} are neither one choice nor a bounded vector; choose another environment.")
+
+    def close(self) -> None:
+        self.envs.close()
 
     def tensor(self, array: Any) -> Tensor:
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.device, self.dtype)

@@ -455,6 +455,47 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
     torch.testing.assert_close(*alphas, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("learner", ["epg", "rl2", "ppo"])
+def test_other_learners(learner, tmp_path):
+    """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
+    flags = f"--learner {learner} --baselines reinforce-on --rollout 16 --epochs 2 --generations 4 --pairs 2 --life-steps 40"
+    flags += " --trial-steps 6400 --trials 2 --rl2-units 5 --checkpoint-every 2"
+    done = command(tmp_path, f"{flags} --run-name done")
+    assert done.returncode == 0, done.stderr
+    found = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
+    tasks = ("point_mass", "pendulum", "continuous_cartpole")
+    assert found == {(name, task, 2) for name in (learner, "reinforce-on") for task in tasks}
+    if learner != "ppo":
+        assert command(tmp_path, f"{flags} --run-name killed", launcher=KILLED).returncode == -signal.SIGKILL
+        resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+        assert resumed.returncode == 0, resumed.stderr
+        assert rows(tmp_path / "killed") == rows(tmp_path / "done")
+        flags = f"--mode test --checkpoint {tmp_path / 'done' / 'checkpoint.pt'} --run-name test --baselines"
+        assert command(tmp_path, flags, tiny="").returncode == 0
+        again = [row for row in rows(tmp_path / "done") if row["learner"] == learner]
+        assert rows(tmp_path / "test") == again
+
+
+def test_rl2_hears_what_happened_and_its_trials_are_two_episodes():
+    args = replace(ARGS, rl2_inputs=5, rl2_outputs=2, rl2_units=4)
+    torch.manual_seed(0)
+    net, env = metagenrl.RL2(args), metagenrl.make_env("continuous_cartpole", 3)
+    with torch.no_grad():
+        heard, action, reward, going = net.trial(env, lambda name, *shape: getattr(torch, name)(*shape, generator=DRAWS))
+        hidden, _ = net.lstm(heard)
+    t, ended = len(heard), heard[:, :, 8]
+    assert heard.shape == (1000, 3, 9) and (heard[:, :, [4, 6]] == 0).all()  # padding
+    torch.testing.assert_close(heard[1:, :, 5], action[:-1, :, 0])
+    assert (heard[0, :, 5:] == 0).all() and (heard[1:, :, 7] == 1).all()
+    for copy in range(3):
+        ends = ended[:, copy].nonzero()[:, 0].tolist()  # heard one step later
+        assert going[:, copy].tolist() == [float(step < ends[1]) for step in range(t)]
+        assert reward[:, copy].sum() == ends[1]
+    far = torch.distributions.Normal(net.action(hidden)[..., :1], net.log_std[:1].exp()).log_prob(action)[..., 0]
+    ours = net.log_policy(hidden, action)
+    torch.testing.assert_close(ours - ours[0], far - far[0])
+
+
 MISTAKES = {
     "--envs cartpole": "agents act continuously, and cartpole has discrete actions",
     "--envs CartPole-v1": "agents act continuously, and CartPole-v1 has discrete actions",
@@ -470,10 +511,15 @@ MISTAKES = {
     "--inputs": "--inputs needs at least one input",
     "--test-seeds 0": "--test-seeds has to be at least 1",
     "--reset-share 0": "--reset-share has to be between 0 and 1",
+    "--baselines epg": "epg has to be meta-learned, in a run of its own with --learner epg",
+    "--learner epg --baselines --objectives 2": "EPG evolves one objective in a run",
+    "--learner rl2 --baselines --rl2-inputs 3": "RL.2 has room for 3 observations and 2 action dimensions",
+    "--learner rl2 --objectives 1 --no-progress --mode test --checkpoint {done}/checkpoint.pt": "holds objectives of another learner",
+    "--learner td3 --progress": "td3 has none",
     "--mode test": "--mode test needs --checkpoint",
     "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of metagenrl.py",
-    "--mode test --checkpoint {done}/checkpoint.pt --objective-units 7": "holds objectives of another size or number",
+    "--mode test --checkpoint {done}/checkpoint.pt --objective-units 7": "holds objectives of another learner, size or number",
     "--resume {done}": "is finished",
     "--run-name {done}": "exists; choose another --run-name",
     "--device cuda": "There is no CUDA device",
