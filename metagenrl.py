@@ -7,13 +7,14 @@ improves the objective. At meta-test time the objective is fixed, and trains age
 Kirsch, "Automating AI Research" (2025), chapter 2 and appendix A; Kirsch, van Steenkiste and Schmidhuber, "Improving
 Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
 
-    Eq. 2.3              -> reinforce (a baseline)
-    Eq. 2.5              -> critic_gradient
-    Eq. 2.6, A.2         -> meta_loss
+    Eq. 2.3                -> follow_reinforce, train_on_policy (baselines)
+    Eq. 2.5                -> critic_gradient
+    Eq. 2.6, A.2           -> meta_loss, objective_gradient
     Eq. A.1, section A.2.1 -> objective
-    Algorithm 6          -> meta_train
-    Algorithm 7          -> train_agents (as Algorithm 6 with the objective fixed)
-    Figures 2.3 to 2.6   -> meta_test, draw_curves
+    Algorithm 6            -> meta_train
+    Algorithm 7            -> train_agents
+    Section A.2.3          -> follow_critic (DDPG, TD3), train_on_policy (PPO), RL2, evolve (EPG)
+    Figures 2.3 to 2.6     -> meta_test, draw_curves
 
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
