@@ -514,7 +514,7 @@ MISTAKES = {
     "--baselines epg": "epg has to be meta-learned, in a run of its own with --learner epg",
     "--learner epg --baselines --objectives 2": "EPG evolves one objective in a run",
     "--learner rl2 --baselines --rl2-inputs 3": "RL.2 has room for 3 observations and 2 action dimensions",
-    "--learner rl2 --objectives 1 --no-progress --mode test --checkpoint {done}/checkpoint.pt": "holds objectives of another learner",
+    "--learner rl2 --objectives 1 --no-progress --mode test --checkpoint {done}/checkpoint.pt": "holds objectives of another",
     "--learner td3 --progress": "td3 has none",
     "--mode test": "--mode test needs --checkpoint",
     "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
