@@ -1081,19 +1081,24 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         these = [row for row in rows if row["task"] == task]
-        for number, learner in enumerate(dict.fromkeys(row["learner"] for row in these)):
+        for learner in dict.fromkeys(row["learner"] for row in these):
             x, mean, std = zip(
                 *((row["step"], row["mean"], row["std"]) for row in these if row["learner"] == learner), strict=True
             )
             name, _, when = learner.partition(",")
-            colour = COLOURS[name] if not when else plt.cm.viridis(number / 6)
+            colour = COLOURS[name] if not when else plt.cm.Greens(0.2 + 0.6 * float(when.split()[0]) / 100)
             axis.plot(x, mean, color=colour, label=LABELS[name] + (f" after{when}" if when else ""))
             low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
         new = "meta-trained in" if these[0]["novelty"] == "none" else "never seen"
         axis.set(title=f"{task} ({new})", xlabel="environment steps of an agent", ylabel="return")
         axis.title.set_fontsize("small")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=f"shaded: {spread}")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=max(2, int(1.6 * len(tasks))),
+        title=f"shaded: {spread}",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
