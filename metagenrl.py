@@ -518,8 +518,9 @@ def update_policies(
 
 
 def act(args: Args, nets: Nets, state: State, noise: Tensor, uniform: Tensor) -> Tensor:
-    """Actions (p, e, b): the policy's, explored around with noise (p, e, b); at first random, uniform (p, e, b) in [0, 1)."""
-    action = (nets.act(state["phi"], state["obs"]) + noise).clamp(-1, 1)
+    """Actions (p, e, b): the policy's, explored around with noise (p, e, b); at first random, uniform (p, e, b) in [0, 1). An
+    agent that is not finite does nothing, until it begins anew."""
+    action = (nets.act(state["phi"], state["obs"]) + noise).clamp(-1, 1).nan_to_num()
     return torch.where((state["age"] < args.random_steps)[:, None, None], 2 * uniform - 1, action)
 
 
@@ -730,12 +731,12 @@ def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch)
 
 
 def objective_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss; and who counts
-    (p,): agents whose policies are not trained yet, or whose gradient is not finite, do not."""
+    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss, 0 if one is not
+    finite; and who counts (p,): agents whose policies are not trained yet, or whose gradient is not finite, do not."""
     g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
     g = clipped(args, g)
     counts = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
-    return torch.where(counts[:, None], g, 0), loss / len(g), counts.to(g.dtype)
+    return torch.where(counts[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g), counts.to(g.dtype)
 
 
 def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, run: "Run") -> None:

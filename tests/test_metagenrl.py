@@ -316,6 +316,37 @@ def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
     assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["born"].tolist() == [0, 4, 0]
 
 
+class Sick:
+    """A run in which one agent falls ill."""
+
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, groups):
+        self.groups, self.logged = groups, []
+
+    def steps(self, total, keep):
+        for step in range(total):
+            if step == 7:
+                self.groups[0].state["phi"][1] = torch.nan
+            yield step
+
+    def log(self, step, values):
+        self.logged.append(values)
+
+
+def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
+    args = replace(ARGS, log_every=4)
+    groups = [group(args)]
+    alpha = groups[0].nets.init_objective(1, DRAWS)
+    before, run = alpha.clone(), Sick(groups)
+    with torch.no_grad():
+        metagenrl.meta_train(args, groups, alpha, alpha.repeat(5, 1, 1), run)
+    assert groups[0].state["lost"].tolist() == [0, 1, 0] and len(run.logged) == 7
+    assert all(value.isfinite() for values in run.logged for value in values.values())
+    assert all(x.isfinite().all() for x in groups[0].state.values())
+    assert alpha.isfinite().all() and not torch.equal(alpha, before)
+
+
 def test_reinforce_is_the_gradient_of_equation_2_3():
     nets, _, state, batch = setting(p=2)
     args = replace(ARGS, noise=(0.5,), gae=0.9)
