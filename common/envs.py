@@ -627,6 +627,58 @@ class Gymnasium(Env):
         return {"steps": steps}, Step(obs, self.tensor(reward)[:, 0], terminated, truncated, last_obs)
 
 
+class HiddenGoal(GridWorld):
+    """Find a cell that is not shown, in three rows and columns (thesis, section 6.3): it pays 1 and ends the episode, and the
+    agent begins anew in any other cell. Actions as in GridWorld. Observations: the agent's cell, one of nine. The goal is the
+    task: hidden_goal:0 to hidden_goal:8. state: cells (p, 1)."""
+
+    objects = 1
+
+    def __init__(self, *args: Any, size: int = 8):
+        super().__init__(*args, size=3)
+        if size > 8:
+            raise EnvError(f"hidden_goal:{size} is not one of nine cells; choose 0 to 8.")
+        self.goal, self.obs_size, self.max_steps = size, 9, None
+        self.obs_scale = (1.0,) * 9
+
+    def begin(self, draws: Tensor) -> State:
+        cell = (draws * 8).long()
+        return {"cells": cell + (cell >= self.goal).long()}
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        cell = self.go(state["cells"][:, 0], action)
+        found = cell == self.goal
+        return {"cells": cell[:, None]}, found.to(self.dtype), found
+
+
+class Heading(Env):
+    """Run in a direction that is not shown: a force changes a velocity in the plane, of which there is friction; what pays is
+    the velocity along the direction, 1 at most in the long run. No episodes. The direction is the task, in degrees: heading:0
+    to heading:359. state: velocity (p, 2)."""
+
+    obs_size, action_size, episodic = 2, 2, False
+    begin_draws = 2
+    obs_scale = (1.0, 1.0)
+    friction = 0.2
+
+    def __init__(self, *args: Any, size: int = 0):
+        super().__init__(*args)
+        turn = math.radians(size)
+        self.direction = torch.tensor([math.cos(turn), math.sin(turn)], dtype=self.dtype, device=self.device)
+
+    def begin(self, draws: Tensor) -> State:
+        return {"velocity": (2 * draws.to(self.dtype) - 1) / 10}
+
+    def observe(self, state: State) -> Tensor:
+        return state["velocity"]
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        action = action / action.norm(dim=-1, keepdim=True).clamp(min=1)
+        velocity = state["velocity"] + self.friction * (action - state["velocity"])
+        reward = velocity @ self.direction
+        return {"velocity": velocity}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
 class Wrapper(Env):
     """An environment seen through something that is drawn once per lifetime and outlives its episodes."""
 
@@ -746,9 +798,18 @@ ENVS: dict[str, type[Env]] = {
     "grid_world": GridWorld,
     "swapped_grid_world": SwappedGridWorld,
     "dense_grid_world": DenseGridWorld,
+    "hidden_goal": HiddenGoal,
+    "heading": Heading,
 }
 WRAPPERS: dict[str, type[Wrapper]] = {"scaled": Scaled, "shuffled": Shuffled, "projected": Projected}
-SMALLEST = {IndependentBandit: 2, GridWorld: 2, SwappedGridWorld: 2, DenseGridWorld: 3}  # environments with a size
+SMALLEST = {
+    IndependentBandit: 2,
+    GridWorld: 2,
+    SwappedGridWorld: 2,
+    DenseGridWorld: 3,
+    HiddenGoal: 0,
+    Heading: 0,
+}  # environments with a size
 
 
 def make(

@@ -12,6 +12,7 @@ Prints the median over several repetitions, and the largest memory that the proc
     python tests/benchmark.py symla --setting thesis          # at the thesis': 512 members with 100 (bandits) or 10 lifetimes
     python tests/benchmark.py metagenrl                       # updates of 1, 5 and 20 agents at the laptop's setting
     python tests/benchmark.py metagenrl --setting thesis      # at the thesis': 3 x 350 units, 100 sub-trajectories of 20 steps
+    python tests/benchmark.py gla                             # PPO's steps, the Transformer's tokens, and its cache
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fme
+import gla
 import gpicl
 import metagenrl
 import symla
@@ -262,9 +264,50 @@ def bench_metagenrl(options: argparse.Namespace) -> None:
         print(f"{name:<24} {8 * args.copies:>3} copies  {8 * args.copies / taken / 1e3:8.1f} K environment steps/s", flush=True)
 
 
+def bench_gla(options: argparse.Namespace) -> None:
+    """Environment steps per second of PPO, learning included, of many agents at once and of one as CleanRL has it (4 copies of
+    128 steps, 4 epochs of 4 minibatches); tokens per second of a meta-step; and steps per second of lifetimes with and without
+    the cache, at the end of a context of 1,024."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gla.keep_memory()
+    args = gla.Args(**gla.LAPTOP)
+    for name in ("hidden_goal:8", "cartpole", "heading:0"):
+        many = replace(args, agents=128, copies=4, rollout=128, updates=2, epochs=4, minibatches=4, ppo_hidden=64)
+        taken = {}
+        for agents in (128, 1):
+            some = replace(many, agents=agents)
+            taken[agents] = agents * 4 * 128 * 2 / seconds(partial(gla.collect, some, name, device, lambda: None), 3) / 1e3
+        print(
+            f"{name:<14} PPO: {taken[128]:8.1f} K environment steps/s of 128 agents, {taken[1]:6.1f} K of one,"
+            f" {taken[128] / taken[1]:5.1f} x",
+            flush=True,
+        )
+    model = gla.GLA(args).to(device)
+    lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda: None)}
+    env, own = gla.make_env("hidden_goal:8", 1, device), torch.arange(args.batch, device=device)
+
+    def meta_step() -> None:
+        projection = gla.draw_projection(args, env, own)
+        told = gla.subsample(args, 8, lives["hidden_goal:8"], True, args.batch, own)
+        gla.meta_loss(args, 8, model, [(projection, *told)]).mean().backward()
+
+    taken, count = seconds(meta_step, 10), args.batch * args.chunks * args.chunk
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
+    print(f"meta-step: {count / taken / 1e3:8.1f} K tokens/s, {6 * weights * count / taken / 1e9:6.1f} GFLOP/s", flush=True)
+    long = gla.GLA(replace(args, chunks=1024 // args.chunk)).to(device)
+    read = torch.randn(32, 1024, long.embed.in_features, device=device)
+    with torch.no_grad():
+        _, _, cache = long(read[:, :-1])
+        cached, whole = seconds(lambda: long(read[:, -1:], cache), 10), seconds(lambda: long(read), 3)
+    print(
+        f"a step of 32 lifetimes with 1,024 steps to look back at: {32 / cached:8.0f} steps/s with the cache,"
+        f" {32 / whole:6.0f} without, {whole / cached:5.1f} x"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=["vsml", "gpicl", "fme", "symla", "metagenrl"])
+    parser.add_argument("script", choices=["vsml", "gpicl", "fme", "symla", "metagenrl", "gla"])
     parser.add_argument("--compile", choices=["on", "off"], default="on")
     parser.add_argument("--compile-updates", action="store_true", help="MetaGenRL's on a CPU too, which takes minutes")
     parser.add_argument("--setting", choices=["small", "thesis"], default="small")
@@ -273,6 +316,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=None, help="environment steps of SymLA's lifetimes, at most")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}")
-    {"vsml": bench_vsml, "gpicl": bench_gpicl, "fme": bench_fme, "symla": bench_symla, "metagenrl": bench_metagenrl}[
-        options.script
-    ](options)
+    {
+        "vsml": bench_vsml,
+        "gpicl": bench_gpicl,
+        "fme": bench_fme,
+        "symla": bench_symla,
+        "metagenrl": bench_metagenrl,
+        "gla": bench_gla,
+    }[options.script](options)

@@ -374,6 +374,36 @@ def test_gymnasiums_environments_behind_our_face():
         envs.make("Hoper-v4", 1)
 
 
+def test_a_hidden_goal_is_where_it_is_and_nobody_begins_there():
+    env = envs.make("hidden_goal:5", 2000)
+    state, obs = env.reset(draws(env, 2000))
+    assert (obs.sum(-1) == 1).all() and (obs.sum(0) > 180).tolist() == [True] * 5 + [False] + [True] * 3
+    towards = torch.tensor([1, 1, 1, 3, 3, 0, 0, 0, 0])  # down, to the right, up
+    towards[[2, 8]] = torch.tensor([1, 0])
+    paid = []
+    for _ in range(60):
+        before = obs.argmax(-1)
+        state, step = env.step(state, towards[before], draws(env, 2000))
+        assert torch.equal(step.last_obs.argmax(-1) == 5, step.terminated) and torch.equal(step.reward, step.terminated.float())
+        assert not (step.obs.argmax(-1) == 5).any()
+        paid.append(step.reward.mean())
+        obs = step.obs
+    distances = [abs(cell // 3 - 1) + abs(cell % 3 - 2) for cell in range(9) if cell != 5]
+    assert torch.stack(paid[20:]).mean().item() == pytest.approx(8 / sum(distances), abs=0.01)
+    with pytest.raises(envs.EnvError, match="not one of nine cells"):
+        envs.make("hidden_goal:9", 1)
+
+
+def test_a_heading_pays_one_for_the_right_direction_and_nothing_for_crossing_it():
+    env = envs.make("heading:90", 3, dtype=torch.float64)
+    state, _ = env.reset(draws(env, 3))
+    for _ in range(100):
+        action = torch.tensor([[0.0, 5.0], [1.0, 0.0], [0.0, -0.5]], dtype=torch.float64)
+        state, step = env.step(state, action, draws(env, 3))
+    torch.testing.assert_close(step.reward, torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64))
+    assert not (step.terminated | step.truncated).any()
+
+
 def play(name, policy, steps=4000, count=8):
     """Mean reward of a policy(state, last action, last reward) per step."""
     env = envs.make(name, count)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import ENV, KILLED, ROOT, TORCHRUN, rows, run_script
 from torch import nn
 
 import gpicl
@@ -519,8 +519,9 @@ def test_a_sweep_is_resumable_run_by_run(tmp_path):
     assert other.returncode == 1 and "was run with another --lr; choose another --run-name" in other.stderr
 
 
-def test_features_of_an_untrained_network(tmp_path):
+def test_features_of_an_untrained_network(tmp_path, monkeypatch):
     """Computed once, kept, and damaged ones are told."""
+    monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 1,797 images
     flags = "--features untrained --baselines sgd --test-datasets digits --data-dir data --run-name"
     done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
     assert done.returncode == 0, done.stderr
