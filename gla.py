@@ -631,7 +631,7 @@ def base(name: str) -> str:
     return name.partition(":")[0]
 
 
-def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+def draw_curves(path: Path, rows: list[dict[str, Any]], known: tuple[str, ...]) -> None:
     """Figures 6.3 to 6.6: one panel for each environment, a line for each learner. Shaded: 95 % confidence interval."""
     import matplotlib
 
@@ -646,7 +646,6 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
-    new = {"none": "meta-trained on", "task": "unseen", "domain": "unseen domain"}
     for axis, task in zip(axes.flat, tasks, strict=False):
         these = [row for row in rows if row["task"] == task]
         for number, learner in enumerate(dict.fromkeys(row["learner"] for row in these)):
@@ -656,9 +655,8 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
             colour = {"ppo": "k", "uniform": "0.6", "one-task": "C1"}.get(learner, f"C{(0, 2, 4, 5)[number % 4]}")
             axis.plot(x, mean, color=colour, label=LABELS.get(learner, learner.replace("gla", "GLA")))
             axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-        axis.set(
-            title=f"{task} ({new[these[0]['novelty']]})", xlabel="environment steps", ylabel="reward per step", xscale="log"
-        )
+        title = f"{task} ({'meta-trained on' if task in known else 'never seen'})"
+        axis.set(title=title, xlabel="environment steps", ylabel="reward per step", xscale="log")
         axis.title.set_fontsize("small")
     title = "shaded: 95 % confidence interval"
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, title=title)
@@ -1105,7 +1103,7 @@ def main() -> None:
     rows = meta_test(args, students, lives, run)
     if run.rank > 0:
         return
-    draw_curves(run.folder / "learning.png", rows)
+    draw_curves(run.folder / "learning.png", rows, args.envs)
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for student in list(students.values())[:1] for p in student.model.parameters())
     run.finish(rows, seconds=seconds, parameters=parameters)
