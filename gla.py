@@ -606,7 +606,7 @@ def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives],
             curve = (lives[name] if name in lives else collect(args, name, run.device, lambda: None)).curve
             for update in range(args.updates):
                 step = (update + 1) * args.rollout * args.copies
-                rows.append(result_row("ppo", name, "none", "reward_per_step", step, curve[:, update]))
+                rows.append(result_row("ppo", name, novelty, "reward_per_step", step, curve[:, update]))
         bar.update(len(names))
     return rows
 
