@@ -490,7 +490,7 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
 def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
     flags = f"--learner {learner} --baselines reinforce-on --rollout 16 --epochs 2 --generations 4 --pairs 2 --life-steps 40"
-    flags += " --trial-steps 6400 --trials 2 --rl2-units 5 --checkpoint-every 2"
+    flags += " --trial-steps 3600 --trials 2 --rl2-units 5 --checkpoint-every 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
     found = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
