@@ -10,7 +10,8 @@ what is random, what repeats, and what members of a population share.
 
 A name may carry a size and what is done to the environment: "independent_bandit:8" has eight arms, "grid_world:5" five rows and
 columns; "shuffled_cartpole" permutes observations and actions, "projected_cartpole" maps observations through a random matrix,
-"scaled_cartpole" has observations of about one (so have the other two).
+"scaled_cartpole" has observations of about one (so have the other two). A name with a capital, "HalfCheetah-v4", is
+gymnasium's; such an environment does keep what it is doing to itself.
 
 Environments reset themselves. A step that ends an episode, because it terminated (the task is over) or was truncated (time is
 up), returns that step's reward, the state the action led to as `last_obs`, and as `obs` the first observation of the next
