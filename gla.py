@@ -9,13 +9,13 @@ Kirsch, "Automating AI Research" (2025), chapter 6; Kirsch, Harrison, Freeman, S
 General-Purpose In-Context Learning Agents" (2023).
 
     Eq. 6.1                -> divergence, meta_loss
-    Algorithm 10           -> collect (line 2), subsample (lines 5, 6), meta_train
+    Algorithm 10           -> collect (line 2), draw_projection (line 5), subsample (line 6), meta_train
     Algorithm 11           -> live
     Section 6.2 (augment)  -> Projection
     Figures 6.3 to 6.6     -> meta_test, draw_curves
 
     python gla.py                                                 # nine hidden goals, two of them never seen: 5 minutes
-    python gla.py --envs heading:0 heading:90 --test-envs heading:180
+    python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
 
 Axes, everywhere: p PPO agents, e copies of an environment that an agent acts in, u updates of PPO, s sequences in a batch or
@@ -65,7 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
     compile: bool = True
-    """Fuse a meta-step with torch.compile (needs a C++ compiler on a CPU)."""
+    """As in the other scripts; nothing here is compiled yet."""
     mode: Literal["train", "test"] = "train"
     """train: collect, meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: Path | None = None
@@ -590,13 +590,9 @@ def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives],
         for learner, reward in earned.items():
             student = students.get(learner)
             known = student and name in student.envs
-            new = (
-                ("task" if student.args.projected else "none")
-                if known
-                else "task"
-                if novelty == "none" and student
-                else novelty
-            )
+            new = novelty
+            if student and novelty == "none" and (student.args.projected or not known):
+                new = "task"  # another projection, or the teachers of others
             before = 0
             for step in sorted({-(-steps * part // 16) for part in range(1, 17)}):
                 rows.append(result_row(learner, name, new, "reward_per_step", step, reward[:, before:step].mean(1)))
@@ -1039,8 +1035,11 @@ def gather(args: Args, run: "Run") -> dict[str, Lives]:
         path = run.folder / "lives" / f"{name.replace(':', '-')}.pt"
         torch.manual_seed(args.seed + 7919 * (number + 1))
         if args.resume and path.exists():
-            told = torch.load(path, map_location=run.device, weights_only=True)
-            lives[name] = Lives(Steps(*told[:4]), *told[4:])
+            try:
+                told = torch.load(path, map_location=run.device, weights_only=True)
+                lives[name] = Lives(Steps(*told[:4]), *told[4:])
+            except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+                raise Mistake(f"{path} is damaged; delete the file to collect it anew.") from error
             bar.update(args.updates)
             continue
         lives[name] = collect(args, name, run.device, bar.update)

@@ -21,6 +21,7 @@ Axes: p environments in parallel, a observations, b action dimensions.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ class Step(NamedTuple):
     last_obs: Tensor  # (p, a), what the action led to
 
 
-class Env:
-    """Base of all: auto-reset and time limit. A subclass has `begin`, `observe` and `move`."""
+class Env(ABC):
+    """The face of all."""
 
     obs_size = 0
     num_actions: int | None = None  # None: continuous actions
@@ -74,28 +75,38 @@ class Env:
         """The expected reward of each action (p, b), where it does not depend on what happens afterwards."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have none)
         """End the processes that it runs in, if it does."""
 
-    def begin(self, draws: Tensor) -> State:
-        """The first state of an episode. draws (p, begin_draws)."""
-        raise NotImplementedError
-
-    def observe(self, state: State) -> Tensor:
-        """(p, a)."""
-        raise NotImplementedError
-
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        """The next state, the reward (p,), and whether the episode terminated (p,). draws (p, move_draws)."""
-        raise NotImplementedError
-
+    @abstractmethod
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         """New lifetimes everywhere. draws (p, lifetime_draws)."""
+
+    @abstractmethod
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        """One step everywhere, and a new episode where one ended. draws (p, num_draws)."""
+
+
+class Simulated(Env):
+    """What is simulated here: auto-reset and time limit around `begin`, `observe` and `move`."""
+
+    @abstractmethod
+    def begin(self, draws: Tensor) -> State:
+        """The first state of an episode. draws (p, begin_draws)."""
+
+    @abstractmethod
+    def observe(self, state: State) -> Tensor:
+        """(p, a)."""
+
+    @abstractmethod
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        """The next state, the reward (p,), and whether the episode terminated (p,). draws (p, move_draws)."""
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         state = self.begin(draws[:, : self.begin_draws]) | {"steps": torch.zeros_like(draws[:, 0], dtype=torch.int64)}
         return state, self.observe(state)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        """One step everywhere, and a new episode where one ended. draws (p, num_draws)."""
         moved, reward, terminated = self.move(state, action, draws[:, self.begin_draws :])
         moved["steps"] = state["steps"] + 1
         out_of_time = moved["steps"] >= self.max_steps if self.max_steps else torch.zeros_like(terminated)
@@ -108,7 +119,7 @@ class Env:
         return moved, Step(self.observe(moved), reward, terminated, truncated, last_obs)
 
 
-class Bandit(Env):
+class Bandit(Simulated):
     """Two arms, one pays 1, the other 0 (thesis, section 7.4). Whoever knows them gets 1 per step. Nothing is observed, and
     there are no episodes. state: good (p,), the arm that pays."""
 
@@ -213,7 +224,7 @@ class HardBandit(EasyBandit):
     better = 0.6
 
 
-class CartPole(Env):
+class CartPole(Simulated):
     """gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983). Actions: push left, push right. Observations: position in m,
     velocity in m/s, angle in rad, angular velocity in rad/s. Reward: 1 for every step, also the one that ends an episode; with
     `sutton_barto_reward`, as in gymnasium, -1 for a failure and 0 for all other steps, which tells more per step."""
@@ -249,7 +260,7 @@ class CartPole(Env):
         return {"physics": torch.stack([x, velocity, angle, spin], -1)}, reward, terminated
 
 
-class Pendulum(Env):
+class Pendulum(Simulated):
     """gymnasium's Pendulum-v1: swing up and hold. One action, the torque in units of 2 N m. Observations: cos, sin of the
     angle, angular velocity in rad/s."""
 
@@ -321,7 +332,7 @@ class CartSwingUp(CartPole):
         return {"physics": torch.stack([x, velocity, angle, spin], -1)}, reward, torch.zeros_like(wall)
 
 
-class PointMass(Env):
+class PointMass(Simulated):
     """A point between four walls that two forces bring to a target. Observations: position, velocity, the way to the target
     (two numbers each). Reward: minus its length. 100 steps of 0.1 s, some friction. state: physics (p, 6)."""
 
@@ -346,7 +357,7 @@ class PointMass(Env):
         return {"physics": torch.cat([place, velocity, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
 
 
-class Reacher(Env):
+class Reacher(Simulated):
     """An arm of two links of half a metre each, in the plane, whose tip two torques bring to a target. The joints have friction
     and do not feel each other's motion. Observations: cos and sin of both angles, angular velocities, the way from the tip to
     the target. Reward: minus its length. 100 steps of 0.05 s. state: physics (p, 6), angles, velocities, target."""
@@ -380,7 +391,7 @@ class Reacher(Env):
         return {"physics": torch.cat([angles, speeds, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
 
 
-class MountainCar(Env):
+class MountainCar(Simulated):
     """gymnasium's MountainCar-v0 (Moore 1990). Actions: left, none, right. Observations: position, velocity. Reward: -1 for
     every step; with `free_goal` 0 for the one that reaches the goal, or else lifetimes of many episodes would all pay alike."""
 
@@ -411,7 +422,7 @@ class MountainCar(Env):
         return {"physics": torch.stack([x, velocity], -1)}, reward, terminated
 
 
-class ContinuousMountainCar(Env):
+class ContinuousMountainCar(Simulated):
     """gymnasium's MountainCarContinuous-v0: one continuous action, the force. Reward: 100 at the goal, minus a tenth of the
     squared force at every step."""
 
@@ -438,7 +449,7 @@ class ContinuousMountainCar(Env):
         return {"physics": torch.stack([x, velocity], -1)}, reward, terminated
 
 
-class Acrobot(Env):
+class Acrobot(Simulated):
     """gymnasium's Acrobot-v1 (Sutton 1996, with the dynamics of the book). Actions: a torque of -1, 0 or 1 N m between the
     links. Observations: cos and sin of both angles, angular velocities in rad/s. Reward: -1 for every step, 0 for the one that
     reaches the height."""
@@ -482,7 +493,7 @@ class Acrobot(Env):
         return {"physics": torch.cat([angles, speeds], -1)}, terminated.to(self.dtype) - 1, terminated
 
 
-class GridWorld(Env):
+class GridWorld(Simulated):
     """A heart that pays +1 and a trap that pays -1 (thesis, section 4.5.4): the agent, the heart and the trap begin in
     different random cells; what is stepped on first ends the episode. Actions: up, down, left, right; walls stop the agent.
     Observations: three images of zeros and ones, where the agent, the heart and the trap are. The thesis names neither the
@@ -652,7 +663,7 @@ class HiddenGoal(GridWorld):
         return {"cells": cell[:, None]}, found.to(self.dtype), found
 
 
-class Heading(Env):
+class Heading(Simulated):
     """Run in a direction that is not shown: a force changes a velocity in the plane, of which there is friction; what pays is
     the velocity along the direction, 1 at most in the long run. No episodes. The direction is the task, in degrees: heading:0
     to heading:359. state: velocity (p, 2)."""
@@ -696,9 +707,12 @@ class Wrapper(Env):
     def lifetime_draws(self) -> int:
         return self.env.lifetime_draws + self.own_draws
 
+    def close(self) -> None:
+        self.env.close()
+
+    @abstractmethod
     def own(self, draws: Tensor) -> State:
         """What is drawn once per lifetime. draws (p, own_draws)."""
-        raise NotImplementedError
 
     def see(self, state: State, obs: Tensor) -> Tensor:
         """What an observation of the environment looks like (p, a)."""

@@ -260,6 +260,14 @@ def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     assert rows(tmp_path / "killed") == rows(finished[0])
 
 
+def test_damaged_lives_are_told(tmp_path):
+    assert command(tmp_path, "--run-name killed", launcher=KILLED).returncode == -signal.SIGKILL
+    (tmp_path / "killed" / "lives" / "hidden_goal-4.pt").write_text("no lives")
+    resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
+    assert resumed.returncode == 1 and "Traceback" not in resumed.stderr
+    assert "hidden_goal-4.pt is damaged; delete the file to collect it anew." in resumed.stderr
+
+
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(finished, tmp_path):
     flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --learner gla --baselines one-task uniform"
     assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
