@@ -31,7 +31,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -118,6 +118,8 @@ class Args:
     """PPO: weight of the value's error (CleanRL)."""
     ppo_clip: float = 0.5
     """PPO: largest norm of the gradient (CleanRL)."""
+    normalised: bool = True
+    """PPO: observations and rewards are divided by their deviations so far (CleanRL, for continuous actions)."""
     ppo_hidden: int = 64
     """PPO: units of both hidden layers of policy and value (CleanRL)."""
 
@@ -131,6 +133,8 @@ class Args:
     auxiliary: Literal["none", "gap", "return", "place"] = "none"
     """eta: what the Transformer is told beside its history: the gap, the reward per step of the chunk, or where in its life it
     is (section 6.2). At meta-test time: the gap, the best reward per step of any update of PPO, or where it is."""
+    lives: Path | None = None
+    """A folder `lives` of an earlier run with the same PPO, to take what was collected from, instead of collecting anew."""
     projected: bool = True
     """Augment: random linear projections of observations and actions, another one for each sequence (section 6.2)."""
     obs_size: int = 64
@@ -170,6 +174,7 @@ LAPTOP = dict(
     minibatches=1,
     ppo_lr=2e-2,  # small networks
     entropy=0.0,
+    normalised=False,  # goals are one-hot, rewards 0 or 1
     ppo_hidden=16,
     chunk=16,
     width=64,
@@ -333,7 +338,7 @@ class Steps(NamedTuple):
 
 
 class Lives(NamedTuple):
-    """What PPO agents did while they learned in one environment: the first copy of each, all updates."""
+    """What PPO agents did while they learned in one environment: the first copy of each, by the age of its policy."""
 
     steps: Steps  # (p, u, t, ...)
     mean: Tensor  # (p, u, t, b), of the policy at the time
@@ -354,6 +359,7 @@ class Teacher:
     def __init__(self, args: Args, env: Env, generator: torch.Generator):
         self.discrete, self.b = env.num_actions is not None, env.num_actions or env.action_size
         n, p = args.ppo_hidden, args.agents
+        self.obs_moments, self.return_moments = (no_moments(p, size, env.device) for size in (env.obs_size, 1))
         sizes = {"policy": ((env.obs_size, n, n, self.b), 0.01), "value": ((env.obs_size, n, n, 1), 1.0)}
         self.params = {}
         for name, (widths, last) in sizes.items():
@@ -381,27 +387,72 @@ class Teacher:
         return Policy(mean, None if self.discrete else log_std.expand_as(mean))
 
 
-def collect(args: Args, name: str, device: torch.device, bar: Callable) -> Lives:
+def no_moments(p: int, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Mean, variance and count of nothing, for each agent."""
+    mean = torch.zeros(p, 1, size, device=device)
+    return {"mean": mean, "var": torch.ones_like(mean), "count": torch.full((), 1e-4, device=device)}
+
+
+def update_moments(moments: dict[str, Tensor], x: Tensor) -> None:
+    """Take in x (p, e, n), in place (Chan et al. 1979)."""
+    e, off = x.shape[1], x.mean(1, keepdim=True) - moments["mean"]
+    total = moments["count"] + e
+    squares = moments["var"] * moments["count"] + x.var(1, unbiased=False, keepdim=True) * e
+    moments["var"].copy_((squares + off**2 * moments["count"] * e / total) / total)
+    moments["mean"] += off * e / total
+    moments["count"] += e
+
+
+def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
+    """x (p, ..., n) by the deviation so far, at most ten of them (CleanRL)."""
+    mean, var = (moments[name].view(-1, *[1] * (x.ndim - 2), x.shape[-1]) for name in ("mean", "var"))
+    return ((x - mean if centred else x) / (var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Lives:
     """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details, and
-    everything that the first copy of each does is kept."""
+    everything that the first copy of each does is written down, into a file at `path` where there is one. A collection that
+    was cut off goes on; an environment of gymnasium's begins a new episode then."""
     p, e, t = args.agents, args.copies, args.rollout
     env = make_env(name, p * e, device)
     teacher = Teacher(args, env, torch.default_generator)
     adam = torch.optim.Adam(teacher.params.values(), args.ppo_lr, eps=1e-5)
     world, obs = env.reset(torch.rand(p * e, env.lifetime_draws, device=device))
-    kept = []
-    for update in range(args.updates):
+    returns = torch.zeros(p, e, 1, device=device)
+    keep = {
+        "teacher": teacher.params,
+        "adam": adam,
+        "moments": [teacher.obs_moments, teacher.return_moments],
+        "returns": returns,
+    }
+    if not isinstance(env, envs.Gymnasium):
+        keep |= {"world": world, "obs": obs}
+    first = restore(args, env, path, keep)
+    lives = room(args, env, path)
+    world, obs = keep.get("world", world), keep.get("obs", obs)
+    bar(first)
+    for update in range(first, args.updates):
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
-        told, policies = [], []
+        told, policies, earned = [], [], []
         with torch.no_grad():
             for _ in range(t):
-                seen = obs.unflatten(0, (p, e))
+                native_obs = obs.unflatten(0, (p, e))
+                if args.normalised:
+                    update_moments(teacher.obs_moments, native_obs)
+                seen = see(args, teacher, native_obs)
                 policy = teacher.policy(seen)
                 draws = torch.rand(p, e, 1, device=device), torch.randn(p, e, teacher.b, device=device)
                 action = policy.sample(*draws)
                 world, step = env.step(world, action.flatten(0, 1), torch.rand(p * e, env.num_draws, device=device))
                 reward, terminated, truncated = (x.unflatten(0, (p, e)).float() for x in step[1:4])
-                told.append((seen, action, reward, terminated, (terminated + truncated), step.last_obs.unflatten(0, (p, e))))
+                last_obs, ended = see(args, teacher, step.last_obs.unflatten(0, (p, e))), terminated + truncated
+                earned.append((native_obs, reward))
+                if args.normalised:
+                    returns.copy_(args.discount * returns + reward[..., None])
+                    update_moments(teacher.return_moments, returns)
+                    reward = standardise(teacher.return_moments, reward[..., None], centred=False)[..., 0]
+                    returns *= 1 - ended[..., None]
+                told.append((seen, action, reward, terminated, ended, last_obs))
                 policies.append(policy)
                 obs = step.obs
             seen, action, reward, terminated, ended, last_obs = (torch.stack(x, 2) for x in zip(*told, strict=True))
@@ -421,16 +472,35 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable) -> Lives
                     adam,
                     *(x.flatten(1, 2)[:, part] for x in (seen, action, log_before, advantage, value, target)),
                 )
+        native_obs, reward = (torch.stack(x, 2) for x in zip(*earned, strict=True))
         one_hot = F.one_hot(action, teacher.b).float() if teacher.discrete else action
-        log_std = before.log_std if before.log_std is not None else torch.zeros_like(before.mean)
-        kept.append((*(x[:, 0] for x in (seen, one_hot, reward, ended, before.mean, log_std)), reward.mean((1, 2))))
-        bar()
-    seen, action, reward, ended, mean, log_std, curve = (torch.stack(x, 1) for x in zip(*kept, strict=True))
-    with torch.no_grad():
-        last = teacher.policy(seen)
+        keep_first(lives.steps, update, (native_obs, one_hot, reward, ended))
+        keep_first((lives.mean, lives.log_std), update, before)
+        lives.curve[:, update] = reward.mean((1, 2))
+        bar(1)
+        if path and (update + 1) % max(1, args.updates // 20) == 0 and update + 1 < args.updates:
+            store(path, keep | ({"world": world, "obs": obs} if "obs" in keep else {}), update + 1)
+    for update in range(args.updates if first < args.updates else 0):
+        with torch.no_grad():
+            last = teacher.policy(see(args, teacher, lives.steps.obs[:, update, None].to(device)))
+        keep_first((lives.last_mean, lives.last_log_std), update, last)
+    if path and first < args.updates:
+        store(path, keep, args.updates)
     env.close()
-    last_log_std = last.log_std if last.log_std is not None else torch.zeros_like(last.mean)
-    return Lives(Steps(seen, action, reward, ended), mean, log_std, last.mean, last_log_std, curve)
+    return lives
+
+
+@torch.no_grad()
+def keep_first(lives: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
+    """Of what is told (p, e, t, ...), where it is, write down the first copy's (p, u, t, ...)."""
+    for kept, x in zip(lives, told, strict=True):
+        if x is not None:
+            kept[:, update] = x[:, 0]
+
+
+def see(args: Args, teacher: Teacher, obs: Tensor) -> Tensor:
+    """Observations (p, ..., a) as PPO is shown them."""
+    return standardise(teacher.obs_moments, obs, centred=True) if args.normalised else obs
 
 
 def teach(
@@ -537,14 +607,14 @@ class Student(NamedTuple):
     args: Args
 
 
-def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run") -> None:
-    """Algorithm 10, for students side by side. Changes their models in place."""
-    adam = {name: torch.optim.AdamW(student.model.parameters(), args.lr) for name, student in students.items()}
-    places = {name: make_env(name, 1, run.device) for name in lives}
-    models = {name: student.model for name, student in students.items()}
-    for step in run.steps(args.meta_steps, {"models": models, "adam": adam}):
+def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run", keep: dict[str, Any]) -> None:
+    """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
+    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in lives}
+    for step in run.steps(args.meta_steps, keep):
         log = {}
         for name, (model, gap, names, own_args) in students.items():
+            if step == 0:
+                model.best.copy_(max(lives[name].curve.mean(0).max() for name in names))
             each, tasks = args.batch // len(names), []
             own = share(each).to(run.device)
             for number, place in enumerate(names):
@@ -599,7 +669,7 @@ def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives],
                 before = step
         if "ppo" in names:
             torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-            curve = (lives[name] if name in lives else collect(args, name, run.device, lambda: None)).curve
+            curve = (lives[name] if name in lives else collect(args, name, run.device, lambda updates: None)).curve
             for update in range(args.updates):
                 step = (update + 1) * args.rollout * args.copies
                 rows.append(result_row("ppo", name, novelty, "reward_per_step", step, curve[:, update]))
@@ -1026,34 +1096,100 @@ def average_gradients(model: nn.Module) -> None:
             g.copy_(part.view_as(g))
 
 
+COLLECTED = ("agents", "copies", "updates", "rollout", "epochs", "minibatches", "ppo_lr", "discount", "gae")
+COLLECTED += (
+    "clip_ratio",
+    "entropy",
+    "value_weight",
+    "ppo_clip",
+    "ppo_hidden",
+    "normalised",
+)  # flags that decide what lives are
+
+
+def life_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(':', '-')}.bin"
+
+
+def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Lives:
+    """Room for lives: a file of their full size, mapped into memory, or without a path memory. Where they are not `new`, what
+    is in the file."""
+    sizes = [math.prod(shape) for shape in shapes(args, env)]
+    flat = torch.from_file(str(path), shared=new, size=sum(sizes)) if path else torch.zeros(sum(sizes))
+    parts = [x.view(shape) for x, shape in zip(flat.split(sizes), shapes(args, env), strict=True)]
+    return Lives(Steps(*parts[:4]), *parts[4:])
+
+
+def store(path: Path, keep: dict[str, Any], updates: int) -> None:
+    """Write down how far a collection is, and what it needs to go on."""
+    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    state = {"updates": updates, "state": take_out(keep), "rng": rng}
+    write_whole(path.with_suffix(".pt"), lambda file: torch.save(state, file))
+
+
+def restore(args: Args, env: Env, path: Path | None, keep: dict[str, Any]) -> int:
+    """Go back to where a collection was cut off, and return its number of updates, 0 where there is none."""
+    if path is None or not path.with_suffix(".pt").exists():
+        return 0
+    try:
+        saved = torch.load(path.with_suffix(".pt"), map_location="cpu", weights_only=True)
+        if path.stat().st_size != 4 * sum(map(math.prod, shapes(args, env))):
+            raise ValueError
+        put_back(keep, saved["state"])
+        torch.set_rng_state(saved["rng"][0])
+        if len(saved["rng"]) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(saved["rng"][1:])
+        return saved["updates"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path} is damaged; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
+
+
+def match_lives(args: Args, made: dict[str, Env], flags: dict[str, Any]) -> None:
+    """Refuse lives that are not there, not whole, or of other flags."""
+    try:
+        found = json.loads((args.lives / "lives.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Mistake(f"There are no lives in {args.lives}; give the folder `lives` of a run.") from error
+    for name, value in flags.items():
+        if found.get(name) != value:
+            flag = name.replace("_", "-")
+            raise Mistake(f"The lives in {args.lives} were collected with --{flag} {found.get(name)}, not {value}.")
+    for name, env in made.items():
+        path = life_file(args.lives, name)
+        whole = path.is_file() and path.stat().st_size == 4 * sum(map(math.prod, shapes(args, env)))
+        if not whole or not path.with_suffix(".pt").is_file() or torch.load(path.with_suffix(".pt"))["updates"] < args.updates:
+            raise Mistake(f"The lives of {name} in {args.lives} are not there or not whole; leave out --lives to collect them.")
+
+
 def gather(args: Args, run: "Run") -> dict[str, Lives]:
-    """The teachers' lives, collected into the run's folder, environment by environment, or read from it."""
-    numbers = sum(math.prod(shape) for name in args.envs for shape in shapes(args, make_env(name, 1)))
-    run.say(f"Lives of {args.agents} PPO agents in each of {len(args.envs)} environments: {numbers * 4 / 2**20:.0f} MB")
-    lives, bar = {}, tqdm(total=len(args.envs) * args.updates, desc="collect", disable=run.rank > 0)
-    for number, name in enumerate(args.envs):
-        path = run.folder / "lives" / f"{name.replace(':', '-')}.pt"
-        torch.manual_seed(args.seed + 7919 * (number + 1))
-        if args.resume and path.exists():
-            try:
-                told = torch.load(path, map_location=run.device, weights_only=True)
-                lives[name] = Lives(Steps(*told[:4]), *told[4:])
-            except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-                raise Mistake(f"{path} is damaged; delete the file to collect it anew.") from error
-            bar.update(args.updates)
-            continue
-        lives[name] = collect(args, name, run.device, bar.update)
-        if run.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, lambda file: torch.save([*lives[name].steps, *lives[name][1:]], file))  # noqa: B023
+    """The teachers' lives: those in the folder --lives, or collected into the run's own, environment by environment."""
+    folder, made = args.lives or run.folder / "lives", {name: make_env(name, 1) for name in args.envs}
+    flags = {name: getattr(args, name) for name in COLLECTED}
+    if args.lives:
+        match_lives(args, made, flags)
+    else:
+        bytes_ = 4 * sum(math.prod(shape) for env in made.values() for shape in shapes(args, env))
+        run.say(f"Lives of {args.agents} PPO agents in each of {len(made)} environments: {bytes_ / 2**20:.0f} MB")
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / "lives.json", lambda file: file.write(json.dumps(flags).encode()))
+        bar = tqdm(total=len(args.envs[run.rank :: run.world]) * args.updates, desc="collect", disable=run.rank > 0)
+        for number, name in enumerate(args.envs):
+            if number % run.world == run.rank:
+                torch.manual_seed(args.seed + 7919 * (number + 1))
+                collect(args, name, run.device, bar.update, life_file(folder, name))
+        if run.world > 1:
+            dist.barrier()
     torch.manual_seed(args.seed)
-    return lives
+    lives = {name: room(args, env, life_file(folder, name), new=False) for name, env in made.items()}
+    move = partial(Tensor.to, device=run.device)  # on a CPU they stay on the disk
+    return {name: Lives(Steps(*map(move, told.steps)), *map(move, told[1:])) for name, told in lives.items()}
 
 
 def shapes(args: Args, env: Env) -> list[tuple[int, ...]]:
-    """Of what is kept of the lives in an environment."""
-    b, told = env.num_actions or env.action_size, (args.agents, args.updates, args.rollout)
-    return [(*told, env.obs_size), *[(*told, b)] * 5, told, told]
+    """Of what is kept of the lives in an environment, in the order of Lives."""
+    told = args.agents, args.updates, args.rollout
+    action = (*told, env.num_actions or env.action_size)
+    return [(*told, env.obs_size), action, told, told, action, action, action, action, told[:2]]
 
 
 def make_students(args: Args) -> dict[str, Student]:
@@ -1094,10 +1230,13 @@ def main() -> None:
     for student in students.values():
         student.model.to(run.device)
     if args.mode == "train" and students:
+        adam = {name: torch.optim.AdamW(student.model.parameters(), args.lr) for name, student in students.items()}
+        keep = {"models": {name: student.model for name, student in students.items()}, "adam": adam}
+        if not args.resume:
+            torch.manual_seed(args.seed)
+            run.save(0, keep)  # a collection that is cut off can be gone on with
         lives = gather(args, run)
-        for student in students.values():
-            student.model.best.copy_(max(lives[name].curve.mean(0).max() for name in student.envs))
-        meta_train(args, students, lives, run)
+        meta_train(args, students, lives, run, keep)
     tested = time.time()
     rows = meta_test(args, students, lives, run)
     if run.rank > 0:

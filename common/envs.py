@@ -21,7 +21,9 @@ Axes: p environments in parallel, a observations, b action dimensions.
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,12 @@ class Step(NamedTuple):
     terminated: Tensor  # (p,) bool
     truncated: Tensor  # (p,) bool
     last_obs: Tensor  # (p, a), what the action led to
+
+
+def normals(draws: Tensor) -> Tensor:
+    """Standard normal numbers (p, n) of uniform ones (p, 2 n) (Box and Muller 1958)."""
+    u, v = draws.chunk(2, -1)
+    return (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()
 
 
 class Env(ABC):
@@ -639,6 +647,143 @@ class Gymnasium(Env):
         return {"steps": steps}, Step(obs, self.tensor(reward)[:, 0], terminated, truncated, last_obs)
 
 
+class MuJoCo(Simulated):
+    """What MuJoCo simulates: as many copies at once as there are cores. state: physics (p, positions and velocities), float64,
+    and nothing else, so that it can be saved."""
+
+    skip = 1  # of MuJoCo's own steps in one of ours
+
+    def __init__(self, model: str, *args: Any):
+        super().__init__(*args)
+        import mujoco
+        from mujoco.rollout import Rollout
+
+        self.model = mujoco.MjModel.from_xml_string(model) if model.startswith("<") else mujoco.MjModel.from_xml_path(model)
+        threads = min(os.cpu_count() or 1, self.num_envs)
+        self.scratch, self.pool = [mujoco.MjData(self.model) for _ in range(threads)], Rollout(nthread=threads)
+        self.start = torch.tensor(self.model.qpos0, device=self.device)
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def begin_near_start(self, draws: Tensor, place: float, speed: float) -> State:
+        """Positions uniform within `place` of the model's own, velocities normal of deviation `speed`.
+        draws (p, positions + 2 velocities)."""
+        uniform, normal = draws.double().split([self.model.nq, 2 * self.model.nv], -1)
+        return {"physics": torch.cat([self.start + place * (2 * uniform - 1), speed * normals(normal)], -1)}
+
+    @torch.compiler.disable
+    def simulate(self, physics: Tensor, action: Tensor) -> Tensor:
+        """Positions and velocities after `skip` of MuJoCo's steps, in which the action (p, b) stays."""
+        before = torch.nn.functional.pad(physics.cpu(), (1, 0)).numpy()  # the time comes first, and does not matter
+        control = action.clamp(-1, 1).double().cpu()[:, None].expand(-1, self.skip, -1).contiguous().numpy()
+        after, _ = self.pool.rollout(self.model, self.scratch, before, control)
+        return torch.from_numpy(after[:, -1, 1:].copy()).to(self.device)
+
+
+def gymnasium_model(name: str) -> str:
+    """The file of a MuJoCo model that comes with gymnasium."""
+    import gymnasium
+
+    return str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / f"{name}.xml")
+
+
+class HalfCheetah(MuJoCo):
+    """gymnasium's HalfCheetah-v4: run. Six torques. Observations: all positions but the one along the way, all velocities.
+    Reward: the speed, minus a tenth of the action's squared length. 1,000 steps of 0.05 s, no failure."""
+
+    obs_size, action_size, max_steps, skip = 17, 6, 1000, 5
+    begin_draws = 9 + 2 * 9
+    obs_scale = (1.0,) * 8 + (5.0,) * 9
+    seconds = 0.05
+
+    def __init__(self, *args: Any):
+        super().__init__(gymnasium_model("half_cheetah"), *args)
+
+    def begin(self, draws: Tensor) -> State:
+        return self.begin_near_start(draws, 0.1, 0.1)
+
+    def observe(self, state: State) -> Tensor:
+        return state["physics"][:, 1:].to(self.dtype)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved = self.simulate(state["physics"], action)
+        speed = ((moved[:, 0] - state["physics"][:, 0]) / self.seconds).to(self.dtype)
+        reward = speed - 0.1 * (action.clamp(-1, 1) ** 2).sum(-1)
+        return {"physics": moved}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
+class Ant(MuJoCo):
+    """gymnasium's Ant-v4, paid for its speed in a direction: ant:0, as gymnasium's, forwards, ant:180 backwards (Ant-Dir), or
+    any other in degrees. Eight torques. Observations: height, orientation, joints, all velocities. Reward: the speed along the
+    direction, plus one, minus half of the action's squared length. An episode ends after 1,000 steps of 0.05 s, or when the
+    torso is below 0.2 m or above 1 m."""
+
+    obs_size, action_size, max_steps, skip = 27, 8, 1000, 5
+    begin_draws = 15 + 2 * 14
+    obs_scale = (1.0,) * 13 + (5.0,) * 14
+    seconds, lowest, highest = 0.05, 0.2, 1.0
+
+    def __init__(self, *args: Any, size: int = 0):
+        super().__init__(gymnasium_model("ant"), *args)
+        turn = math.radians(size)
+        self.direction = torch.tensor([math.cos(turn), math.sin(turn)], dtype=torch.float64, device=self.device)
+
+    def begin(self, draws: Tensor) -> State:
+        return self.begin_near_start(draws, 0.1, 0.1)
+
+    def observe(self, state: State) -> Tensor:
+        return state["physics"][:, 2:].to(self.dtype)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved = self.simulate(state["physics"], action)
+        speed = ((moved - state["physics"])[:, :2] @ self.direction / self.seconds).to(self.dtype)
+        standing = (moved[:, 2] >= self.lowest) & (moved[:, 2] <= self.highest) & moved.isfinite().all(-1)
+        reward = speed + 1 - 0.5 * (action.clamp(-1, 1) ** 2).sum(-1)
+        return {"physics": moved}, reward, ~standing
+
+
+class DMCartPole(MuJoCo):
+    """DeepMind Control's cartpole: a cart of 1 kg on a rail of 3.6 m, a pole of 1 m and 0.1 kg. One action, the force in units
+    of 10 N. Observations: position, cos and sin of the angle, both velocities. Reward: how upright, times how near the middle,
+    how little pushed and how slow, 1 at most. 1,000 steps of 0.01 s, no failure. The pole begins near upright, or, `hanging`,
+    near the opposite."""
+
+    obs_size, action_size, max_steps = 5, 1, 1000
+    begin_draws = 2 + 2 * 4
+    obs_scale = (1.0, 1.0, 1.0, 1.0, 3.0)
+    xml = """<mujoco><option timestep="0.01" integrator="RK4"><flag contact="disable"/></option>
+        <worldbody><body pos="0 0 1"><geom type="box" size="0.2 0.15 0.1" mass="1"/><joint name="rail" type="slide"
+        axis="1 0 0" limited="true" range="-1.8 1.8" solreflimit="0.08 1" damping="5e-4"/>
+        <body><joint type="hinge" axis="0 1 0" damping="2e-6"/>
+        <geom type="capsule" fromto="0 0 0 0 0 1" size="0.045" mass="0.1"/>
+        </body></body></worldbody>
+        <actuator><motor joint="rail" gear="10" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
+
+    def __init__(self, *args: Any, hanging: bool = False):
+        super().__init__(self.xml, *args)
+        self.hanging = hanging
+
+    def begin(self, draws: Tensor) -> State:
+        uniform, normal = draws.double().split([2, 8], -1)
+        normal = 0.01 * normals(normal)
+        near = torch.tensor([0.1, 0.034], dtype=torch.float64, device=self.device) * (2 * uniform - 1)
+        hanging = torch.tensor([0.0, math.pi], dtype=torch.float64, device=self.device) + normal[:, :2]
+        return {"physics": torch.cat([hanging if self.hanging else near, normal[:, 2:]], -1)}
+
+    def observe(self, state: State) -> Tensor:
+        x, angle, velocity, spin = state["physics"].unbind(-1)
+        return torch.stack([x, angle.cos(), angle.sin(), velocity, spin], -1).to(self.dtype)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved = self.simulate(state["physics"], action)
+        x, angle, _, spin = moved.unbind(-1)
+        upright, centred = (1 + angle.cos()) / 2, (1 + 0.1 ** ((x / 2) ** 2)) / 2
+        unpushed, slow = (5 - action[:, 0].double().clamp(-1, 1) ** 2) / 5, (1 + 0.1 ** ((spin / 5) ** 2)) / 2
+        reward = (upright * centred * unpushed * slow).to(self.dtype)
+        return {"physics": moved}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
 class HiddenGoal(GridWorld):
     """Find a cell that is not shown, in three rows and columns (thesis, section 6.3): it pays 1 and ends the episode, and the
     agent begins anew in any other cell. Actions as in GridWorld. Observations: the agent's cell, one of nine. The goal is the
@@ -783,10 +928,8 @@ class Projected(Scaled):
         self.own_draws = 2 * env.obs_size * self.obs_size
 
     def own(self, draws: Tensor) -> State:
-        u, v = draws.to(self.dtype).chunk(2, -1)
-        normals = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()  # Box and Muller
         std = math.sqrt(2 / (self.env.obs_size + self.obs_size))
-        return {"projection": std * normals.view(-1, self.env.obs_size, self.obs_size)}
+        return {"projection": std * normals(draws.to(self.dtype)).view(-1, self.env.obs_size, self.obs_size)}
 
     def see(self, state: State, obs: Tensor) -> Tensor:
         return (super().see(state, obs)[:, None] @ state["projection"])[:, 0]
@@ -815,6 +958,9 @@ ENVS: dict[str, type[Env]] = {
     "dense_grid_world": DenseGridWorld,
     "hidden_goal": HiddenGoal,
     "heading": Heading,
+    "half_cheetah": HalfCheetah,
+    "ant": Ant,
+    "dm_cartpole": DMCartPole,
 }
 WRAPPERS: dict[str, type[Wrapper]] = {"scaled": Scaled, "shuffled": Shuffled, "projected": Projected}
 SMALLEST = {
@@ -824,6 +970,7 @@ SMALLEST = {
     DenseGridWorld: 3,
     HiddenGoal: 0,
     Heading: 0,
+    Ant: 0,
 }  # environments with a size
 
 

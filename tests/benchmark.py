@@ -276,14 +276,16 @@ def bench_gla(options: argparse.Namespace) -> None:
         taken = {}
         for agents in (128, 1):
             some = replace(many, agents=agents)
-            taken[agents] = agents * 4 * 128 * 2 / seconds(partial(gla.collect, some, name, device, lambda: None), 3) / 1e3
+            taken[agents] = (
+                agents * 4 * 128 * 2 / seconds(partial(gla.collect, some, name, device, lambda updates: None), 3) / 1e3
+            )
         print(
             f"{name:<14} PPO: {taken[128]:8.1f} K environment steps/s of 128 agents, {taken[1]:6.1f} K of one,"
             f" {taken[128] / taken[1]:5.1f} x",
             flush=True,
         )
     model = gla.GLA(args).to(device)
-    lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda: None)}
+    lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda updates: None)}
     env, own = gla.make_env("hidden_goal:8", 1, device), torch.arange(args.batch, device=device)
 
     def meta_step() -> None:

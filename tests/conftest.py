@@ -15,18 +15,27 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
-KILLED = """
+KILL = """
 import os, runpy, signal, sys
-rename = os.replace
+rename, left = os.replace, {nth}
 def rename_and_die(source, target):
+    global left
     rename(source, target)
-    if str(target).endswith("checkpoint.pt"):
+    left -= str(target).endswith("{ending}")
+    if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = rename_and_die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""  # kill -9 right after the first checkpoint
-KILLED = (sys.executable, "-c", KILLED)
+"""
+
+
+def killed(ending="checkpoint.pt", nth=1):
+    """A launcher: kill -9 right after a file of this name was written for the nth time."""
+    return (sys.executable, "-c", KILL.format(ending=ending, nth=nth))
+
+
+KILLED = killed()
 
 
 def run_script(name, run_dir, flags, launcher=(sys.executable,)):

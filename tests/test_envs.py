@@ -1,5 +1,7 @@
 """Environments: dynamics against gymnasium, what happens when an episode ends, and bandits whose best reward is known."""
 
+import math
+
 import gymnasium
 import numpy as np
 import pytest
@@ -392,6 +394,88 @@ def test_a_hidden_goal_is_where_it_is_and_nobody_begins_there():
     assert torch.stack(paid[20:]).mean().item() == pytest.approx(8 / sum(distances), abs=0.01)
     with pytest.raises(envs.EnvError, match="not one of nine cells"):
         envs.make("hidden_goal:9", 1)
+
+
+@pytest.mark.parametrize("name, theirs", [("half_cheetah", "HalfCheetah-v4"), ("ant:0", "Ant-v4")])
+def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
+    """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before MuJoCo's last step, so its
+    rewards are late; their sums agree."""
+    env, other = envs.make(name, 3, dtype=torch.float64), gymnasium.make(theirs).unwrapped
+    state, obs = env.reset(draws(env, 3))
+    other.reset(seed=0)
+    other.set_state(*np.split(state["physics"][1].numpy(), [other.model.nq]))
+    np.testing.assert_allclose(obs[1], other._get_obs(), atol=1e-12)
+    late, steps = 0, 0
+    for _ in range(30):  # contacts make small differences grow
+        action = 2.4 * torch.rand(3, env.action_size, generator=DRAWS, dtype=torch.float64) - 1.2  # some beyond what is allowed
+        state, step = env.step(state, action, draws(env, 3))
+        expected, reward, terminated, _, _ = other.step(action[1].clamp(-1, 1).numpy())
+        np.testing.assert_allclose(step.last_obs[1], expected, atol=1e-5)
+        assert step.terminated[1].item() == terminated
+        late, steps = late + step.reward[1].item() - reward, steps + 1
+        assert abs(late) < (0.1 if name == "ant:0" else 1e-4)
+        if terminated:
+            break
+    assert steps > 5
+
+
+def test_ants_are_paid_for_their_own_direction():
+    rewards = {}
+    for degrees in (0, 90, 180):
+        env = envs.make(f"ant:{degrees}", 2)
+        state, _ = env.reset(torch.full((2, env.lifetime_draws), 0.4))
+        rewards[degrees] = env.step(state, torch.full((2, 8), 0.7), draws(env, 2))[1].reward
+    healthy = 1 - 0.5 * 8 * 0.7**2
+    torch.testing.assert_close(rewards[0] - healthy, healthy - rewards[180])
+    assert (rewards[0] != rewards[90]).all()
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+def test_deepmind_controls_cartpole(hanging):
+    """Begins where it should; conserves energy where nothing pushes, but for a little friction; pays 1 at most."""
+    env = envs.make("dm_cartpole", 64, dtype=torch.float64, hanging=hanging)
+    state, obs = env.reset(draws(env, 64))
+    x, angle, *speeds = state["physics"].unbind(-1)
+    off = (angle - math.pi) if hanging else angle
+    assert x.abs().max() < 0.1 and off.abs().max() < 0.05 and max(speed.abs().max() for speed in speeds) < 0.05
+    torch.testing.assert_close(obs, torch.stack([x, angle.cos(), angle.sin(), *speeds], -1))
+
+    m, r = 0.1, 0.045  # a rod of 1 m with round ends, which turns about the middle of one of them
+    rod = m / (1 + 4 * r / 3)
+    inertia = rod * (1 / 12 + r**2 / 4) + (m - rod) * (2 / 5 * r**2 + 1 / 4 + 3 / 8 * r) + m / 4
+
+    def energy(state):
+        _, angle, velocity, spin = state["physics"].unbind(-1)
+        moving = 1.1 / 2 * velocity**2 + m / 2 * velocity * spin * angle.cos() + inertia / 2 * spin**2
+        return moving + m * 9.81 / 2 * angle.cos()
+
+    before = energy(state)
+    for _ in range(400):
+        state, _ = env.step(state, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))
+    torch.testing.assert_close(energy(state), before, rtol=0, atol=2e-3)
+    pushed, _ = env.step(state, torch.full((64, 1), 9.0, dtype=torch.float64), draws(env, 64))
+    torch.testing.assert_close(pushed["physics"][:, 2] > state["physics"][:, 2], torch.ones(64, dtype=torch.bool))
+    still = {"physics": torch.zeros(64, 4, dtype=torch.float64), "steps": torch.full((64,), 998)}
+    still, best = env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))
+    torch.testing.assert_close(best.reward, torch.ones(64, dtype=torch.float64))
+    assert env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))[1].truncated.all()
+
+
+@pytest.mark.parametrize("task", ["balance", "swingup"])
+def test_deepmind_controls_cartpole_against_dm_control(task):
+    suite = pytest.importorskip("dm_control.suite")
+    other = suite.load("cartpole", task, task_kwargs={"random": 0})
+    env = envs.make("dm_cartpole", 2, dtype=torch.float64, hanging=task == "swingup")
+    state, _ = env.reset(draws(env, 2))
+    other.reset()
+    with other.physics.reset_context():
+        other.physics.data.qpos[:], other.physics.data.qvel[:] = state["physics"][0].view(2, 2).numpy()
+    for step in range(400):  # at first pushed at random, then against the rail's end
+        action = 2 * torch.rand(2, 1, generator=DRAWS, dtype=torch.float64) - 1 if step < 200 else torch.ones(2, 1)
+        state, ours = env.step(state, action, draws(env, 2))
+        theirs = other.step(action[0].numpy())
+        np.testing.assert_allclose(ours.obs[0], np.concatenate(list(theirs.observation.values())), atol=1e-4)
+        assert ours.reward[0].item() == pytest.approx(theirs.reward, abs=1e-5)
 
 
 def test_a_heading_pays_one_for_the_right_direction_and_nothing_for_crossing_it():

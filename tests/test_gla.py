@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import ROOT, TORCHRUN, killed, rows, run_script
 
 import gla
 
@@ -170,7 +170,7 @@ def test_teachers_learn_side_by_side_as_they_would_alone(name):
 def test_teachers_learn_and_their_lives_are_told_whole():
     args = gla.Args(**gla.LAPTOP | {"agents": 8, "updates": 40, "epochs": 4, "ppo_lr": 1e-2})
     torch.manual_seed(0)
-    lives = gla.collect(args, "hidden_goal:8", CPU, lambda: None)
+    lives = gla.collect(args, "hidden_goal:8", CPU, lambda updates: None)
     assert lives.curve[:, :4].mean() < 0.12 and lives.curve[:, -4:].mean() > 0.3
     steps = lives.steps
     assert steps.obs.shape == (8, 40, 16, 9) and (steps.obs.sum(-1) == 1).all() and (steps.action.sum(-1) == 1).all()
@@ -248,24 +248,37 @@ def test_what_a_run_leaves_behind(finished):
     ppo = [row for row in results["results"] if row["learner"] == "ppo" and row["task"] == "hidden_goal:8"]
     assert [row["step"] for row in ppo] == [10, 20, 30, 40, 50, 60] and ppo[0]["seeds"] == 3
     assert "Lives of 3 PPO agents in each of 2 environments" in said
-    assert {path.name for path in (folder / "lives").iterdir()} == {"hidden_goal-3.pt", "hidden_goal-4.pt"}
+    assert {path.stem for path in (folder / "lives").iterdir()} == {"hidden_goal-3", "hidden_goal-4", "lives"}
 
 
-def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
-    killed = command(tmp_path, "--run-name killed", launcher=KILLED)
-    assert killed.returncode == -signal.SIGKILL
+@pytest.mark.parametrize(
+    "when", [("checkpoint.pt", 1), ("hidden_goal-4.pt", 3), ("checkpoint.pt", 3)], ids=["before", "collecting", "meta-training"]
+)
+def test_kill_and_resume_end_in_the_same_numbers(when, finished, tmp_path):
+    assert command(tmp_path, "--run-name killed", launcher=killed(*when)).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "results.json").exists()
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
     assert resumed.returncode == 0, resumed.stderr
     assert rows(tmp_path / "killed") == rows(finished[0])
 
 
-def test_damaged_lives_are_told(tmp_path):
-    assert command(tmp_path, "--run-name killed", launcher=KILLED).returncode == -signal.SIGKILL
-    (tmp_path / "killed" / "lives" / "hidden_goal-4.pt").write_text("no lives")
+@pytest.mark.parametrize("name", ["hidden_goal-4.pt", "hidden_goal-4.bin"])
+def test_damaged_lives_are_told(name, tmp_path):
+    assert command(tmp_path, "--run-name killed", launcher=killed("hidden_goal-4.pt")).returncode == -signal.SIGKILL
+    (tmp_path / "killed" / "lives" / name).write_text("no lives")
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
     assert resumed.returncode == 1 and "Traceback" not in resumed.stderr
-    assert "hidden_goal-4.pt is damaged; delete the file to collect it anew." in resumed.stderr
+    assert "hidden_goal-4.bin is damaged; delete it and hidden_goal-4.pt to collect anew." in resumed.stderr
+
+
+def test_another_run_learns_from_the_same_lives(finished, tmp_path):
+    """With the same flags to the same numbers; and an interrupted collection is not taken for a whole one."""
+    done = command(tmp_path, f"--run-name again --lives {finished[0] / 'lives'}")
+    assert done.returncode == 0 and "PPO agents in each" not in done.stdout, done.stderr
+    assert rows(tmp_path / "again") == rows(finished[0])
+    assert command(tmp_path, "--run-name killed", launcher=killed("hidden_goal-4.pt")).returncode == -signal.SIGKILL
+    refused = command(tmp_path, f"--run-name third --lives {tmp_path / 'killed' / 'lives'}")
+    assert refused.returncode == 1 and "The lives of hidden_goal:4 in" in refused.stderr and "not whole" in refused.stderr
 
 
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(finished, tmp_path):
@@ -297,6 +310,9 @@ MISTAKES = {
     "--batch 7": "--batch 7 cannot be shared equally by 2 environments",
     "--action-size 3": "--action-size 3 is too small for",
     "--no-projected --obs-size 8": "--obs-size 8 is too small for",
+    "--lives {done}": "There are no lives in",
+    "--lives {done}/lives --updates 7": "were collected with --updates 6, not 7",
+    "--lives {done}/lives --envs hidden_goal:3 hidden_goal:5": "The lives of hidden_goal:5 in .* are not there or not whole",
     "--lr nan": "--lr has to be above 0",
     "--minibatches 11": "--minibatches are more than the steps of a rollout",
     "--mode test": "--mode test needs --checkpoint",
