@@ -669,7 +669,10 @@ def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives],
                 before = step
         if "ppo" in names:
             torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-            curve = (lives[name] if name in lives else collect(args, name, run.device, lambda updates: None)).curve
+            if name not in lives:
+                with tqdm(total=args.updates, desc=f"PPO in {name}", disable=run.rank > 0) as own_bar:
+                    lives = lives | {name: collect(args, name, run.device, own_bar.update)}
+            curve = lives[name].curve
             for update in range(args.updates):
                 step = (update + 1) * args.rollout * args.copies
                 rows.append(result_row("ppo", name, novelty, "reward_per_step", step, curve[:, update]))
@@ -1075,6 +1078,8 @@ def check(args: Args, world: int) -> None:
         raise Mistake(f"--batch {args.batch} cannot be shared equally by {len(args.envs)} environments and {world} processes.")
     for name in {*args.envs, *args.test_envs}:
         env = make_env(name, 1)
+        if not {"gla", "one-task"} & {args.learner, *args.baselines}:
+            continue
         if (env.num_actions or env.action_size) > args.action_size:
             raise Mistake(f"--action-size {args.action_size} is too small for {name}.")
         if not (args.projected and "one-task" not in (args.learner, *args.baselines)) and env.obs_size > args.obs_size:

@@ -836,6 +836,28 @@ class Heading(Simulated):
         return {"velocity": velocity}, reward, torch.zeros_like(reward, dtype=torch.bool)
 
 
+class Flight(Heading):
+    """Fly in a direction that is not shown: as Heading, with three forces in space and a drag that grows with the square of the
+    speed. The direction, in degrees around the vertical and 30 above the horizon, is the task: flight:0 to flight:359.
+    state: velocity (p, 3)."""
+
+    obs_size, action_size = 3, 3
+    begin_draws = 3
+    obs_scale = (1.0, 1.0, 1.0)
+    drag, climb = 0.2, math.radians(30)
+
+    def __init__(self, *args: Any, size: int = 0):
+        super().__init__(*args, size=size)
+        upwards = torch.full((1,), math.sin(self.climb), dtype=self.dtype, device=self.device)
+        self.direction = torch.cat([math.cos(self.climb) * self.direction, upwards])
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        velocity, force = state["velocity"], action / action.norm(dim=-1, keepdim=True).clamp(min=1)
+        velocity = velocity + self.drag * (force - velocity * velocity.norm(dim=-1, keepdim=True))
+        reward = velocity @ self.direction
+        return {"velocity": velocity}, reward, torch.zeros_like(reward, dtype=torch.bool)
+
+
 class Wrapper(Env):
     """An environment seen through something that is drawn once per lifetime and outlives its episodes."""
 
@@ -958,6 +980,7 @@ ENVS: dict[str, type[Env]] = {
     "dense_grid_world": DenseGridWorld,
     "hidden_goal": HiddenGoal,
     "heading": Heading,
+    "flight": Flight,
     "half_cheetah": HalfCheetah,
     "ant": Ant,
     "dm_cartpole": DMCartPole,
@@ -970,6 +993,7 @@ SMALLEST = {
     DenseGridWorld: 3,
     HiddenGoal: 0,
     Heading: 0,
+    Flight: 0,
     Ant: 0,
 }  # environments with a size
 

@@ -488,6 +488,17 @@ def test_a_heading_pays_one_for_the_right_direction_and_nothing_for_crossing_it(
     assert not (step.terminated | step.truncated).any()
 
 
+def test_a_flight_pays_one_for_the_right_direction():
+    env = envs.make("flight:90", 3, dtype=torch.float64)
+    state, _ = env.reset(draws(env, 3))
+    up = math.sqrt(3) / 2
+    for _ in range(100):
+        action = torch.tensor([[0.0, 5 * up, 2.5], [0.0, 0.5, -up], [0.0, -up / 4, -0.125]], dtype=torch.float64)
+        state, step = env.step(state, action, draws(env, 3))
+    torch.testing.assert_close(step.reward, torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64), atol=1e-6, rtol=0)
+    assert step.obs.shape == (3, 3) and not (step.terminated | step.truncated).any()
+
+
 def play(name, policy, steps=4000, count=8):
     """Mean reward of a policy(state, last action, last reward) per step."""
     env = envs.make(name, count)
