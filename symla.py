@@ -113,6 +113,8 @@ class Args:
     rnn_outputs: int | None = None
     """Actions that it has room for, likewise."""
 
+    init: Path | None = None
+    """A checkpoint.pt whose parameters meta-training begins with, instead of new ones: a curriculum (not in the thesis)."""
     meta_steps: int | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
     population: int = 512
@@ -1078,6 +1080,8 @@ def main() -> None:
     trained = [name for name in names if name in META_TRAINED]
     if args.mode == "test":
         load_thetas(args, {name: thetas[name] for name in trained}, args.checkpoint)
+    elif args.init and not args.resume:
+        load_thetas(args, {name: thetas[name] for name in trained}, args.init)
     run = Run(args)
     thetas = {name: theta.to(run.device) for name, theta in thetas.items()}
     started = time.time()

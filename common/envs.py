@@ -232,6 +232,38 @@ class HardBandit(EasyBandit):
     better = 0.6
 
 
+class ContextualBandit(Simulated):
+    """As many contexts as arms. One context, drawn anew before each pull, is shown as a one-hot vector; in each of them one arm
+    pays 1, another -1 and the others nothing, which stays so for a lifetime. Whoever knows them gets 1 per step.
+    state: good, bad (p, b), of each context; context (p,)."""
+
+    episodic = False
+    move_draws = 1
+
+    def __init__(self, *args: Any, size: int = 4):
+        super().__init__(*args)
+        self.obs_size = self.num_actions = size
+        self.obs_scale, self.begin_draws = (1.0,) * size, 2 * size + 1
+
+    def begin(self, draws: Tensor) -> State:
+        b = self.num_actions
+        good, apart = (b * draws[:, :b]).long(), 1 + ((b - 1) * draws[:, b:-1]).long()
+        return {"good": good, "bad": (good + apart) % b, "context": (b * draws[:, -1]).long()}
+
+    def observe(self, state: State) -> Tensor:
+        return torch.nn.functional.one_hot(state["context"], self.obs_size).to(self.dtype)
+
+    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        good, bad = (state[name].gather(1, state["context"][:, None])[:, 0] for name in ("good", "bad"))
+        reward = (action == good).to(self.dtype) - (action == bad).to(self.dtype)
+        context = (self.num_actions * draws[:, 0]).long()
+        return (
+            {"good": state["good"], "bad": state["bad"], "context": context},
+            reward,
+            torch.zeros_like(action, dtype=torch.bool),
+        )
+
+
 class CartPole(Simulated):
     """gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983). Actions: push left, push right. Observations: position in m,
     velocity in m/s, angle in rad, angular velocity in rad/s. Reward: 1 for every step, also the one that ends an episode; with
@@ -965,6 +997,7 @@ ENVS: dict[str, type[Env]] = {
     "easy_bandit": EasyBandit,
     "medium_bandit": MediumBandit,
     "hard_bandit": HardBandit,
+    "contextual_bandit": ContextualBandit,
     "cartpole": CartPole,
     "upright_cartpole": UprightCartPole,
     "continuous_cartpole": ContinuousCartPole,
@@ -988,6 +1021,7 @@ ENVS: dict[str, type[Env]] = {
 WRAPPERS: dict[str, type[Wrapper]] = {"scaled": Scaled, "shuffled": Shuffled, "projected": Projected}
 SMALLEST = {
     IndependentBandit: 2,
+    ContextualBandit: 2,
     GridWorld: 2,
     SwappedGridWorld: 2,
     DenseGridWorld: 3,

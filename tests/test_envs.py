@@ -525,6 +525,24 @@ def test_bandits_have_the_optimum_that_they_say():
     assert play("swapping_bandit", lambda state, action, reward: torch.zeros_like(action)) == pytest.approx(0.5, abs=0.03)
 
 
+def test_contextual_bandits_pay_by_their_context():
+    env = envs.make("contextual_bandit:5", 2000)
+    state, obs = env.reset(draws(env, 2000))
+    assert (state["good"] != state["bad"]).all() and obs.shape == (2000, 5)
+    first, shown = state, torch.zeros(5)
+    for step in range(6):
+        assert torch.equal(obs.argmax(-1), state["context"]) and (obs.sum(-1) == 1).all()
+        shown += obs.mean(0) / 6
+        good, bad = (state[name].gather(1, state["context"][:, None])[:, 0] for name in ("good", "bad"))
+        neither = torch.where((good + 1) % 5 == bad, good + 2, good + 1) % 5
+        action, pay = ((good, 1), (bad, -1), (neither, 0))[step % 3]
+        state, now = env.step(state, action, draws(env, 2000))
+        assert (now.reward == pay).all()
+        obs = now.obs
+    assert torch.equal(state["good"], first["good"]) and not torch.equal(state["context"], first["context"])
+    torch.testing.assert_close(shown, torch.full((5,), 0.2), atol=0.02, rtol=0)
+
+
 def test_arms_swap_after_10_to_30_pulls():
     env = envs.make("swapping_bandit", 32)
     state, _ = env.reset(draws(env, 32))

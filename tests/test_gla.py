@@ -186,6 +186,32 @@ def test_teachers_learn_and_their_lives_are_told_whole():
     torch.testing.assert_close(lives.last_mean[:, -1], lives.mean[:, -1], atol=1.0, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["hidden_goal:3", "heading:30"])
+def test_a_compiled_loss_is_the_same(name):
+    net, env = model(), gla.make_env(name, 1)
+    look, steps = (
+        gla.draw_projection(ARGS, env, torch.arange(4)),
+        random_steps(4, 12, env.obs_size, 4 if env.num_actions else 2),
+    )
+    spread = None if env.num_actions else torch.zeros_like(steps.action)
+    tasks = [(look, steps, gla.Policy(torch.randn(steps.action.shape, generator=DRAWS), spread))]
+    compiled = torch.compile(gla.meta_loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ARGS, 2, net, tasks), gla.meta_loss(ARGS, 2, net, tasks))
+
+
+def test_moments_are_those_of_everything_seen():
+    seen = 3 + 2 * torch.randn(2, 40, 5, generator=DRAWS)
+    moments = gla.no_moments(2, 5, CPU)
+    for part in seen.split([1, 7, 32], 1):
+        gla.update_moments(moments, part)
+    torch.testing.assert_close(moments["mean"], seen.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments["var"], seen.var(1, keepdim=True, correction=0), rtol=1e-4, atol=1e-4)
+    z = gla.standardise(moments, seen, centred=True)
+    torch.testing.assert_close(z.std(1, correction=0), torch.ones(2, 5), rtol=1e-3, atol=1e-3)
+    assert gla.standardise(moments, 1e6 * seen.abs(), centred=False).unique().tolist() == [10]
+
+
 def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
     """A lifetime of three contexts; the same actions with and without the cache."""
     net, env = model(), gla.make_env("hidden_goal:3", 4)

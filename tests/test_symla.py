@@ -406,6 +406,8 @@ MISTAKES = {
     "--rnn-outputs 2": "--rnn-outputs 2 are too small for independent_bandit:3",
     "--mode compare": "--mode compare needs --runs",
     "--mode compare --runs {tmp}": "holds no finished run of symla.py",
+    "--init {done}/checkpoint.pt --hidden 7": "holds a symla of another size than these flags ask for",
+    "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--mode test": "--mode test needs --checkpoint",
     "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of symla.py",
