@@ -372,6 +372,22 @@ def test_a_mistake_ends_with_exit_code_1(tmp_path):
 
 
 # ---- what a release has to reach: python -m pytest -m slow --------------------------------------------------------------
+PPO = dict(agents=2, copies=8, rollout=128, epochs=10, minibatches=8, ppo_lr=1e-3, ppo_hidden=64, normalised=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cartpole", "pendulum"])
+def test_ppo_alone_solves(name):
+    """CartPole: the pole is up for whole episodes of 500 steps. Pendulum: -200 in an episode of 200 steps, exploring."""
+    args = gla.Args(**gla.LAPTOP | PPO | {"updates": 150, "discount": 0.99 if name == "cartpole" else 0.95})
+    torch.manual_seed(0)
+    lives = gla.collect(args, name, CPU, lambda updates: None)
+    if name == "cartpole":
+        assert lives.steps.ended[:, -20:].mean() < 1 / 450
+    else:
+        assert lives.curve[:, -25:].mean() > -1
+
+
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
     """`python gla.py`: reward per step on goals that were never seen rises to four times its start, faster with the larger gap;

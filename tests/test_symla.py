@@ -19,7 +19,7 @@ from common import envs
 
 ARGS = symla.Args(
     hidden=5, message_size=3, lifetime_steps=12, meta_steps=4, evaluations=6, population=8, noise_std=0.1, lr=0.05,
-    rnn_size=7, rnn_inputs=4, rnn_outputs=5, test_seeds=20,
+    obs_gain=1.5, rnn_size=7, rnn_inputs=4, rnn_outputs=5, test_seeds=20,
 )  # fmt: skip
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -51,7 +51,7 @@ def slow_symla(params, state, obs, action, reward, done, n, m, ticks):
     for _ in range(ticks):
         for i in range(a):
             for j in range(b):
-                heard = [*bwd_msg[i], obs[i], *fwd_msg[j], action[j], reward, done, *h[i, j]]
+                heard = [*bwd_msg[i], 1.5 * obs[i], *fwd_msg[j], action[j], reward, done, *h[i, j]]
                 gates = torch.stack(heard) @ weight + bias
                 enter, new, forget, out = gates[:n], gates[n : 2 * n], gates[2 * n : 3 * n], gates[3 * n :]
                 c[i, j] = torch.sigmoid(forget) * c[i, j] + torch.sigmoid(enter) * torch.tanh(new)
