@@ -578,6 +578,16 @@ def test_a_mistake_ends_with_exit_code_1(tmp_path):
 
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
 @pytest.mark.slow
+def test_one_td3_agent_runs_like_a_cheetah(tmp_path):
+    """40,000 steps with the networks of TD3 (Fujimoto et al. 2018); 3,791 when it was measured."""
+    flags = "--learner td3 --baselines --preset thesis --device cpu --envs half_cheetah --test-envs --length 1 --layers 2"
+    flags += " --hidden 256 --test-steps 40000 --test-seeds 1 --evaluations 8 --episodes 2 --no-compile --run-name td3"
+    line = [sys.executable, str(ROOT / "metagenrl.py"), "--run-dir", str(tmp_path), *flags.split()]
+    subprocess.run(line, check=True, cwd=tmp_path)
+    assert max(rows(tmp_path / "td3"), key=lambda row: row["step"])["mean"] > 2500
+
+
+@pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
     """`python metagenrl.py`: agents trained by the learned objective end above those of the untrained one and of off-policy
     REINFORCE in both environments that it never saw, and above where they began."""
