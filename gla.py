@@ -87,10 +87,11 @@ class Args:
     baselines: tuple[Name, ...] = ("one-task", "ppo", "uniform")
     """What else is meta-trained and meta-tested."""
 
-    envs: tuple[str, ...] = ("Ant-v4",)
-    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3)."""
-    test_envs: tuple[str, ...] = ("Reacher-v4", "HalfCheetah-v4")
-    """Environments to meta-test in, beside --envs."""
+    envs: tuple[str, ...] = ("ant",)
+    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Names with a capital are
+    gymnasium's, any of them; ours are batched, with the same numbers."""
+    test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
+    """Environments to meta-test in, beside --envs (Figure 6.5)."""
 
     agents: int = 16
     """p, PPO agents in each environment (not in the thesis)."""
@@ -1045,7 +1046,8 @@ def run_as_script(main: Any) -> None:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment; the observations of those that are ours are scaled to about one."""
-    env = envs.make(name, count, device, **({"parallel": count > 1} if name[:1].isupper() else {}))
+    processes = {"parallel": 1 < count <= 4 * (os.cpu_count() or 1)} if name[:1].isupper() else {}
+    env = envs.make(name, count, device, **processes)
     if not env.obs_size:
         raise Mistake(f"GLA projects observations, and {name} has none; choose another environment.")
     return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)

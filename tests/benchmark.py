@@ -56,6 +56,15 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def product_flops(device: torch.device) -> float:
+    """FLOPs per second of one large matrix product."""
+    side = 1024 if device.type == "cpu" else 8192
+    square = torch.randn(side, side, device=device)
+    peak = 2 * side**3 / seconds(lambda: square @ square, 10)
+    print(f"{peak / 1e12:.2f} TFLOP/s in a product of {side} x {side} matrices")
+    return peak
+
+
 def line(what: str, size: int, taken: float, rollouts: int, examples: int) -> None:
     each = taken / (rollouts * examples) * 1e6
     print(
@@ -124,10 +133,7 @@ def bench_gpicl(options: argparse.Namespace) -> None:
     run = argparse.Namespace(compiles=options.compile == "on", device=device)
     if run.compiles:
         compile_draws()
-    side = 1024 if device.type == "cpu" else 8192
-    square = torch.randn(side, side, device=device)
-    peak = 2 * side**3 / seconds(lambda: square @ square, 10)
-    print(f"{peak / 1e12:.2f} TFLOP/s in a product of {side} x {side} matrices")
+    peak = product_flops(device)
     thesis = options.setting == "thesis"
     for size, channels in ((14, 1), (32, 3)) if thesis else ((8, 1),):
         args = gpicl.Args(**({} if thesis else gpicl.LAPTOP) | dict(device=device.type, size=size, channels=channels))
@@ -266,8 +272,8 @@ def bench_metagenrl(options: argparse.Namespace) -> None:
 
 def bench_gla(options: argparse.Namespace) -> None:
     """Environment steps per second of PPO, learning included, of many agents at once and of one as CleanRL has it (4 copies of
-    128 steps, 4 epochs of 4 minibatches); tokens per second of a meta-step; and steps per second of lifetimes with and without
-    the cache, at the end of a context of 1,024."""
+    128 steps, 4 epochs of 4 minibatches); tokens per second of a meta-step and FLOPs of its matrix products against those of
+    one large product; and steps per second of lifetimes with and without the cache, at the end of a context of 1,024."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gla.keep_memory()
     args = gla.Args(**gla.LAPTOP)
@@ -295,7 +301,8 @@ def bench_gla(options: argparse.Namespace) -> None:
 
     taken, count = seconds(meta_step, 10), args.batch * args.chunks * args.chunk
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
-    print(f"meta-step: {count / taken / 1e3:8.1f} K tokens/s, {6 * weights * count / taken / 1e9:6.1f} GFLOP/s", flush=True)
+    share = 6 * weights * count / taken / product_flops(device)
+    print(f"meta-step: {count / taken / 1e3:8.1f} K tokens/s; model FLOP utilisation {100 * share:.0f} %", flush=True)
     long = gla.GLA(replace(args, chunks=1024 // args.chunk)).to(device)
     read = torch.randn(32, 1024, long.embed.in_features, device=device)
     with torch.no_grad():
