@@ -116,7 +116,8 @@ class Args:
     """Actions that it has room for, likewise."""
 
     init: Path | None = None
-    """A checkpoint.pt whose parameters meta-training begins with, instead of new ones: a curriculum (not in the thesis)."""
+    """A checkpoint.pt whose parameters meta-training begins with, for the learners that it has, instead of new ones: a
+    curriculum (not in the thesis)."""
     meta_steps: int | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
     population: int = 512
@@ -168,7 +169,7 @@ LAPTOP_OTHERS = dict(
     evaluations=16,  # 4 leave the fitness so noisy that nothing was found on CartPole
     noise_std=0.1,
     lr=0.05,
-    obs_gain=4.0,  # small inputs hardly move a gate: without it contexts are not told apart (README)
+    obs_gain=6.0,  # small inputs hardly move a gate: without it contexts are not told apart (README)
     test_seeds=128,
 )
 LAPTOP = dict(
@@ -1089,7 +1090,8 @@ def main() -> None:
     if args.mode == "test":
         load_thetas(args, {name: thetas[name] for name in trained}, args.checkpoint)
     elif args.init and not args.resume:
-        load_thetas(args, {name: thetas[name] for name in trained}, args.init)
+        begun = read_checkpoint(args.init)["state"]["thetas"]
+        load_thetas(args, {name: thetas[name] for name in trained if name in begun}, args.init)
     run = Run(args)
     thetas = {name: theta.to(run.device) for name, theta in thetas.items()}
     started = time.time()
