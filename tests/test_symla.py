@@ -363,6 +363,20 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_plays_elsewhere(fi
     assert not any(learner == "rnn" for learner, *_ in found) and "too large for the in-context RNN" in done.stdout
 
 
+def test_a_run_begins_with_the_parameters_of_another(finished, tmp_path):
+    """Of those learners that it has, in other environments."""
+    first = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    del first["state"]["thetas"]["rnn"]
+    torch.save(first, tmp_path / "alone.pt")
+    tiny = TINY.replace("independent_bandit:3", "contextual_bandit:2").replace("independent_bandit:2", "grid_world:2")
+    flags = f"--init {tmp_path / 'alone.pt'} --meta-steps 1 --lr 1e-9 --run-name begun"
+    done = command(tmp_path, flags, tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    begun = torch.load(tmp_path / "begun" / "checkpoint.pt", weights_only=True)["state"]["thetas"]
+    torch.testing.assert_close(begun["symla"], first["state"]["thetas"]["symla"], rtol=0, atol=1e-6)
+    assert begun.keys() == {"symla", "rnn"}
+
+
 def test_two_processes_equal_one(finished, tmp_path):
     done = command(tmp_path, "--run-name two", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
