@@ -434,50 +434,17 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
     bar(first)
     for update in range(first, args.updates):
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
-        told, policies, earned = [], [], []
-        with torch.no_grad():
-            for _ in range(t):
-                native_obs = obs.unflatten(0, (p, e))
-                if args.normalised:
-                    update_moments(teacher.obs_moments, native_obs)
-                seen = see(args, teacher, native_obs)
-                policy = teacher.policy(seen)
-                draws = torch.rand(p, e, 1, device=device), torch.randn(p, e, teacher.b, device=device)
-                action = policy.sample(*draws)
-                world, step = env.step(world, action.flatten(0, 1), torch.rand(p * e, env.num_draws, device=device))
-                reward, terminated, truncated = (x.unflatten(0, (p, e)).float() for x in step[1:4])
-                last_obs, ended = see(args, teacher, step.last_obs.unflatten(0, (p, e))), terminated + truncated
-                earned.append((native_obs, reward))
-                if args.normalised:
-                    returns.copy_(args.discount * returns + reward[..., None])
-                    update_moments(teacher.return_moments, returns)
-                    reward = standardise(teacher.return_moments, reward[..., None], centred=False)[..., 0]
-                    returns *= 1 - ended[..., None]
-                told.append((seen, action, reward, terminated, ended, last_obs))
-                policies.append(policy)
-                obs = step.obs
-            seen, action, reward, terminated, ended, last_obs = (torch.stack(x, 2) for x in zip(*told, strict=True))
-            before = Policy(*(torch.stack(x, 2) if x[0] is not None else None for x in zip(*policies, strict=True)))
-            value, next_value = teacher.net("value", seen)[..., 0], teacher.net("value", last_obs)[..., 0]
-            advantage, next_advantage = torch.zeros_like(reward), 0
-            delta = reward + args.discount * (1 - terminated) * next_value - value
-            for k in reversed(range(t)):
-                next_advantage = delta[:, :, k] + args.discount * args.gae * (1 - ended[:, :, k]) * next_advantage
-                advantage[:, :, k] = next_advantage
-            target, log_before = value + advantage, before.log_prob(action)
+        world, obs, told, before, earned = roll_out(args, teacher, env, world, obs, returns)
+        advantage, value = advantages(args, teacher, told)
+        log_before = before.log_prob(told["action"])
+        data = [told["seen"], told["action"], log_before, advantage, value, value + advantage]
         for _ in range(args.epochs):
             for part in torch.randperm(e * t, device=device).chunk(args.minibatches):
-                teach(
-                    args,
-                    teacher,
-                    adam,
-                    *(x.flatten(1, 2)[:, part] for x in (seen, action, log_before, advantage, value, target)),
-                )
-        native_obs, reward = (torch.stack(x, 2) for x in zip(*earned, strict=True))
-        one_hot = F.one_hot(action, teacher.b).float() if teacher.discrete else action
-        keep_first(lives.steps, update, (native_obs, one_hot, reward, ended))
+                teach(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in data))
+        action = F.one_hot(told["action"], teacher.b).float() if teacher.discrete else told["action"]
+        keep_first(lives.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
         keep_first((lives.mean, lives.log_std), update, before)
-        lives.curve[:, update] = reward.mean((1, 2))
+        lives.curve[:, update] = earned["reward"].mean((1, 2))
         bar(1)
         if path and (update + 1) % max(1, args.updates // 20) == 0 and update + 1 < args.updates:
             store(path, keep | ({"world": world, "obs": obs} if "obs" in keep else {}), update + 1)
@@ -489,6 +456,49 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
         store(path, keep, args.updates)
     env.close()
     return lives
+
+
+@torch.no_grad()
+def roll_out(
+    args: Args, teacher: Teacher, env: Env, world: envs.State, obs: Tensor, returns: Tensor
+) -> tuple[envs.State, Tensor, dict[str, Tensor], Policy, dict[str, Tensor]]:
+    """Steps of every agent in all its copies until the next update. Returns where they are then, what PPO is told (p, e, t,
+    ...), the policies that acted, and observations and rewards as they were. Changes moments and returns (p, e, 1) in place."""
+    told, policies, earned = [], [], []
+    for _ in range(args.rollout):
+        native_obs = obs.unflatten(0, (args.agents, args.copies))
+        if args.normalised:
+            update_moments(teacher.obs_moments, native_obs)
+        seen = see(args, teacher, native_obs)
+        policy, shape = teacher.policy(seen), seen.shape[:2]
+        action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, teacher.b, device=obs.device))
+        world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
+        reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
+        last_obs, ended, obs = see(args, teacher, step.last_obs.unflatten(0, shape)), terminated + truncated, step.obs
+        earned.append({"obs": native_obs, "reward": reward})
+        if args.normalised:
+            returns.copy_(args.discount * returns + reward[..., None])
+            update_moments(teacher.return_moments, returns)
+            reward = standardise(teacher.return_moments, reward[..., None], centred=False)[..., 0]
+            returns *= 1 - ended[..., None]
+        what = {"seen": seen, "action": action, "reward": reward, "terminated": terminated, "ended": ended}
+        told.append(what | {"last_seen": last_obs})
+        policies.append(policy)
+    told, earned = ({name: torch.stack([x[name] for x in steps], 2) for name in steps[0]} for steps in (told, earned))
+    acted = Policy(*(torch.stack(x, 2) if x[0] is not None else None for x in zip(*policies, strict=True)))
+    return world, obs, told, acted, earned
+
+
+@torch.no_grad()
+def advantages(args: Args, teacher: Teacher, told: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al. 2016) and values (p, e, t). Time limits bootstrap."""
+    value, next_value = teacher.net("value", told["seen"])[..., 0], teacher.net("value", told["last_seen"])[..., 0]
+    delta = told["reward"] + args.discount * (1 - told["terminated"]) * next_value - value
+    advantage, after = torch.zeros_like(value), 0
+    for k in reversed(range(args.rollout)):
+        after = delta[:, :, k] + args.discount * args.gae * (1 - told["ended"][:, :, k]) * after
+        advantage[:, :, k] = after
+    return advantage, value
 
 
 @torch.no_grad()
