@@ -202,7 +202,7 @@ def bench_symla(options: argparse.Namespace) -> None:
     run = argparse.Namespace(compiles=options.compile == "on", device=torch.device(device))
     thesis = options.setting == "thesis"
     names = ["independent_bandit", "independent_bandit:10", "upright_cartpole", "grid_world:3", "acrobot"]
-    for name in names[:: 2 if thesis else 1]:
+    for name in names[:1] + names[2:] if thesis else names:
         torch.compiler.reset()
         preset = "thesis" if thesis else "laptop"
         args = symla.Args(**symla.PRESETS[preset] | {"envs": (name,), "preset": preset, "device": device})
