@@ -520,14 +520,19 @@ def test_a_sweep_is_resumable_run_by_run(tmp_path):
 
 
 def test_features_of_an_untrained_network(tmp_path, monkeypatch):
-    """Computed once, kept, and damaged ones are told."""
-    monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 1,797 images
+    """Computed once, kept, and damaged ones are told. Those of the train split are there already."""
+    monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 450 images
+    folder = tmp_path / "data" / "features"
+    folder.mkdir(parents=True)
+    torch.save(torch.randn(1347, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
     flags = "--features untrained --baselines sgd --test-datasets digits --data-dir data --run-name"
     done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
     assert done.returncode == 0, done.stderr
-    kept = sorted((tmp_path / "data" / "features").iterdir())
+    assert "untrained on digits test" in done.stderr and "untrained on digits train" not in done.stderr
+    kept = sorted(folder.iterdir())
     assert [path.name for path in kept] == ["untrained-digits-test.pt", "untrained-digits-train.pt"]
-    assert torch.load(kept[0], weights_only=True).shape == (450, 512)
+    features = torch.load(kept[0], weights_only=True)
+    assert features.shape == (450, 512) and features.std(0).min() > 0
     again = command(tmp_path, f"{flags} two")
     assert again.returncode == 0 and "untrained on digits" not in again.stderr
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
