@@ -89,7 +89,7 @@ class Args:
 
     envs: tuple[str, ...] = ("ant",)
     """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Names with a capital are
-    gymnasium's, any of them; ours are batched, with the same numbers."""
+    gymnasium's, any of them; our ant is its Ant-v4, batched."""
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
     """Environments to meta-test in, beside --envs (Figure 6.5)."""
 
@@ -430,7 +430,6 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
         keep |= {"world": world, "obs": obs}
     first = restore(args, env, path, keep)
     lives = room(args, env, path)
-    world, obs = keep.get("world", world), keep.get("obs", obs)
     bar(first)
     for update in range(first, args.updates):
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
@@ -549,7 +548,7 @@ def live(args: Args, gap: int, model: GLA, env: Env, projection: Projection, ste
     last_obs, cache, history, rewards = torch.zeros_like(obs), None, [], []
     for step in range(steps):
         before = torch.cat([(last_obs[:, None] @ projection.obs)[:, 0], (action[:, None] @ projection.action)[:, 0]], -1)
-        eta = told(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
+        eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
         token = torch.cat([before, reward[:, None], ended[:, None], (obs[:, None] @ projection.obs)[:, 0], eta], -1)
         history.append(token)
         if len(history) > model.context:
@@ -568,7 +567,7 @@ def live(args: Args, gap: int, model: GLA, env: Env, projection: Projection, ste
     return torch.stack(rewards, 1)
 
 
-def told(args: Args, gap: int, model: "GLA", place: Tensor, reward: Tensor | None = None) -> Tensor:
+def auxiliary(args: Args, gap: int, model: "GLA", place: Tensor, reward: Tensor | None = None) -> Tensor:
     """eta (section 6.2), what the Transformer is told of how much better it should get. place: from 0 to 1 in a life; reward:
     per step, of the chunk, in meta-training."""
     if args.auxiliary == "place":
@@ -602,7 +601,7 @@ def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, St
     for projection, steps, _ in tasks:
         place = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
-        read.append(tokens(args, projection, steps, told(args, gap, model, place, reward)))
+        read.append(tokens(args, projection, steps, auxiliary(args, gap, model, place, reward)))
     sizes = [len(token) for token in read]
     answers = zip(*(x.split(sizes) for x in model(torch.cat(read))[:2]), tasks, strict=True)
     losses = [divergence(p, native(y, log_std, look, p.log_std is None)) for y, log_std, (look, _, p) in answers]
@@ -1127,7 +1126,22 @@ COLLECTED += (
 
 
 def life_file(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace(':', '-')}.bin"
+    return folder / f"{name.replace(':', '-').replace('/', '-')}.bin"
+
+
+def life_bytes(args: Args, env: Env) -> int:
+    return 4 * sum(map(math.prod, shapes(args, env)))
+
+
+def read_progress(args: Args, env: Env, path: Path) -> dict[str, Any]:
+    """How far a collection is, and what it needs to go on. Raises Mistake where it is damaged."""
+    try:
+        saved = torch.load(path.with_suffix(".pt"), map_location="cpu", weights_only=True)
+        if path.stat().st_size != life_bytes(args, env) or not 0 < saved["updates"] <= args.updates:
+            raise ValueError
+        return saved
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path} is damaged; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
 
 
 def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Lives:
@@ -1140,7 +1154,9 @@ def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Lives:
 
 
 def store(path: Path, keep: dict[str, Any], updates: int) -> None:
-    """Write down how far a collection is, and what it needs to go on."""
+    """Write down how far a collection is, and what it needs to go on, once the lives themselves are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
     rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     state = {"updates": updates, "state": take_out(keep), "rng": rng}
     write_whole(path.with_suffix(".pt"), lambda file: torch.save(state, file))
@@ -1150,47 +1166,44 @@ def restore(args: Args, env: Env, path: Path | None, keep: dict[str, Any]) -> in
     """Go back to where a collection was cut off, and return its number of updates, 0 where there is none."""
     if path is None or not path.with_suffix(".pt").exists():
         return 0
+    saved = read_progress(args, env, path)
     try:
-        saved = torch.load(path.with_suffix(".pt"), map_location="cpu", weights_only=True)
-        if path.stat().st_size != 4 * sum(map(math.prod, shapes(args, env))):
-            raise ValueError
         put_back(keep, saved["state"])
         torch.set_rng_state(saved["rng"][0])
         if len(saved["rng"]) > 1 and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(saved["rng"][1:])
-        return saved["updates"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise Mistake(f"{path} is of other flags; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
+    return saved["updates"]
 
 
-def match_lives(args: Args, made: dict[str, Env], flags: dict[str, Any]) -> None:
-    """Refuse lives that are not there, not whole, or of other flags."""
+def match_lives(args: Args) -> None:
+    """Refuse --lives that are not there, not whole, or of other flags."""
     try:
-        found = json.loads((args.lives / "lives.json").read_text())
-    except (OSError, ValueError) as error:
+        found = dict(json.loads((args.lives / "lives.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise Mistake(f"There are no lives in {args.lives}; give the folder `lives` of a run.") from error
-    for name, value in flags.items():
-        if found.get(name) != value:
-            flag = name.replace("_", "-")
+    for name in COLLECTED:
+        if found.get(name) != getattr(args, name):
+            flag, value = name.replace("_", "-"), getattr(args, name)
             raise Mistake(f"The lives in {args.lives} were collected with --{flag} {found.get(name)}, not {value}.")
-    for name, env in made.items():
-        path = life_file(args.lives, name)
-        whole = path.is_file() and path.stat().st_size == 4 * sum(map(math.prod, shapes(args, env)))
-        if not whole or not path.with_suffix(".pt").is_file() or torch.load(path.with_suffix(".pt"))["updates"] < args.updates:
+    for name in args.envs:
+        path, env = life_file(args.lives, name), make_env(name, 1)
+        there = path.is_file() and path.with_suffix(".pt").is_file()
+        if not there or read_progress(args, env, path)["updates"] < args.updates:
             raise Mistake(f"The lives of {name} in {args.lives} are not there or not whole; leave out --lives to collect them.")
 
 
 def gather(args: Args, run: "Run") -> dict[str, Lives]:
     """The teachers' lives: those in the folder --lives, or collected into the run's own, environment by environment."""
     folder, made = args.lives or run.folder / "lives", {name: make_env(name, 1) for name in args.envs}
-    flags = {name: getattr(args, name) for name in COLLECTED}
-    if args.lives:
-        match_lives(args, made, flags)
-    else:
-        bytes_ = 4 * sum(math.prod(shape) for env in made.values() for shape in shapes(args, env))
-        run.say(f"Lives of {args.agents} PPO agents in each of {len(made)} environments: {bytes_ / 2**20:.0f} MB")
+    if not args.lives:
+        flags = {name: getattr(args, name) for name in COLLECTED}
+        size = sum(life_bytes(args, env) for env in made.values()) / 2**20
+        run.say(f"Lives of {args.agents} PPO agents in each of {len(made)} environments: {size:.0f} MB")
         folder.mkdir(exist_ok=True)
-        write_whole(folder / "lives.json", lambda file: file.write(json.dumps(flags).encode()))
+        if run.rank == 0:
+            write_whole(folder / "lives.json", lambda file: file.write(json.dumps(flags).encode()))
         bar = tqdm(total=len(args.envs[run.rank :: run.world]) * args.updates, desc="collect", disable=run.rank > 0)
         for number, name in enumerate(args.envs):
             if number % run.world == run.rank:
@@ -1244,6 +1257,8 @@ def main() -> None:
     students = make_students(args)
     if args.mode == "test":
         load(students, args.checkpoint)
+    elif args.lives:
+        match_lives(args)
     run = Run(args)
     started, lives = time.time(), {}
     for student in students.values():

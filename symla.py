@@ -1091,6 +1091,8 @@ def main() -> None:
         load_thetas(args, {name: thetas[name] for name in trained}, args.checkpoint)
     elif args.init and not args.resume:
         begun = read_checkpoint(args.init)["state"]["thetas"]
+        if not set(trained) & set(begun):
+            raise Mistake(f"{args.init} holds none of the learners that the flags name; it has {', '.join(begun)}.")
         load_thetas(args, {name: thetas[name] for name in trained if name in begun}, args.init)
     run = Run(args)
     thetas = {name: theta.to(run.device) for name, theta in thetas.items()}

@@ -134,11 +134,13 @@ def test_sequences_are_chunks_of_one_agents_life_a_gap_apart(gap):
 def test_what_the_transformer_is_told():
     net, place, reward = model(), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.4]])
     net.best.fill_(0.9)
-    told = {name: gla.told(replace(ARGS, auxiliary=name), 4, net, place, reward).tolist() for name in ("none", "gap", "place")}
+    told = {
+        name: gla.auxiliary(replace(ARGS, auxiliary=name), 4, net, place, reward).tolist() for name in ("none", "gap", "place")
+    }
     assert told["none"] == [[0, 0]] and told["place"] == [[0, 1]] and told["gap"] == [[pytest.approx(0.4)] * 2]
     args = replace(ARGS, auxiliary="return")
-    assert torch.equal(gla.told(args, 4, net, place, reward), reward)
-    assert torch.equal(gla.told(args, 4, net, place), torch.full((1, 2), 0.9))
+    assert torch.equal(gla.auxiliary(args, 4, net, place, reward), reward)
+    assert torch.equal(gla.auxiliary(args, 4, net, place), torch.full((1, 2), 0.9))
 
 
 # ---- the teacher and the student ----------------------------------------------------------------------------------------
@@ -305,6 +307,9 @@ def test_another_run_learns_from_the_same_lives(finished, tmp_path):
     assert command(tmp_path, "--run-name killed", launcher=killed("hidden_goal-4.pt")).returncode == -signal.SIGKILL
     refused = command(tmp_path, f"--run-name third --lives {tmp_path / 'killed' / 'lives'}")
     assert refused.returncode == 1 and "The lives of hidden_goal:4 in" in refused.stderr and "not whole" in refused.stderr
+    (tmp_path / "killed" / "lives" / "hidden_goal-3.pt").write_text("no lives")
+    refused = command(tmp_path, f"--run-name third --lives {tmp_path / 'killed' / 'lives'}")
+    assert refused.returncode == 1 and "hidden_goal-3.bin is damaged; delete it and" in refused.stderr
 
 
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(finished, tmp_path):

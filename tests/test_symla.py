@@ -422,6 +422,7 @@ MISTAKES = {
     "--mode compare --runs {tmp}": "holds no finished run of symla.py",
     "--init {done}/checkpoint.pt --hidden 7": "holds a symla of another size than these flags ask for",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
+    "--init {tmp}/alone.pt --learner rnn --baselines": "holds none of the learners that the flags name; it has symla",
     "--mode test": "--mode test needs --checkpoint",
     "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "foreign.pt is not a checkpoint of symla.py",
