@@ -127,7 +127,7 @@ class Args:
     key_size: int = 32
     """N_K, size of keys, values and queries (Appendix D.4); side of the outer-product LSTM's matrices."""
     label_scale: float = 1.0
-    """Factor on the one-hot labels in the Transformer's tokens (not in the thesis, which has none)."""
+    """Factor on the one-hot labels that go in beside inputs, in all learners but vsml (the thesis has none)."""
     grid: int = 16
     """k, side of the grid of LSTMs of vsml_nosym (Appendix D.4: 1 to 24)."""
     state_size: int = 16
@@ -491,11 +491,12 @@ class LSTM(nn.Module):
 
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
+        self.label_scale = args.label_scale
         self.lstm = nn.LSTM(num_inputs + num_classes, args.width, args.layers, batch_first=True)
         self.head = nn.Linear(args.width, num_classes)
 
     def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        h, state = self.lstm(torch.cat([x, label], -1), state)
+        h, state = self.lstm(torch.cat([x, self.label_scale * label], -1), state)
         return self.head(h), state
 
 
@@ -519,7 +520,7 @@ class OuterProductLSTM(Recurrent):
 
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
-        self.heads, self.size = args.heads, args.key_size
+        self.heads, self.size, self.label_scale = args.heads, args.key_size, args.label_scale
         self.gates = nn.Linear(num_inputs + num_classes + self.heads * self.size, 8 * self.heads * self.size)
         self.key_scale = nn.Parameter(torch.zeros(()))
         self.head = nn.Linear(self.heads * self.size, num_classes)
@@ -530,7 +531,9 @@ class OuterProductLSTM(Recurrent):
     def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
         """cell (s, h, i, j)."""
         hidden, cell = state
-        parts = self.gates(torch.cat([x, label, hidden], -1)).unflatten(-1, (self.heads, 8, self.size))  # (s, h, 8, i)
+        parts = self.gates(torch.cat([x, self.label_scale * label, hidden], -1)).unflatten(
+            -1, (self.heads, 8, self.size)
+        )  # (s, h, 8, i)
         left, right, query, out = parts.split([3, 3, 1, 1], 2)
         i, g, f = (F.softplus(self.key_scale) * left.tanh()[..., None] * right.tanh()[..., None, :]).unbind(2)
         cell = (f + 1).sigmoid() * cell + i.sigmoid() * g
@@ -585,7 +588,7 @@ class VSMLWithoutSymmetries(Recurrent):
 
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
-        self.shape = (args.grid, args.grid, 4 * args.state_size)
+        self.shape, self.label_scale = (args.grid, args.grid, 4 * args.state_size), args.label_scale
         self.project = nn.Linear(num_inputs + num_classes, 2 * args.grid)
         self.grid = SubRNNs(args, 1, 1, 4 * args.state_size)
         self.head = nn.Linear(args.grid * args.message_size, num_classes)
@@ -594,7 +597,7 @@ class VSMLWithoutSymmetries(Recurrent):
         return self.zeros(s, *self.shape), self.zeros(s, *self.shape)
 
     def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        row, column = self.project(torch.cat([x, label], -1))[..., None].chunk(2, 1)
+        row, column = self.project(torch.cat([x, self.label_scale * label], -1))[..., None].chunk(2, 1)
         said, *state = self.grid(row, column, *state)
         return self.head(said.flatten(1)), tuple(state)
 
@@ -852,8 +855,9 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
     return {name: [float(line[name]) for line in lines] for name in (lines[0] if lines else ())}
 
 
-def draw_meta_loss(folder: Path, learners: list[str], statistics: bool) -> None:
-    """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others; and those of D.9 and D.10."""
+def draw_meta_loss(folder: Path, learners: list[str], statistics: bool, plateau: int | None) -> None:
+    """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others; and those of D.8 to D.10, in which a
+    dashed line stands where the loss left its plateau."""
     columns = read_metrics(folder)
     if not learners:
         return
@@ -866,11 +870,14 @@ def draw_meta_loss(folder: Path, learners: list[str], statistics: bool) -> None:
     finish_figure(figure, axes, folder / "meta_loss.png")
     if statistics:
         kinds = ("gradient norm", "gradient cosine", "update norm", "update cosine", "exp_avg norm", "exp_avg_sq norm")
-        _, figure, axes = panels(len(kinds), 6, 4)
+        plt, figure, axes = panels(len(kinds), 6, 4)
         for axis, kind in zip(axes, kinds, strict=True):
-            for column, values in columns.items():
-                if column.startswith(f"{learners[0]} {kind} "):
-                    axis.plot(columns["step"], values, label=column.split()[-1], linewidth=0.8)
+            of_tensors = {column: values for column, values in columns.items() if column.startswith(f"{learners[0]} {kind} ")}
+            for depth, (column, values) in enumerate(of_tensors.items()):  # from the first layer to the head
+                color = plt.get_cmap("viridis_r")(depth / len(of_tensors))
+                axis.plot(columns["step"], values, label=column.split()[-1], linewidth=0.8, color=color)
+            if plateau is not None:
+                axis.axvline(plateau, color="black", linestyle="--", linewidth=0.8)
             axis.set(title=kind, xlabel="meta-step", yscale="log" if "norm" in kind else "linear")
         finish_figure(figure, axes, folder / "statistics.png")
 
@@ -1488,10 +1495,11 @@ def experiment(args: Args) -> None:
     columns, facts = read_metrics(run.folder), {"plateau": None, "final_loss": None}
     for name in (name for name in [*args.baselines, args.learner] if f"{name}_loss" in columns):
         losses = columns[f"{name}_loss"]
-        facts["plateau"] = left_plateau(columns["step"], losses, sizes[1])
-        facts["final_loss"] = sum(losses[-10:]) / len(losses[-10:])
-        run.say(f"{LABELS[name]}: the loss left its plateau at meta-step {facts['plateau']}.")
-    draw_meta_loss(run.folder, [name for name in learners if f"{name}_loss" in columns], args.statistics)
+        left = left_plateau(columns["step"], losses, sizes[1])
+        facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
+        how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left:.0f}"
+        run.say(f"{LABELS[name]}: the loss {how}.")
+    draw_meta_loss(run.folder, [name for name in learners if f"{name}_loss" in columns], args.statistics, facts["plateau"])
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},

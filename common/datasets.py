@@ -98,7 +98,7 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     """
     shifts, coins = _schedule(key, n, rounds)
     for shift, coin in zip(shifts.unbind(-1), coins.unbind(-2), strict=True):
-        position = _swap(position, n, shift, coin)
+        position = _swap(position, n, shift.clone(), coin.clone())  # not views, each of which would be compiled anew
     return position
 
 
@@ -354,6 +354,7 @@ class Tasks:
         """Which of the tasks (s, 2) an augmentation falls on: (s, 1) bool."""
         return uniform(fold(task, salt), 1) < share
 
+    @torch.no_grad()
     def sample(self, tasks: Tensor, sequences: Tensor, length: int, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """Examples start, start + 1, ..., start + length - 1 of one sequence of each task. start may be a tensor (s, 1).
 
