@@ -219,6 +219,8 @@ class Args:
     """Episodes in an evaluation of an agent."""
     progress: bool = False
     """Meta-test objectives from after 1/5, 2/5, 3/5 and 4/5 of meta-training too (Figure 2.4)."""
+    each: bool = False
+    """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: int = 100
     """Iterations that a line of metrics.csv is the mean of."""
 
@@ -1012,7 +1014,8 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
                 group.env.close()
             for learner, part in zip(learners, zip(*(x.chunk(len(learners)) for _, x in curve), strict=True), strict=True):
                 for (step, _), value in zip(curve, part, strict=True):
-                    rows.append(result_row(learner, name, novelty, "return", step, value))
+                    row = result_row(learner, name, novelty, "return", step, value)
+                    rows.append(row | {"values": value.tolist()} if args.each else row)
             bar.update(1 - bar.n % 1)
     return rows
 
@@ -1071,7 +1074,8 @@ COLOURS = {
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
-    """Figures 2.3 and 2.4: one panel for each environment, a line for each learner. Shaded: standard deviation."""
+    """Figures 2.3, 2.4 and A.5: one panel for each environment, a line for each learner. Shaded: standard deviation. Thin: each
+    agent."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1091,6 +1095,9 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
             axis.plot(x, mean, color=colour, label=LABELS[name] + (f" after{when}" if when else ""))
             low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            agents = zip(*(row.get("values", []) for row in these if row["learner"] == learner), strict=True)
+            for agent in agents:
+                axis.plot(x, agent, color=colour, alpha=0.5, lw=0.6)
         new = "meta-trained in" if these[0]["novelty"] == "none" else "never seen"
         axis.set(title=f"{task} ({new})", xlabel="environment steps of an agent", ylabel="return")
         axis.title.set_fontsize("small")

@@ -410,7 +410,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done --objectives 2 --progress")
+    done = command(folder, "--run-name done --objectives 2 --progress --each")
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
@@ -427,12 +427,13 @@ def test_what_a_run_leaves_behind(finished):
     assert found == {(learner, *task) for learner in learners for task in tasks}
     for row in results["results"]:
         assert row["metric"] == "return" and row["seeds"] == 4 and row["step"] in (0, 20, 40)
+        assert len(row["values"]) == 4 and sum(row["values"]) / 4 == pytest.approx(row["mean"], rel=1e-5)
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 6
     assert "return: mean ± standard deviation over 4 runs" in said
 
 
 def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
-    flags = "--objectives 2 --progress"
+    flags = "--objectives 2 --progress --each"
     killed = command(tmp_path, f"{flags} --run-name killed", launcher=KILLED)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed" / "results.json").exists()
