@@ -65,7 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
     compile: bool = True
-    """Fuse the meta-loss with torch.compile on a GPU (on a CPU that takes longer than it saves)."""
+    """Fuse the Transformer with torch.compile in meta-training (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test"] = "train"
     """train: collect, meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: Path | None = None
@@ -620,8 +620,7 @@ class Student(NamedTuple):
 def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run", keep: dict[str, Any]) -> None:
     """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
     adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in lives}
-    fused = run.compiles and run.device.type == "cuda"
-    loss_of = torch.compile(meta_loss, dynamic=False) if fused else meta_loss
+    fused = {name: torch.compile(model, dynamic=False) if run.compiles else model for name, (model, *_) in students.items()}
     for step in run.steps(args.meta_steps, keep):
         log = {}
         for name, (model, gap, names, own_args) in students.items():
@@ -633,7 +632,7 @@ def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives]
                 projection = draw_projection(own_args, places[place], args.batch * step + each * number + own)  # line 5
                 discrete = places[place].num_actions is not None
                 tasks.append((projection, *subsample(args, gap, lives[place], discrete, each, own)))  # line 6
-            loss = loss_of(args, gap, model, tasks).mean()
+            loss = meta_loss(args, gap, fused[name], tasks).mean()
             adam[name].zero_grad()
             loss.backward()
             average_gradients(model)

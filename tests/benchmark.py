@@ -291,13 +291,14 @@ def bench_gla(options: argparse.Namespace) -> None:
             flush=True,
         )
     model = gla.GLA(args).to(device)
+    read_by = torch.compile(model, dynamic=False) if options.compile == "on" else model
     lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda updates: None)}
     env, own = gla.make_env("hidden_goal:8", 1, device), torch.arange(args.batch, device=device)
 
     def meta_step() -> None:
         projection = gla.draw_projection(args, env, own)
         told = gla.subsample(args, 8, lives["hidden_goal:8"], True, args.batch, own)
-        gla.meta_loss(args, 8, model, [(projection, *told)]).mean().backward()
+        gla.meta_loss(args, 8, read_by, [(projection, *told)]).mean().backward()
 
     taken, count = seconds(meta_step, 10), args.batch * args.chunks * args.chunk
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
