@@ -1495,9 +1495,9 @@ def experiment(args: Args) -> None:
     columns, facts = read_metrics(run.folder), {"plateau": None, "final_loss": None}
     for name in (name for name in [*args.baselines, args.learner] if f"{name}_loss" in columns):
         losses = columns[f"{name}_loss"]
-        left = left_plateau(columns["step"], losses, sizes[1])
+        left = left_plateau([int(step) for step in columns["step"]], losses, sizes[1])
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
-        how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left:.0f}"
+        how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
         run.say(f"{LABELS[name]}: the loss {how}.")
     draw_meta_loss(run.folder, [name for name in learners if f"{name}_loss" in columns], args.statistics, facts["plateau"])
     run.finish(
