@@ -123,6 +123,15 @@ def test_outer_product_lstm_against_its_equations():
     torch.testing.assert_close(torch.stack(found), logits_of(learner, x, y)[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["transformer", "lstm", "outer_lstm", "vsml_nosym"])
+def test_labels_are_scaled_in_every_learner_that_reads_them(name):
+    (x, y), label_scale = some_data(), 2.5
+    label = gpicl.previous_labels(y, 4)
+    one, scaled = make(name), make(name, replace(ARGS, label_scale=label_scale))
+    torch.testing.assert_close(one(x, label_scale * label)[0], scaled(x, label)[0])
+    assert not torch.allclose(one(x, label)[0], scaled(x, label)[0])
+
+
 def test_vsml_against_loops_and_its_symmetries():
     """Eq. 4.9 for each sub-RNN; and permuting inputs changes nothing, permuting classes permutes the answers."""
     learner, (x, y) = make("vsml", a=3), some_data(s=1, a=3)
