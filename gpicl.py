@@ -933,8 +933,8 @@ def sweep(args: Args) -> None:
     runs.sort(key=lambda run: float(run["args"][x]))
     draw_phases(folder / "phases.png", runs, x)
     draw_solutions(folder / "solutions.png", runs, x)
-    draw_plateaus(folder / "plateau.png", runs, x)
     numeric = [name for name, values in axes.items() if name != "seed" and not isinstance(values[0], str)]
+    draw_plateaus(folder / "plateau.png", runs, x, *numeric[1:2] or [None])
     if len(numeric) > 1:
         draw_heat_maps(folder / "heat_map.png", runs, *numeric[:2])
     if set(axes) & set(ARCHITECTURE):
@@ -968,8 +968,8 @@ def mean_at_each(xs: list[float], ys: list[float]) -> tuple[list[float], list[fl
 
 
 def scale(axis: Any, xs: list[float]) -> None:
-    """A logarithmic axis for what spans more than a factor of eight."""
-    if xs and min(xs) > 0 and max(xs) > 8 * min(xs):
+    """A logarithmic axis for what spans a factor of eight or more."""
+    if xs and min(xs) > 0 and max(xs) >= 8 * min(xs):
         axis.set_xscale("log", base=10 if max(xs) < 1 else 2)
 
 
@@ -1011,26 +1011,36 @@ def power_law(x: list[float], y: list[float]) -> float | None:
     return ((x * y).sum() / (x * x).sum()).item()
 
 
-def draw_plateaus(path: Path, runs: list[dict[str, Any]], x: str) -> None:
-    """Figures 5.6 to 5.8, D.11 and D.12: meta-losses, the length of the plateau, and the tasks that were seen in it."""
+def draw_plateaus(path: Path, runs: list[dict[str, Any]], x: str, y: str | None) -> None:
+    """Figures 5.6 to 5.8, D.11 and D.12: meta-losses, the length of the plateau, and the tasks that were seen in it. Each value
+    of y, if that was varied too, has a style of line and a power law of its own."""
     plt, figure, axes = panels(3, 5, 3.6)
     values = sorted({run["args"][x] for run in runs}, key=float)
-    for run in runs:
-        loss = run["metrics"].get(f"{run['args']['learner']}_loss")
-        if loss:
-            color = plt.cm.viridis(values.index(run["args"][x]) / max(1, len(values) - 1))
-            axes[0].plot(run["metrics"]["step"], loss, color=color, label=str(run["args"][x]), linewidth=1)
-    left = [run for run in runs if run["plateau"] is not None]
-    xs, steps = ([float(run["args"][x]) for run in left], [run["plateau"] for run in left])
-    for axis, ys in ((axes[1], steps), (axes[2], [n * run["args"]["batch"] for n, run in zip(steps, left, strict=True)])):
-        exponent = power_law(xs, ys)
-        axis.plot(xs, ys, "o", color="black")
-        axis.set(xlabel=x.replace("_", " "), yscale="log" if exponent is not None else "linear")
-        axis.set_title("" if exponent is None else f"power law with exponent {exponent:.2f}")
-        scale(axis, xs)
-    axes[0].set(xlabel="meta-step", ylabel="cross-entropy in nats", title=x.replace("_", " ") + " by colour")
-    axes[1].set_ylabel("plateau in meta-steps")
-    axes[2].set_ylabel("tasks seen in the plateau")
+    kinds = sorted({run["args"][y] for run in runs}, key=float) if y else [None]
+    for kind, style in zip(kinds, itertools.cycle(("-", "--", "-.", ":"))):
+        these = [run for run in runs if y is None or run["args"][y] == kind]
+        of = f"{y.replace('_', ' ')} {kind}" if y else ""
+        for run in these:
+            loss = run["metrics"].get(f"{run['args']['learner']}_loss")
+            if loss:
+                color = plt.cm.viridis(values.index(run["args"][x]) / max(1, len(values) - 1))
+                label = ", ".join(filter(None, (f"{x.replace('_', ' ')} {run['args'][x]}", of)))
+                axes[0].plot(run["metrics"]["step"], loss, style, color=color, label=label, linewidth=1)
+        left = [run for run in these if run["plateau"] is not None]
+        xs, steps = [float(run["args"][x]) for run in left], [run["plateau"] for run in left]
+        seen = [n * run["args"]["batch"] for n, run in zip(steps, left, strict=True)]
+        for axis, ys in zip(axes[1:], (steps, seen), strict=True):
+            exponent = power_law(xs, ys)
+            law = "" if exponent is None else f"power law with exponent {exponent:.2f}"
+            axis.plot(xs, ys, "o" + style, color="black", label=": ".join(filter(None, (of, law))) or None)
+    for axis, what in zip(axes, ("cross-entropy in nats", "plateau in meta-steps", "tasks seen in the plateau"), strict=True):
+        axis.set(xlabel=x.replace("_", " "), ylabel=what)
+    axes[0].set_xlabel("meta-step")
+    for axis in axes[1:]:
+        axis.set_yscale("log")
+        scale(axis, [float(value) for value in values])
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
     finish_figure(figure, axes[:1], path)
 
 
