@@ -1037,7 +1037,7 @@ def draw_plateaus(path: Path, runs: list[dict[str, Any]], x: str, y: str | None)
         axis.set(xlabel=x.replace("_", " "), ylabel=what)
     axes[0].set_xlabel("meta-step")
     for axis in axes[1:]:
-        axis.set_yscale("log")
+        axis.set_yscale("log" if any(run["plateau"] for run in runs) else "linear")
         scale(axis, [float(value) for value in values])
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
