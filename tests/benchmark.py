@@ -291,7 +291,7 @@ def bench_gla(options: argparse.Namespace) -> None:
             flush=True,
         )
     model = gla.GLA(args).to(device)
-    read_by = torch.compile(model, dynamic=False) if options.compile == "on" else model
+    read_by = torch.compile(model, dynamic=False) if options.compile == "on" and device.type == "cuda" else model
     lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda updates: None)}
     env, own = gla.make_env("hidden_goal:8", 1, device), torch.arange(args.batch, device=device)
 

@@ -247,7 +247,7 @@ TINY = (
     "--preset laptop --envs hidden_goal:3 hidden_goal:4 --test-envs hidden_goal:8 heading:30 --agents 3 --copies 2 --updates 6"
 )
 TINY += " --rollout 5 --epochs 1 --ppo-hidden 6 --gaps 2 1 --chunk 4 --chunks 3 --width 8 --heads 2 --layers 1 --meta-steps 6"
-TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2 --no-compile"
+TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2"
 
 
 def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
