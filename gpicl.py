@@ -127,7 +127,7 @@ class Args:
     key_size: int = 32
     """N_K, size of keys, values and queries (Appendix D.4); side of the outer-product LSTM's matrices."""
     label_scale: float = 1.0
-    """Factor on the one-hot labels that go in beside inputs, in all learners but vsml (the thesis has none)."""
+    """Factor on the one-hot labels beside inputs, in the Transformer, the LSTMs and vsml_nosym (the thesis has none)."""
     grid: int = 16
     """k, side of the grid of LSTMs of vsml_nosym (Appendix D.4: 1 to 24)."""
     state_size: int = 16
