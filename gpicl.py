@@ -992,7 +992,7 @@ def draw_solutions(path: Path, runs: list[dict[str, Any]], x: str) -> None:
     """Figures D.1 and D.4: the losses of all runs in the end, which come in clusters."""
     _, figure, axes = panels(2, 5, 3.6)
     xs = [float(run["args"][x]) for run in runs]
-    axes[0].plot(xs, [run["final_loss"] for run in runs], "o", alpha=0.6, label="meta-training tasks")
+    axes[0].plot(xs, [run["final_loss"] for run in runs], "o", color="C2", alpha=0.6, label="meta-training tasks")
     for novelty in ("task", "domain"):
         losses = [reached(run, novelty, metric="cross_entropy") for run in runs]
         axes[1].plot(xs, losses, "o", alpha=0.6, label=NOVELTY[novelty] + ", last example")

@@ -996,7 +996,8 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
     names = dict.fromkeys([args.learner, *args.baselines])
     learned = [name for name in objectives if name.split(",")[0] in names]
     jobs = ([learned] if learned else []) + [[name] for name in names if name not in ("metagenrl", "epg", "untrained")]
-    bar = tqdm(total=len(places) * len(jobs), desc="meta-test", disable=run.rank > 0)
+    shape = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
+    bar = tqdm(total=len(places) * len(jobs), desc="meta-test", bar_format=shape, disable=run.rank > 0)
     for number, name in enumerate(places):
         novelty, key = "none" if name in args.envs else "domain", 1009 * args.seed + number
         for learners in jobs:

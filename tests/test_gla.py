@@ -408,20 +408,20 @@ def test_ppo_alone_runs_like_a_cheetah(tmp_path):
 
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
-    """`python gla.py`: reward per step on goals that were never seen rises to four times its start, faster with the larger gap;
-    who was distilled from one goal does not get there."""
+    """`python gla.py`: reward per step rises to four times its start, over goals that were never seen (the side alone a little
+    less: it is learned within the first steps), the faster the larger the gap; who was distilled from one goal stays behind."""
     start = time.time()
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "laptop", "--preset", "laptop"]
     subprocess.run(line, check=True, cwd=tmp_path)
     assert time.time() - start < 300
-    found = rows(tmp_path / "laptop")
-    rise = {}
+    found, first, last = rows(tmp_path / "laptop"), [], []
     for task in ("hidden_goal:1", "hidden_goal:8"):
         curve = {}
-        for name in ("gla", "gla, g = 1", "one-task"):
+        for name in ("gla", "gla, g = 8", "gla, g = 1", "one-task"):
             curve[name] = [row["mean"] for row in found if (row["learner"], row["task"]) == (name, task)]
-        assert curve["gla"][-1] > curve["gla, g = 1"][-1] and curve["gla"][-1] > curve["one-task"][-1]
-        rise[task] = curve["gla"][-1] / curve["gla"][0]
-    assert min(rise.values()) > 1.5
-    if min(rise.values()) < 4:  # the aim
-        pytest.xfail(f"reward rises {rise['hidden_goal:8']:.2f} times in the corner, {rise['hidden_goal:1']:.2f} at the side")
+        ends = [values[-1] for values in curve.values()]
+        assert ends == sorted(ends, reverse=True)
+        assert curve["gla"][-1] > 3 * curve["gla"][0] and curve["gla, g = 8"][-1] > 2 * curve["gla, g = 8"][0]
+        first.append(curve["gla"][0])
+        last.append(curve["gla"][-1])
+    assert sum(last) > 4 * sum(first)
