@@ -741,7 +741,8 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], known: tuple[str, ...], 
             axis.plot(x, mean, color=colour, label=label)
             axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
         title = f"{task} ({'meta-trained on' if task in known else 'never seen'})"
-        axis.set(title=title, xlabel="environment steps", ylabel="reward per step", xscale="log")
+        axis.set(title=title, xlabel="environment steps", ylabel="reward per step")
+        axis.set_xscale("log", base=2)
         axis.title.set_fontsize("small")
     title = "shaded: 95 % confidence interval"
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, title=title)
