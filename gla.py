@@ -152,7 +152,7 @@ class Args:
     meta_steps: int = 50_000
     """Steps of meta-training (not in the thesis)."""
     batch: int = 64
-    """s, sequences in a step (not in the thesis)."""
+    """s, sequences in a step, divided among --envs as evenly as can be (not in the thesis)."""
     lr: float = 3e-4
     """AdamW's learning rate (not in the thesis); falls to a tenth."""
     clip: float = 1.0
@@ -628,12 +628,12 @@ def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives]
         for name, (model, gap, names, own_args) in students.items():
             if step == 0:
                 model.best.copy_(max(lives[name].curve.mean(0).max() for name in names))
-            each, tasks = args.batch // len(names), []
-            own = share(each).to(run.device)
-            for number, place in enumerate(names):
-                projection = draw_projection(own_args, places[place], args.batch * step + each * number + own)  # line 5
+            tasks, ids = [], args.batch * step + torch.arange(args.batch, device=run.device)
+            for place, these in zip(names, ids.tensor_split(len(names)), strict=True):
+                own = share(len(these)).to(run.device)
+                projection = draw_projection(own_args, places[place], these[own])  # line 5
                 discrete = places[place].num_actions is not None
-                tasks.append((projection, *subsample(args, gap, lives[place], discrete, each, own)))  # line 6
+                tasks.append((projection, *subsample(args, gap, lives[place], discrete, len(these), own)))  # line 6
             loss = meta_loss(args, gap, fused[name], tasks).mean()
             adam[name].zero_grad()
             loss.backward()
@@ -1092,7 +1092,9 @@ def check(args: Args, world: int) -> None:
         )
     if args.width % args.heads:
         raise Mistake(f"--width {args.width} cannot be divided into {args.heads} heads.")
-    if args.batch % (len(args.envs) * world):
+    if args.batch < len(args.envs):
+        raise Mistake(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
+    if world > 1 and args.batch % (len(args.envs) * world):
         raise Mistake(f"--batch {args.batch} cannot be shared equally by {len(args.envs)} environments and {world} processes.")
     for name in {*args.envs, *args.test_envs}:
         env = make_env(name, 1)

@@ -314,6 +314,11 @@ def test_another_run_learns_from_the_same_lives(finished, tmp_path):
     assert refused.returncode == 1 and "hidden_goal-3.bin is damaged; delete it and" in refused.stderr
 
 
+def test_environments_that_cannot_share_a_batch_evenly(finished, tmp_path):
+    done = command(tmp_path, f"--batch 3 --meta-steps 2 --gaps 1 --baselines --lives {finished[0] / 'lives'} --run-name odd")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(finished, tmp_path):
     flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --learner gla --baselines one-task uniform"
     assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
@@ -340,7 +345,7 @@ MISTAKES = {
     "--gaps 3": "A sequence would reach update 6, and there are 6",
     "--chunk 6": "--chunk 6 is longer than --rollout 5",
     "--heads 3": "--width 8 cannot be divided into 3 heads",
-    "--batch 7": "--batch 7 cannot be shared equally by 2 environments",
+    "--batch 1": "--batch 1 is not a sequence for each of 2 environments",
     "--action-size 3": "--action-size 3 is too small for",
     "--no-projected --obs-size 8": "--obs-size 8 is too small for",
     "--lives {done}": "There are no lives in",
