@@ -911,7 +911,7 @@ def sweep(args: Args) -> None:
     for name, one in combinations.items():
         if (folder / name / "checkpoint.pt").exists():
             free = {flag: getattr(args, flag) for flag in ("device", "compile", "track", "data_dir", "run_dir")}
-            saved = saved_args(folder / name / "checkpoint.pt", **free | {"run_dir": folder})
+            saved = saved_args(folder / name / "checkpoint.pt", **free | {"run_dir": folder, "resume": None})
             other = [f.name for f in fields(Args) if getattr(saved, f.name) != getattr(one, f.name)]
             if other:
                 raise Mistake(
