@@ -1251,6 +1251,10 @@ class Run:
         keep_memory()
         if self.rank == 0:
             self.open_folder()
+        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
+            folder = [self.folder]
+            dist.broadcast_object_list(folder)
+            self.folder = folder[0]
 
     def open_folder(self) -> None:
         if not self.resumed and self.folder.exists():

@@ -328,10 +328,24 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(fi
     assert {row["novelty"] for row in rows(tmp_path / "far") if row["task"] == "cartpole"} == {"domain"}
 
 
+LATE = """
+import os, pathlib, runpy, sys, time
+make = pathlib.Path.mkdir
+def make_late(*args, **flags):
+    time.sleep(2 * (os.environ["RANK"] == "0"))
+    make(*args, **flags)
+pathlib.Path.mkdir = make_late
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_two_processes_equal_one(finished, tmp_path):
-    done = command(tmp_path, "--run-name two", launcher=TORCHRUN)
+    """Also where the one that makes the run's folder, named by its clock, is the last to come."""
+    done = command(tmp_path, "", launcher=(*TORCHRUN, "--no-python", sys.executable, "-c", LATE))
     assert done.returncode == 0, done.stderr
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (tmp_path / "two", finished[0])]
+    (two,) = tmp_path.iterdir()
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (two, finished[0])]
     for name, models in states[1]["models"].items():
         for key, x in models.items():
             torch.testing.assert_close(states[0]["models"][name][key], x, rtol=1e-3, atol=1e-4)
