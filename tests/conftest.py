@@ -1,18 +1,22 @@
 """What the tests of all scripts use to run them as a user does."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": "/nonexistent"} | NO_NETWORK
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+PYTHON = (sys.executable,)
+TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
 KILL = """
@@ -32,16 +36,36 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def killed(ending="checkpoint.pt", nth=1):
     """A launcher: kill -9 right after a file of this name was written for the nth time."""
-    return (sys.executable, "-c", KILL.format(ending=ending, nth=nth))
+    return (*PYTHON, "-c", KILL.format(ending=ending, nth=nth))
 
 
 KILLED = killed()
 
 
-def run_script(name, run_dir, flags, launcher=(sys.executable,)):
-    """A script's command line, typed in an empty folder without a network."""
-    line = [*launcher, str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
-    return subprocess.run(line, cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
+def run_script(name, run_dir, flags, launcher=None):
+    """A script's command line, typed in an empty folder without a network.
+
+    With a launcher in a process of its own, as a user does; without one main() is called here, on one thread as there, because
+    importing torch anew takes seconds."""
+    line = [str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
+    if launcher:
+        return subprocess.run([*launcher, *line], cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
+    script, code = importlib.import_module(name.removesuffix(".py")), 0
+    said, complained, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as here, redirect_stdout(said), redirect_stderr(complained):
+        here.setattr(sys, "argv", line)
+        here.chdir(run_dir)
+        for variable in ("TORCH_HOME", *NO_NETWORK):
+            here.setenv(variable, ENV[variable])
+        torch.set_num_threads(1)
+        try:
+            script.run_as_script(script.main)
+        except SystemExit as stopped:  # Python prints a text and exits with code 1
+            code = 1
+            print(stopped.code, file=complained)
+        finally:
+            torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
 
 
 def rows(folder):
@@ -50,23 +74,13 @@ def rows(folder):
 
 
 @pytest.fixture
-def complain(monkeypatch, tmp_path):
-    """What a script says on its way out when a line is typed in an empty folder without a network; Python prints such a text
-    and exits with code 1. In this process, because importing torch anew takes seconds: one mistake of each script is made
-    in a process of its own."""
+def complain(tmp_path):
+    """What a script says in one line on its way out; one mistake of each script is made in a process of its own."""
 
     def typed(name, flags):
-        script = importlib.import_module(name)
-        line = [f"{name}.py", "--run-dir", str(tmp_path), *flags.split()]
-        monkeypatch.setattr(sys, "argv", line)
-        monkeypatch.chdir(tmp_path)
-        for variable in ("http_proxy", "https_proxy", "TORCH_HOME"):
-            monkeypatch.setenv(variable, ENV[variable])
-        with pytest.raises(SystemExit) as stopped:
-            script.run_as_script(script.main)
-        assert isinstance(stopped.value.code, str), stopped.value.code
-        (said,) = stopped.value.code.strip().splitlines()
-        assert said.startswith(f"{name}.py: ")
+        done = run_script(f"{name}.py", tmp_path, flags)
+        said = done.stderr.strip().splitlines()[-1]  # a second line of it would not begin with the script's name
+        assert done.returncode == 1 and said.startswith(f"{name}.py: "), said
         return said
 
     return typed

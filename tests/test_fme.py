@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 
 import fme
 from common import envs
@@ -283,7 +283,7 @@ TINY += (
 )
 
 
-def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+def command(run_dir, flags, launcher=None, tiny=TINY):
     return run_script("fme.py", run_dir, f"{tiny} {flags}", launcher)
 
 
@@ -291,7 +291,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A finished run, which other tests only read."""
     run_dir = tmp_path_factory.mktemp("runs")
-    done = command(run_dir, "--run-name done")
+    done = command(run_dir, "--run-name done", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return run_dir / "done", done
 
@@ -405,7 +405,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--mode test")
+    wrong = command(tmp_path, "--mode test", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("fme.py: --mode test needs --checkpoint")
 

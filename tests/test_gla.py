@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, killed, rows, run_script
+from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import gla
 
@@ -250,7 +250,7 @@ TINY += " --rollout 5 --epochs 1 --ppo-hidden 6 --gaps 2 1 --chunk 4 --chunks 3 
 TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2"
 
 
-def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+def command(run_dir, flags, launcher=None, tiny=TINY):
     return run_script("gla.py", run_dir, f"{tiny} {flags}", launcher)
 
 
@@ -258,7 +258,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done")
+    done = command(folder, "--run-name done", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
@@ -332,7 +332,8 @@ LATE = """
 import os, pathlib, runpy, sys, time
 make = pathlib.Path.mkdir
 def make_late(*args, **flags):
-    time.sleep(2 * (os.environ["RANK"] == "0"))
+    if os.environ["RANK"] == "0" and str(args[0].parent) == sys.argv[2]:
+        time.sleep(2)
     make(*args, **flags)
 pathlib.Path.mkdir = make_late
 sys.argv = sys.argv[1:]
@@ -392,7 +393,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--gaps 3")
+    wrong = command(tmp_path, "--gaps 3", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("gla.py: A sequence would reach update 6")
 

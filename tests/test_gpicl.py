@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV, KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from torch import nn
 
 import gpicl
@@ -391,7 +391,7 @@ TINY = "--preset laptop --meta-steps 6 --batch 4 --sequence-length 12 --width 16
 TINY += " --test-tasks 3 --checkpoint-every 2 --log-every 2 --no-compile --test-datasets digits wine"
 
 
-def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+def command(run_dir, flags, launcher=None, tiny=TINY):
     return run_script("gpicl.py", run_dir, f"{tiny} {flags}", launcher)
 
 
@@ -399,7 +399,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A finished run, which other tests only read."""
     run_dir = tmp_path_factory.mktemp("runs")
-    done = command(run_dir, "--run-name done --statistics")
+    done = command(run_dir, "--run-name done --statistics", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return run_dir / "done", done
 
@@ -597,7 +597,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--mode test")
+    wrong = command(tmp_path, "--mode test", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("gpicl.py: --mode test needs --checkpoint")
 

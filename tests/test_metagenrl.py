@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 
 import metagenrl
 
@@ -402,7 +402,7 @@ TINY += (
 TINY += " --episodes 1"
 
 
-def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+def command(run_dir, flags, launcher=None, tiny=TINY):
     return run_script("metagenrl.py", run_dir, f"{tiny} {flags}", launcher)
 
 
@@ -410,7 +410,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done --objectives 2 --progress --each")
+    done = command(folder, "--run-name done --objectives 2 --progress --each", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
@@ -572,7 +572,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--envs cartpole")
+    wrong = command(tmp_path, "--envs cartpole", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("metagenrl.py: MetaGenRL's agents act continuously")
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 
 import symla
 from common import envs
@@ -304,7 +304,7 @@ TINY += " --population 4 --evaluations 2 --lifetime-steps 10 --hidden 4 --rnn-si
 TINY += " --no-compile"
 
 
-def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
+def command(run_dir, flags, launcher=None, tiny=TINY):
     return run_script("symla.py", run_dir, f"{tiny} {flags}", launcher)
 
 
@@ -312,7 +312,7 @@ def command(run_dir, flags, launcher=(sys.executable,), tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done")
+    done = command(folder, "--run-name done", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
@@ -450,7 +450,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--mode test")
+    wrong = command(tmp_path, "--mode test", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("symla.py: --mode test needs --checkpoint")
 

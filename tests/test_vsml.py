@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV, KILLED, ROOT, TORCHRUN, rows, run_script
+from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from torch import Tensor
 
 import vsml
@@ -462,7 +462,7 @@ TINY = "--meta-steps 6 --sequences 2 --sequence-length 6 --test-seeds 2 --test-s
 TINY += " --preset laptop --population 2 --test-datasets digits wine"
 
 
-def command(run_dir, flags, launcher=(sys.executable,)):
+def command(run_dir, flags, launcher=None):
     return run_script("vsml.py", run_dir, f"{TINY} {flags}", launcher)
 
 
@@ -470,7 +470,7 @@ def command(run_dir, flags, launcher=(sys.executable,)):
 def finished(tmp_path_factory):
     """A finished run, which other tests only read."""
     run_dir = tmp_path_factory.mktemp("runs")
-    done = command(run_dir, "--run-name done")
+    done = command(run_dir, "--run-name done", launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     return run_dir / "done", done
 
@@ -771,7 +771,7 @@ def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, c
 
 
 def test_a_mistake_ends_with_exit_code_1(tmp_path):
-    wrong = command(tmp_path, "--mode test")
+    wrong = command(tmp_path, "--mode test", launcher=PYTHON)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("vsml.py: --mode test needs --checkpoint")
 
