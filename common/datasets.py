@@ -62,8 +62,10 @@ def fold(key: Tensor, value: Tensor | int) -> Tensor:
 
 
 @cache
-def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """The key (2,) of a seed. All further keys are folded from it."""
+def key(seed: int, device: torch.device | str = "cpu", salt: int | None = None) -> Tensor:
+    """The key (2,) of a seed, or of one of its salts. All further keys are folded from it."""
+    if salt is not None:
+        return fold(key(seed, device), salt)
     return fold(torch.tensor([-1640531527, 668265263], dtype=torch.int32, device=device), seed)
 
 
@@ -97,8 +99,8 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     decides whether they swap. position: (...) int64 in [0, n); n and key (..., 2) broadcast against it. Returns (...) int64.
     """
     shifts, coins = _schedule(key, n, rounds)
-    for shift, coin in zip(shifts.unbind(-1), coins.unbind(-2), strict=True):
-        position = _swap(position, n, shift.clone(), coin.clone())  # not views, each of which would be compiled anew
+    for four in zip(shifts.split(4, -1), coins.split(4, -2), strict=True):
+        position = _swap(position, n, *map(Tensor.clone, four))  # not views, each of which would be compiled anew
     return position
 
 
@@ -109,11 +111,13 @@ def _schedule(key: Tensor, n: Tensor | int, rounds: int) -> tuple[Tensor, Tensor
     return shifts, fold(key[..., None, :], each + 1)
 
 
-def _swap(position: Tensor, n: Tensor | int, shift: Tensor, coin: Tensor) -> Tensor:
-    """A round of `shuffle`."""
-    partner = (shift - position) % n
-    swap = bits(coin, torch.maximum(position, partner)) & 1
-    return torch.where(swap == 0, position, partner)
+def _swap(position: Tensor, n: Tensor | int, shifts: Tensor, coins: Tensor) -> Tensor:
+    """Some rounds of `shuffle`, with shifts (..., rounds) and coins (..., rounds, 2)."""
+    for shift, coin in zip(shifts.unbind(-1), coins.unbind(-2), strict=True):
+        partner = (shift - position) % n
+        swap = bits(coin, torch.maximum(position, partner)) & 1
+        position = torch.where(swap == 0, position, partner)
+    return position
 
 
 def compile_draws() -> None:
@@ -348,7 +352,7 @@ class Tasks:
 
     def keys(self, ids: Tensor, salt: int) -> Tensor:
         """(s, 2) keys of the ids (s,), different for each salt."""
-        return fold(fold(key(self.seed, ids.device), salt), ids)
+        return fold(key(self.seed, ids.device, salt), ids)
 
     def _share(self, task: Tensor, salt: int, share: float) -> Tensor:
         """Which of the tasks (s, 2) an augmentation falls on: (s, 1) bool."""
