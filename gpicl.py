@@ -699,9 +699,10 @@ def embed(dataset: Dataset, network: str, data_dir: Path) -> Dataset:
                 images = images.float().expand(-1, 3, -1, -1) / 255
                 images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
                 parts.append(net((images - mean) / std).float().cpu())
-        path.parent.mkdir(parents=True, exist_ok=True)
         x = torch.cat(parts)
-        write_whole(path, lambda file: torch.save(x, file))
+        if int(os.environ.get("RANK", 0)) == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: torch.save(x, file))
     x = ((x - x.mean()) / x.std()).to(dataset.device)
     return replace(dataset, x=x, shape=(x.shape[1],), mean=0.0, std=1.0)
 

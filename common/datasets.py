@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -247,7 +248,15 @@ def _load_torchvision(name: str, split: str, data_dir: Path) -> tuple[Tensor, Te
         raise DatasetError(f"The files of '{name}' in '{data_dir}' are damaged; delete them, or {hint}.") from error
     if data is None:
         try:
-            data = classes[name](data_dir, download=True, **which)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=data_dir) as folder:  # data_dir gets whole files, whoever else is downloading them
+                classes[name](folder, download=True, **which)
+                files = [path for path in Path(folder).rglob("*") if path.is_file()]
+                for path in sorted(files, key=lambda path: -len(path.parts)):  # archives, which vouch for the rest, are last
+                    to = data_dir / path.relative_to(folder)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(to)
+            data = classes[name](data_dir, download=False, **which)
         except (OSError, RuntimeError) as error:  # URLError is an OSError
             raise DatasetError(f"The dataset '{name}' is not in '{data_dir}' and could not be downloaded; {hint}.") from error
     if name == "omniglot":  # 32,460 small files, the label of each is its folder

@@ -288,6 +288,27 @@ def test_missing_files_without_a_network(tmp_path, monkeypatch):
             load(name, "train", tmp_path / "none")
 
 
+def test_a_download_that_is_cut_off_or_not_the_only_one(tmp_path, monkeypatch):
+    """Nothing but whole files comes to the folder, and another process may bring them meanwhile."""
+    import torchvision.datasets
+
+    def download(self):
+        write_mnist_like(Path(self.root), "MNIST")
+        began.append(self.root)
+        if len(began) == 1:
+            raise ConnectionResetError
+        if len(began) == 2:
+            load("mnist", "train", tmp_path)
+
+    began = []
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    with pytest.raises(DatasetError, match="could not be downloaded"):
+        load("mnist", "train", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert len(load("mnist", "train", tmp_path)) == len(load("mnist", "train", tmp_path)) and len(began) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+
+
 def test_damaged_files(data_dir, tmp_path):
     write_mnist_like(tmp_path, "MNIST")
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
