@@ -642,7 +642,8 @@ def draw_introspection(path: Path, found: dict[str, dict[str, Any]], args: Args)
     jobs = [job for job in found if job.split()[1] == "fme"] or list(found)[:1]
     figure, axes = figures().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
     for (moved, length, rates), job in zip(axes, jobs, strict=True):
-        history, roots = found[job]["history"], with_tuned(args, job.split()[0]).roots
+        history = {what: value.cpu() for what, value in found[job]["history"].items()}
+        roots = with_tuned(args, job.split()[0]).roots
         executed = range(history["depth"].shape[1] - roots)
         best = int(found[job]["curve"][-1].argmax())
         for population, id in enumerate(found[job]["id"].tolist()):

@@ -654,11 +654,12 @@ def sweep_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[
     x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, device), args.sequence_length)
     several = rates.repeat_interleave(len(x))[:, None, None]
     for rule, units in itertools.product(rules, hidden):
-        learner = OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several).to(device)
+        learner = OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
         initialise(learner, args.seed)
+        learner.to(device)
         _, right = lifetime(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), tasks.num_classes)
         scores = right.float().view(len(rates), -1).mean(1)
-        found.append((scores.max(), torch.tensor([OnlineSGD.RULES.index(rule), units, rates[scores.argmax()]])))
+        found.append((scores.max(), torch.tensor([OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])))
     return max(found, key=lambda one: one[0])[1]
 
 
