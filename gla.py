@@ -353,6 +353,10 @@ class Lives(NamedTuple):
         mean, log_std = (self.last_mean, self.last_log_std) if last else (self.mean, self.log_std)
         return Policy(mean[index], None if discrete else log_std[index])
 
+    def to(self, device: torch.device) -> "Lives":
+        """In a GPU's memory; on a CPU they stay on the disk."""
+        return Lives(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
+
 
 class Teacher:
     """Networks of p PPO agents, every parameter with p as its first axis: two hidden layers of tanh for the policy, two for the
@@ -1223,9 +1227,7 @@ def gather(args: Args, run: "Run") -> dict[str, Lives]:
         if run.world > 1:
             dist.barrier()
     torch.manual_seed(args.seed)
-    lives = {name: room(args, env, life_file(folder, name), new=False) for name, env in made.items()}
-    move = partial(Tensor.to, device=run.device)  # on a CPU they stay on the disk
-    return {name: Lives(Steps(*map(move, told.steps)), *map(move, told[1:])) for name, told in lives.items()}
+    return {name: room(args, env, life_file(folder, name), new=False).to(run.device) for name, env in made.items()}
 
 
 def shapes(args: Args, env: Env) -> list[tuple[int, ...]]:

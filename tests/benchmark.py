@@ -292,12 +292,12 @@ def bench_gla(options: argparse.Namespace) -> None:
         )
     model = gla.GLA(args).to(device)
     read_by = torch.compile(model, dynamic=False) if options.compile == "on" and device.type == "cuda" else model
-    lives = {"hidden_goal:8": gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda updates: None)}
+    lives = gla.collect(replace(args, agents=8), "hidden_goal:8", device, lambda updates: None).to(device)
     env, own = gla.make_env("hidden_goal:8", 1, device), torch.arange(args.batch, device=device)
 
     def meta_step() -> None:
         projection = gla.draw_projection(args, env, own)
-        told = gla.subsample(args, 8, lives["hidden_goal:8"], True, args.batch, own)
+        told = gla.subsample(args, 8, lives, True, args.batch, own)
         gla.meta_loss(args, 8, read_by, [(projection, *told)]).mean().backward()
 
     taken, count = seconds(meta_step, 10), args.batch * args.chunks * args.chunk
