@@ -328,22 +328,29 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_lives_elsewhere(fi
     assert {row["novelty"] for row in rows(tmp_path / "far") if row["task"] == "cartpole"} == {"domain"}
 
 
-LATE = """
-import os, pathlib, runpy, sys, time
-make = pathlib.Path.mkdir
-def make_late(*args, **flags):
-    if os.environ["RANK"] == "0" and str(args[0].parent) == sys.argv[2]:
-        time.sleep(2)
-    make(*args, **flags)
-pathlib.Path.mkdir = make_late
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_a_folder_that_is_there(rank, tmp_path, monkeypatch):
+    """Rank 0 tells its name, which may hold the time, when it has made it; the others write nowhere else and not before."""
+
+    def broadcast(folder):
+        if rank == 0:
+            assert (folder[0] / "args.json").exists()
+        else:
+            assert not list(tmp_path.iterdir())
+            folder[0] = tmp_path / "named by rank 0"
+        told.append(folder[0])
+
+    told = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(gla.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(gla.dist, "broadcast_object_list", broadcast)
+    run = gla.Run(replace(ARGS, run_dir=tmp_path, device="cpu", compile=False))
+    assert told == [run.folder] and run.folder.parent == tmp_path
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    """Also where the one that makes the run's folder, named by its clock, is the last to come."""
-    done = command(tmp_path, "", launcher=(*TORCHRUN, "--no-python", sys.executable, "-c", LATE))
+    done = command(tmp_path, "", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     (two,) = tmp_path.iterdir()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (two, finished[0])]
