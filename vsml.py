@@ -25,18 +25,16 @@ m message, k layer, q position of a kernel. A state has shape (p, s, a, b, n), a
 message (p, s, b, m).
 """
 
-import ctypes
 import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,8 +46,13 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import es
+from common import checkpoints, es, machine
+from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, fold, load, normal
+from common.figures import matrix, plot, pyplot, save
+from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
@@ -64,7 +67,7 @@ class Args:
     preset: Literal["auto", "thesis", "laptop", "clone"] = "auto"
     """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop; clone:
     learning-algorithm cloning (section 3.3.2)."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -72,21 +75,21 @@ class Args:
     """Fuse the inner step with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test", "compare"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint; compare: draw --runs side by side."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-dataset-learner-seed-time)."""
-    data_dir: Path = Path("data")
+    data_dir: str = "data"
     """Where torchvision's datasets are, or are downloaded to."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Meta-steps between checkpoints."""
-    runs: tuple[Path, ...] = ()
+    runs: tuple[str, ...] = ()
     """compare: finished run folders, whose learners are the rows of the heat-map (Figure 3.8)."""
 
     learner: Name = "vsml"
@@ -98,44 +101,44 @@ class Args:
 
     dataset: tuple[str, ...] = ("digits",)
     """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
-    init: Path | None = None
+    init: str | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape (the release, for deep networks)."""
     leave_out: str | None = None
     """Meta-train on all of --dataset but this one (Figure B.3: meta-test on what was left out)."""
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[Side, ...] = ()
     """Sides of the meta-training images in pixels, in turn (default: as they are; section 3.4.3: 14 28 32)."""
-    classes: tuple[int, ...] = ()
+    classes: tuple[Count, ...] = ()
     """Numbers of classes in meta-training tasks, in turn (default: all; section 3.4.3: 3 4 6 7)."""
-    shots: int = 0
+    shots: CountOrZero = 0
     """Few-shot episodes: this many examples of each class, then one more (Figure B.9: 1); 0: no episodes."""
-    projected: float = 0.5
+    projected: Share = 0.5
     """Share of VSML's meta-training tasks with randomly projected inputs (section 3.4.3; one half: the release)."""
-    permuted_labels: float = 0.0
+    permuted_labels: Share = 0.0
     """Share of VSML's meta-training tasks with permuted labels (VSML treats all labels alike; see LAPTOP)."""
-    blanked: float = 0.0
+    blanked: Share = 0.0
     """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the thesis; see LAPTOP)."""
     augment_baselines: bool = False
     """The in-context RNN sees VSML's augmented tasks, not the plain datasets (Figure B.6; the thesis: it does not help)."""
-    sequence_length: int = 500
+    sequence_length: Count = 500
     """Examples in a meta-training lifetime (section 3.4.2)."""
-    persistent: int = 1
+    persistent: Count = 1
     """backprop: lifetimes go on from their last states for this many meta-steps (1: never; appendix B.2.2, future work)."""
     meta_loss: Literal["mean", "last"] = "mean"
     """Mean cross-entropy of a lifetime, or that of its last example (appendix B.3.2; Figure B.9: last)."""
 
-    hidden: tuple[int, ...] = ()
+    hidden: tuple[Count, ...] = ()
     """Widths of hidden layers; none: one layer from inputs to outputs (section 3.4.2)."""
-    conv: tuple[int, ...] = ()
+    conv: tuple[Count, ...] = ()
     """Channels of convolutional layers, kernel 3 and stride 2, below the dense ones (Figure B.11: 8)."""
-    state_size: int = 16
+    state_size: Count = 16
     """N, units of each sub-LSTM (appendix B.3.2; 64 for cloning)."""
-    message_size: int = 8
+    message_size: Count = 8
     """N' = N'', size of forward and backward messages (appendix B.3.2)."""
-    micro_ticks: int = 2
+    micro_ticks: Count = 2
     """RNN ticks of a layer per example (appendix B.3.2)."""
-    logit_bound: float = 100.0
+    logit_bound: Positive = 100.0
     """Logits are squashed to +- this by a tanh (appendix B.3.2)."""
-    logit_scale: float = 1.0
+    logit_scale: Real = 1.0
     """Factor on the averaged message that is read as a logit (not in the thesis, which has none)."""
     feed_label: bool = False
     """Feed the one-hot label beside the error (not in the thesis; the release does for deep networks)."""
@@ -145,60 +148,60 @@ class Args:
     """Layer norm on the messages between layers (not in the thesis; the release, deep networks)."""
     state_init: Literal["normal", "half"] = "normal"
     """normal: all states standard normal (appendix B.3.2); half: half of c is N(0, 1/a), all else zero (the release)."""
-    forget_bias: float = 5.0
+    forget_bias: Real = 5.0
     """Added to the LSTM's forget gate (not in the thesis; the release)."""
-    input_bias: float = -5.0
+    input_bias: Real = -5.0
     """Added to the LSTM's input gate (not in the thesis; the release)."""
-    rnn_size: int = 16
+    rnn_size: Count = 16
     """Units of the in-context RNN (appendix B.3.2)."""
-    memory_size: int = 16
+    memory_size: Count = 16
     """The fast-weight memory is a matrix of this size by its square, beside an LSTM of twice its size (the release: 16, 32)."""
-    sgd_hidden: int = 160
+    sgd_hidden: Count = 160
     """Hidden units of sgd2 and adam2 (appendix B.3.2)."""
-    clone_rate: float = 0.5
+    clone_rate: Positive = 0.5
     """clone: learning rate of the backpropagation that is imitated (not in the thesis)."""
-    clone_buffer: int = 64
+    clone_buffer: Count = 64
     """clone: states of whole networks that are kept for diversity (appendix B.3.1; the size is not in the thesis)."""
 
     meta_optimizer: Literal["es", "backprop"] = "es"
     """Evolution strategies, or backpropagation through the lifetime (Algorithm 8)."""
-    meta_steps: int = 10_000
+    meta_steps: Count = 10_000
     """Outer iterations (appendix B.3.2)."""
-    population: int = 1024
+    population: Count = 1024
     """es: antithetic pairs in a generation (appendix B.3.2)."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """es: pairs evaluated at a time, to bound memory (default: chosen for the device)."""
-    noise_std: float = 0.05
+    noise_std: Positive = 0.05
     """es: standard deviation of the perturbations (appendix B.3.2)."""
     rank_shaping: bool = False
     """es: use the ranks of the losses instead of the losses (Salimans et al. 2017; the thesis does not)."""
-    sequences: int = 128
+    sequences: Count = 128
     """backprop: sequences in a batch (not in the thesis; the release)."""
-    es_lr: float = 0.025
+    es_lr: Positive = 0.025
     """es: Adam's learning rate (appendix B.3.2)."""
-    backprop_lr: float = 1e-3
+    backprop_lr: Positive = 1e-3
     """backprop: Adam's learning rate (not in the thesis; the release)."""
     lr_decay: bool = False
     """Let the learning rate fall linearly to zero (not in the thesis)."""
-    clip: float = 25.0
+    clip: Positive = 25.0
     """backprop: largest norm of the meta-gradient (not in the thesis; the release)."""
 
     test_datasets: tuple[str, ...] = ()
     """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
-    test_sizes: tuple[int, ...] = ()
+    test_sizes: tuple[Side, ...] = ()
     """Sides of the meta-test images in pixels (default: as they are)."""
-    test_classes: int | None = None
+    test_classes: Count | None = None
     """Meta-test on this many classes of each dataset that has more."""
-    test_steps: int = 2000
+    test_steps: Count = 2000
     """Examples, or batches, in a meta-test lifetime; not more than once through a dataset (Figure 3.8)."""
     repeat_examples: bool = False
     """Let longer lifetimes go through a dataset again (Figure B.10: 12,000 examples)."""
-    test_batch: int = 1
+    test_batch: Count = 1
     """Examples learned from at once, from train splits, and accuracy on unseen ones; VSML averages half of its states
     (appendix B.3.2, the release)."""
-    test_examples: int = 2000
+    test_examples: Count = 2000
     """Examples of the test split to measure accuracy on with --test-batch."""
-    test_seeds: int = 128
+    test_seeds: Count = 128
     """Meta-test lifetimes per dataset (Figure 3.6)."""
     robustness: bool = False
     """Meta-test on the six unseen configurations of Figure 3.7."""
@@ -538,7 +541,7 @@ def es_gradient(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, step:
         chunk=args.chunk or even_chunk(args, tasks),
         rank_shaping=args.rank_shaping,
     )
-    return grad, losses.mean(), all_reduce_mean(torch.stack(right).mean())
+    return grad, losses.mean(), es.all_reduce_mean(torch.stack(right).mean())
 
 
 def backprop_gradient(
@@ -564,7 +567,7 @@ def backprop_gradient(
         carried["state"] = each(Tensor.detach, state)
     loss, right = over_lifetime(args, losses).mean(), over_lifetime(args, correct.float()).mean()
     (grad,) = torch.autograd.grad(loss, theta)
-    grad, loss, accuracy = (all_reduce_mean(value) for value in (grad, loss.detach(), right))
+    grad, loss, accuracy = (es.all_reduce_mean(value) for value in (grad, loss.detach(), right))
     return grad * (args.clip / grad.norm()).clamp(max=1), loss, accuracy
 
 
@@ -985,49 +988,76 @@ def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All learners on the test splits of all test datasets: result rows, further facts, and figures."""
-    rows, curves, facts = [], {}, {}
+    rows, curves, facts = [], [], {}
     in_batches = args.test_batch > 1 or args.learner == "clone"
-    for task, tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
-        novelty = "task" if tasks.dataset.name in trained_on(args) else "domain"
-        for label, learner in learners.items():
-            try:
-                fitting = replace(tasks, dataset=fit(args, learner, tasks))
-            except DatasetError as error:
-                run.say(f"{label} is left out on {task}: {error}")
-                continue
-            if in_batches:
-                side = tasks.dataset.shape[1] if len(tasks.dataset.shape) == 3 else None
-                train = load(tasks.dataset.name, "train", args.data_dir, run.device, side)
-                found = batch_metrics(args, learner, thetas[label], fitting, replace(fitting, dataset=train))
-            else:
-                found = online_metrics(args, learner, thetas[label], fitting, at_a_time(args, tasks, label))
-            curves.setdefault(task, {})[label] = next(iter(found.values()))
-            for metric, points in found.items():
-                steps = sorted(points.keys() & plotted_steps(max(points)))
-                rows += [result_row(label, task, novelty, metric, step, points[step]) for step in steps]
+    pairs = list(product(tests.items(), learners.items()))
+    for (task, tasks), (label, learner) in tqdm(pairs, desc="meta-test", disable=run.rank > 0):
+        try:
+            fitting = replace(tasks, dataset=fit(args, learner, tasks))
+        except DatasetError as error:
+            run.info(f"{label} is left out on {task}: {error}")
+            continue
+        measure = partial(measured, args, learner, thetas[label], fitting, tasks, label, task, in_batches)
+        some, curve = run.once(f"{task}, {label}", measure)
+        rows += some
+        curves += curve
     if not rows:
-        raise Mistake("No learner fits any of the test datasets; choose other --test-datasets.")
-    draw_curves(run.folder / f"{rows[0]['metric']}.png", curves, "batches" if in_batches else "examples")
+        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
+
+    metric = rows[0]["metric"]
+    plot(
+        curves,
+        run.folder / f"{metric}.png",
+        xlabel="batches seen" if in_batches else "examples seen",
+        ylabel=metric.replace("_", " "),
+        labels=LABELS,
+        columns=3,
+        ylim=(0, 1.02),
+    )
     if args.learner == "clone":
         facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])
     elif not in_batches and not args.shots:
-        facts["overtaken"] = {task: overtaken(args.learner, by_learner) for task, by_learner in curves.items()}
-        for task, by_learner in facts["overtaken"].items():
-            for label, step in by_learner.items():
-                run.say(f"{task}: {LABELS[label]} overtakes {LABELS[args.learner]} after {step} examples.")
+        facts["overtaken"] = {task: overtaken(args.learner, [row for row in curves if row["task"] == task]) for task in tests}
+        for task, steps in facts["overtaken"].items():
+            for label, step in steps.items():
+                run.info(f"{task}: {LABELS[label]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = {label: learners[label] for label in (args.learner, "sgd", "adam") if label in learners}
         draw_introspection(run.folder / "introspection.png", shown, thetas, next(iter(tests.values())))
     return rows, facts
 
 
-def overtaken(ours: str, curves: dict[str, dict[int, Tensor]]) -> dict[str, int]:
+def measured(
+    args: Args, learner: Learner, theta: Tensor, fitting: Tasks, tasks: Tasks, label: str, task: str, in_batches: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Result rows of one learner on one dataset at plotted_steps, and rows of the first metric at all steps."""
+    if in_batches:
+        side = tasks.dataset.shape[1] if len(tasks.dataset.shape) == 3 else None
+        train = load(tasks.dataset.name, "train", args.data_dir, theta.device, side)
+        metrics = batch_metrics(args, learner, theta, fitting, replace(fitting, dataset=train))
+    else:
+        metrics = online_metrics(args, learner, theta, fitting, at_a_time(args, tasks, label))
+    novelty = "task" if tasks.dataset.name in trained_on(args) else "domain"
+
+    rows, curves = [], []
+    for metric, points in metrics.items():
+        steps = sorted(points.keys() & plotted_steps(max(points)))
+        rows += [result_row(label, task, novelty, metric, step, points[step]) for step in steps]
+        curves.append([result_row(label, task, novelty, metric, step, points[step]) for step in points if not curves])
+    return rows, curves[0]
+
+
+def overtaken(ours: str, curves: list[dict[str, Any]]) -> dict[str, int]:
     """The short horizon (Figure B.10): for learners that ours was ahead of once, the step from which on they stay ahead."""
-    found = {}
-    for label, points in curves.items():
-        ahead = [step for step in points if ours in curves and curves[ours][step].mean() >= points[step].mean()]
+    means: dict[str, dict[int, float]] = {}
+    for row in curves:
+        means.setdefault(row["learner"], {})[row["step"]] = row["mean"]
+
+    overtaken = {}
+    for label, points in means.items():
+        ahead = [step for step in points if ours in means and means[ours][step] >= points[step]]
         if label != ours and ahead and ahead[-1] < max(points):
-            found[label] = min(step for step in points if step > ahead[-1])
-    return found
+            overtaken[label] = min(step for step in points if step > ahead[-1])
+    return overtaken
 
 
 def trained_on(args: Args) -> tuple[str, ...]:
@@ -1077,45 +1107,14 @@ LABELS |= {"sgd": "online SGD", "adam": "online SGD with Adam", "sgd2": "SGD, 2 
 LABELS |= {"clone": "VSML, cloned backpropagation", "backprop": "SGD in batches"}
 
 
-def figures() -> Any:
-    """matplotlib, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def draw_curves(path: Path, curves: dict[str, dict[str, dict[int, Tensor]]], unit: str) -> None:
-    """Figure 3.6: accuracy against examples seen, mean and standard deviation over seeds; a panel per dataset."""
-    plt, columns = figures(), min(3, len(curves))
-    lines = -(-len(curves) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False, layout="constrained")
-    for axis, (task, by_learner) in zip(axes.flat, curves.items(), strict=False):
-        for label, points in by_learner.items():
-            values = torch.stack(list(points.values()), 1).cpu()
-            mean, std, seen = values.mean(0), values.std(0, correction=0), list(points)
-            (line,) = axis.plot(seen, mean, "--" if label == "backprop" else "-", label=LABELS[label])
-            axis.fill_between(seen, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=task, xlabel=f"{unit} seen", ylabel=path.stem.replace("_", " "), ylim=(0, 1.02), xlim=(0, seen[-1]))
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(curves) :]:
-        axis.axis("off")
-    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def draw_introspection(path: Path, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: Tasks) -> None:
     """Figures 3.9 and B.8: the probability of each class (rows) as examples come in (columns); the true class is framed, the
     predicted one dotted. Left two unseen examples of each class, one after the other; right a hundred random ones."""
-    plt, data = figures(), tasks.dataset
+    data = tasks.dataset
     ids = torch.zeros(1, dtype=torch.int64, device=data.device)
     x, y = tasks.sample(ids, ids, min(100, len(data) or 100))
     order = torch.cat([(y[0] == label).nonzero()[:2, 0] for label in y[0].unique()])
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(learners), 2, figsize=(18, 2.4 * len(learners)), width_ratios=(1, 4), squeeze=False, layout="constrained"
     )
     for (label, learner), lines in zip(learners.items(), axes, strict=True):
@@ -1132,18 +1131,17 @@ def draw_introspection(path: Path, learners: dict[str, Learner], thetas: dict[st
             axis.plot(seen, y[0, index].numpy(force=True), "s", mfc="none", mec="tab:red", ms=7)
             axis.plot(seen, torch.stack(columns, 1).argmax(0).numpy(force=True), ".", color="black", ms=4)
             axis.set(title=LABELS[label], xlabel="examples seen", ylabel="class")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_error_map(path: Path, args: Args, learner: Learner, theta: Tensor) -> float:
     """Figure B.1: the cloned y = tanh(x) w, and its error everywhere. Returns the mean absolute error on the grid."""
-    plt, n = figures(), 81
+    n = 81
     x, w = torch.meshgrid(torch.linspace(-3, 3, n), torch.linspace(-4, 4, n), indexing="xy")
     wb = torch.stack([w, torch.zeros_like(w)], -1).view(1, -1, 1, 1, 2).to(theta.device)
     params, x_in = learner.params(theta[None]), x.reshape(1, -1, 1).to(theta.device)
     y, target = (rule[0](params, wb, x_in).view(n, n).cpu() for rule in (cloned_backprop(args), backprop(args)))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for row in range(0, n, 20):
         (line,) = left.plot(x[row], y[row], label=f"w = {w[row, 0]:.0f}")
         left.plot(x[row], target[row], ":", color=line.get_color())
@@ -1153,8 +1151,7 @@ def draw_error_map(path: Path, args: Args, learner: Learner, theta: Tensor) -> f
     image = right.imshow(error, origin="lower", extent=(-3, 3, -4, 4), aspect="auto")
     right.set(title=f"absolute error, {error.mean():.3f} on average", xlabel="x", ylabel="w")
     figure.colorbar(image)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return error.mean().item()
 
 
@@ -1162,375 +1159,248 @@ def compare(args: Args) -> None:
     """Figures 3.8 and B.4: what each learner of finished runs (rows) reached on each task (columns), as a heat-map after 100
     examples and one after --test-steps. Learners with nothing but a tuned rate have one row, from the last run."""
     if not args.runs:
-        raise Mistake("--mode compare needs --runs FOLDER FOLDER ...")
-    found, order = {}, {}
+        raise UserError("--mode compare needs --runs FOLDER FOLDER ...")
+    cells: dict[str, dict[tuple[str, str], float]] = {}
     for folder in args.runs:
         try:
-            results = json.loads((folder / "results.json").read_text())
+            results = json.loads(Path(folder, "results.json").read_text())
             trained = [name for name in results["args"]["dataset"] if name != results["args"]["leave_out"]]
             source = f" on {', '.join(trained)}" + (", persistent" if results["args"]["persistent"] > 1 else "")
-            for row in results["results"]:
-                if row["metric"] == "cumulative_accuracy":
-                    line = LABELS[row["learner"]] + (source if row["learner"] in META_TRAINED else "")
-                    order[line] = list(LABELS).index(row["learner"])
-                    star = "*" if row["novelty"] != "domain" and row["learner"] in META_TRAINED else ""
-                    found.setdefault(row["task"], {}).setdefault(line, {})[row["step"]] = 100 * row["mean"], star
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{folder} holds no finished run of {SCRIPT}.py.") from error
-    plt, lines = figures(), sorted(order, key=order.get)
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    for step in (100, args.test_steps):
-        figure, axis = plt.subplots(figsize=(5 + len(found), 1.5 + 0.3 * len(lines)), layout="constrained")
-        for column, by_line in enumerate(found.values()):
-            for row, line in enumerate(lines):
-                reached = [by_line[line][s] for s in sorted(by_line.get(line, ())) if s <= step]
-                if reached:
-                    mean, star = reached[-1]
-                    axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color=plt.cm.viridis(mean / 100)))
-                    axis.text(column, row, f"{mean:.0f}{star}", ha="center", va="center", color="w" if mean < 60 else "k")
-        axis.set(xlim=(-0.5, len(found) - 0.5), ylim=(len(lines) - 0.5, -0.5))
-        axis.set_title(f"cumulative accuracy in % after {step} examples\n(*: meta-trained on this dataset)")
-        axis.set_xticks(range(len(found)), found, rotation=30, ha="right")
-        axis.set_yticks(range(len(lines)), lines)
-        figure.savefig(args.run_dir / f"compare_{step}.png", dpi=110)
-        plt.close(figure)
-        print(f"Written to {args.run_dir / f'compare_{step}.png'}")
+            for row, step in product(results["results"], (100, args.test_steps)):
+                if row["metric"] == "cumulative_accuracy" and row["step"] <= step:  # the last such row counts
+                    name = LABELS[row["learner"]] + (source if row["learner"] in META_TRAINED else "")
+                    cells.setdefault(f"after {step} examples", {})[name, row["task"]] = 100 * row["mean"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no finished run of {METHOD}.py.") from error
+    path = Path(args.run_dir, "compare.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    matrix(cells, path, "cumulative accuracy in %")
+    print(f"Written to {path}")
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (DatasetError,)
+METHOD = "vsml"  # in checkpoints and results; a renamed copy of this file reads them too
+USER_ERRORS = (CheckpointError, DatasetError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 META_TRAINED = ("vsml", "rnn", "hebbian", "fwmemory", "clone")  # the others have nothing but a learning rate
 
 
 def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "sequence_length meta_steps population sequences test_steps test_seeds test_batch test_examples micro_ticks"
-    for name in f"{counts} persistent rnn_size memory_size sgd_hidden clone_buffer checkpoint_every".split():
-        if getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
     if not args.dataset:
-        raise Mistake("--dataset needs at least one dataset.")
+        raise UserError("--dataset needs at least one dataset.")
     if args.leave_out and (args.leave_out not in args.dataset or not trained_on(args)):
-        raise Mistake(f"--leave-out {args.leave_out} leaves out one of several --dataset; these are {', '.join(args.dataset)}.")
+        raise UserError(
+            f"--leave-out {args.leave_out} leaves out one of several --dataset; these are {', '.join(args.dataset)}."
+        )
     names = {args.learner, *args.baselines}
     if (args.preset == "clone") != (args.learner == "clone") or "clone" in args.baselines:
-        raise Mistake("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
+        raise UserError("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
     if (args.test_batch > 1 or args.learner == "clone") and names - {"vsml", "clone", "backprop"}:
-        raise Mistake("Only vsml, clone and backprop learn from batches; add --baselines backprop to --test-batch.")
+        raise UserError("Only vsml, clone and backprop learn from batches; add --baselines backprop to --test-batch.")
     if args.test_batch == 1 and "backprop" in names and args.learner != "clone":
-        raise Mistake("backprop learns from batches; use --test-batch 64.")
+        raise UserError("backprop learns from batches; use --test-batch 64.")
     if args.persistent > 1 and (args.meta_optimizer == "es" or world > 1):
-        raise Mistake("--persistent is for --meta-optimizer backprop in one process.")
+        raise UserError("--persistent is for --meta-optimizer backprop in one process.")
     if args.learner == "clone" and world > 1:
-        raise Mistake("Cloning runs in one process; start it without torchrun.")
+        raise UserError("Cloning runs in one process; start it without torchrun.")
     members, flag = (args.population, "population") if args.meta_optimizer == "es" else (args.sequences, "sequences")
     if members % world:
-        raise Mistake(f"--{flag} {members} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
+        raise UserError(f"--{flag} {members} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
 
 
 def at_a_time(args: Args, tasks: Tasks, name: str = "vsml") -> int:
@@ -1596,46 +1466,38 @@ def fuse(args: Args) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = parse_args()
+    args, checkpoint = parse_args()
     if args.mode == "compare":
         return compare(args)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
     names = list(dict.fromkeys([args.learner, *args.baselines]))
-    first = read_checkpoint(args.init)["state"]["thetas"] if args.init and args.mode == "train" else {}
-    run = Run(args)
-    started = time.time()
-    tests = test_tasks(args, run.device)  # before meta-training, so that a missing dataset is told at once
-
+    run = Run(args, checkpoint)
+    tests = test_tasks(args, run.device)
+    sizes = torch.zeros(2, dtype=torch.int64)  # numbers of inputs and outputs, for learners that cannot vary them
     if args.mode == "test":
-        state = read_checkpoint(args.checkpoint)["state"]
-        sizes, saved = state["rnn_sizes"], state["thetas"]
-        missing = [name for name in names if name not in saved and name != "backprop"]
-        if missing:
-            raise Mistake(f"{args.checkpoint} holds no learner {missing[0]}; choose from {', '.join(saved)}.")
+        checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"])
     else:
         plain, augmented = train_tasks(args, run, augment=False), train_tasks(args, run, augment=True)
-        sizes = torch.tensor([max(tasks.num_inputs for tasks in plain), max(tasks.num_classes for tasks in plain)])
+        sizes[0] = max(tasks.num_inputs for tasks in plain)
+        sizes[1] = max(tasks.num_classes for tasks in plain)
     learners = {name: make_learner(name, args, run, sizes.tolist(), "test") for name in names}
     thetas = {name: learner.init(torch.Generator().manual_seed(args.seed)).to(run.device) for name, learner in learners.items()}
-
+    trained = [name for name in names if name in META_TRAINED]
     if args.mode == "test":
-        for name, theta in thetas.items():
-            if theta.shape != saved.get(name, theta).shape:
-                found = f"{saved[name].numel()} parameters, these flags ask for {theta.numel()}"
-                raise Mistake(f"The checkpoint's learner {name} has {found}; leave out the flags that set its size.")
-            theta.copy_(saved.get(name, theta))
-    else:
+        checkpoints.restore({"thetas": {name: thetas[name] for name in names if name != "backprop"}}, checkpoint["state"])
+    elif args.init and not args.resume:
+        first = checkpoints.read(Path(args.init), state=dict)["state"]
+        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, first)
+    run.open_folder()
+
+    started = time.time()
+    if args.mode == "train":
         with torch.no_grad():
-            for name in {"sgd", "adam", "sgd2", "adam2"} & set(names):
+            for name in {"sgd", "adam", "sgd2", "adam2"} & set(names) if not args.resume else ():
                 thetas[name] = search_rate(args, learners[name], plain[0])
-        use = args.meta_optimizer
-        trained = {name: make_learner(name, args, run, sizes.tolist(), use) for name in names if name in META_TRAINED}
-        for name in trained if args.init else ():
-            if name not in first or first[name].shape != thetas[name].shape:
-                raise Mistake(f"{args.init} holds no learner {name} with {thetas[name].numel()} parameters.")
-            thetas[name].copy_(first[name])
         tasks = {name: augmented if name == "vsml" or args.augment_baselines else plain for name in trained}
-        meta_train(args, trained, thetas, tasks, run, {"rnn_sizes": sizes})
+        outer = {name: make_learner(name, args, run, sizes.tolist(), args.meta_optimizer) for name in trained}
+        meta_train(args, outer, thetas, tasks, run, {"rnn_sizes": sizes})
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it

@@ -81,3 +81,11 @@ def gradient(
     if dist.is_initialized():
         dist.all_reduce(losses)  # every entry was written by one rank and is zero on the others
     return estimate(noise, losses, sigma, rank_shaping), losses
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean over all processes; the value itself without torch.distributed."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value

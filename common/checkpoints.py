@@ -1,0 +1,112 @@
+"""Files that survive a power cut, and notice it when they did not.
+
+    state = state_of({"model": model, "adam": adam, "theta": theta})      # one flat dict, like a state_dict
+    write(path, {"state": state, "rng": rng_state()})
+    restore({"model": model, "adam": adam, "theta": theta}, read(path)["state"])
+
+A file is written under a temporary name, synced to the disk and renamed, so that it is there whole or not at all. torch.save
+writes a zip file with a checksum of each part; torch.load does not compare them, `read` does.
+"""
+
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+
+class CheckpointError(Exception):
+    """A file that is missing, damaged or of other flags; the message is one sentence."""
+
+
+def write(path: Path, value: Any) -> None:
+    """Write text, or what torch.save makes of any other value. Raises OSError, and leaves what was there before."""
+    buffer = io.BytesIO()
+    if isinstance(value, str):
+        buffer.write(value.encode())
+    else:
+        torch.save(value, buffer)
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
+
+
+def read(path: Path, **parts: type) -> Any:
+    """What `write` made of a value: of a dict, with parts of these types, finite in all its numbers.
+
+    Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other parts.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            intact = file.testzip() is None
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+        intact = intact and all(x.isfinite().all() for x in tensors)
+        intact = intact and all(isinstance(value[name], kind) for name, kind in parts.items())
+    except Exception as error:  # damaged bytes can lead the reader anywhere
+        raise CheckpointError(f"{path} is damaged or not a checkpoint.") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged.")
+    return value
+
+
+def state_of(keep: Any) -> dict[str, Any]:
+    """The tensors in nested containers, and the state_dict of everything else in them, by their paths."""
+    leaves = tree_flatten_with_path(keep)[0]
+    return {keystr(path): leaf.detach() if isinstance(leaf, Tensor) else leaf.state_dict() for path, leaf in leaves}
+
+
+def restore(keep: Any, state: dict[str, Any]) -> None:
+    """The opposite of state_of, in place; `state` may hold more. Raises CheckpointError if a part is missing or does not fit."""
+    for path, leaf in tree_flatten_with_path(keep)[0]:
+        part = keystr(path)
+        try:
+            if isinstance(leaf, Tensor):
+                leaf.data.copy_(state[part].view(leaf.shape))
+            else:
+                leaf.load_state_dict(state[part])
+        except Exception as error:  # of what other flags, another version or a strange file have there
+            there = ", ".join(map(_words, state))
+            raise CheckpointError(
+                f"The checkpoint has no '{_words(part)}' of the kind and size that these flags ask for; it has {there}."
+            ) from error
+
+
+def _words(part: str) -> str:
+    """['thetas']['vsml'] as a person would write it."""
+    return re.sub(r"\W+", " ", part).strip()
+
+
+def first_not_finite(state: dict[str, Any]) -> str | None:
+    """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
+    for path, leaf in tree_flatten_with_path(state)[0]:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            return _words(keystr(path))
+    return None
+
+
+def rng_state() -> list[Tensor]:
+    """The state of torch's random numbers, on the CPU and on each GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_rng_state(state: list[Tensor]) -> None:
+    """Go back to a state. GPUs that were not there when it was taken keep theirs."""
+    torch.set_rng_state(state[0])
+    if torch.cuda.is_available() and len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])

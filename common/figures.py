@@ -1,0 +1,108 @@
+"""Figures from rows of results.json: lines over steps, and matrices of numbers."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    panel: str = "task",
+    line: str = "learner",
+    x: str = "step",
+    labels: dict[str, str] | None = None,
+    titles: dict[str, str] | None = None,
+    styles: dict[str, str] | None = None,
+    confidence: bool = False,
+    columns: int = 4,
+    **axis: Any,
+) -> None:
+    """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a band around it.
+
+    The band is one standard deviation, or with `confidence` the 95 % confidence interval of the mean. A row's optional
+    "values" are drawn as thin lines, one for each seed. labels, titles: what to write for a line and a panel; styles:
+    matplotlib's color and dashes for a line, such as "k--". Further arguments go to matplotlib's axis.set.
+    """
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    lines = list(dict.fromkeys(row[line] for row in rows))
+    columns = min(columns, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure, axes = pyplot().subplots(
+        height, columns, figsize=(1 + 3.4 * columns, 0.9 + 2.7 * height), squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for ax, name in zip(axes.flat, panels, strict=False):
+        for number, of in enumerate(lines):
+            points = [row for row in rows if row[panel] == name and row[line] == of]
+            if not points:
+                continue
+            xs, mean, std, seeds = (np.array([row[key] for row in points]) for key in (x, "mean", "std", "seeds"))
+            band = 1.96 * std / np.sqrt(seeds) if confidence else std
+            style = (styles or {}).get(of, f"C{number}")
+            (handle,) = ax.plot(xs, mean, style)
+            ax.fill_between(xs, mean - band, mean + band, color=handle.get_color(), alpha=0.15, linewidth=0)
+            if all("values" in row for row in points):
+                ax.plot(xs, [row["values"] for row in points], color=handle.get_color(), alpha=0.5, linewidth=0.6)
+            handles[(labels or {}).get(of, of)] = handle
+        ax.set(title=(titles or {}).get(name, name), xlabel=xlabel, ylabel=ylabel, **axis)
+        ax.title.set_fontsize("medium")
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    band = "95 % confidence interval of the mean" if confidence else "standard deviation"
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=2 * columns, title=f"band: {band}", fontsize="small"
+    )
+    save(figure, path)
+
+
+def matrix(cells: dict[str, dict[tuple[str, str], float]], path: Path, title: str = "", digits: int = 3) -> None:
+    """A heat-map for each name in `cells`, one under the other, of its numbers by (row, column)."""
+    columns = list(dict.fromkeys(column for numbers in cells.values() for _, column in numbers))
+    heights = [len({row for row, _ in numbers}) for numbers in cells.values()]
+    figure, axes = pyplot().subplots(
+        len(cells),
+        1,
+        figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.45 * sum(heights) + 0.4 * len(cells)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, (name, numbers) in zip(axes.flat, cells.items(), strict=True):
+        rows = list(dict.fromkeys(row for row, _ in numbers))
+        grid = np.full((len(rows), len(columns)), np.nan)
+        for (row, column), number in numbers.items():
+            grid[rows.index(row), columns.index(column)] = number
+        image = ax.imshow(grid, aspect="auto", cmap="viridis")
+        for (row, column), number in np.ndenumerate(grid):
+            dark = image.norm(number) < 0.6
+            text = "" if np.isnan(number) else f"{number:.{digits}g}"
+            ax.text(column, row, text, ha="center", va="center", color="w" if dark else "k")
+        ax.set_title(name)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_xticks(range(len(columns)), columns if ax is axes.flat[-1] else [""] * len(columns), rotation=30, ha="right")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and forget it."""
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)

@@ -1,0 +1,50 @@
+"""Ranges of numbers on the command line, declared where the flag is.
+
+    @dataclass
+    class Args:
+        meta_steps: Count = 100
+        gamma: Share = 0.99
+        sizes: tuple[Side, ...] = ()
+
+    check_ranges(tyro.cli(Args))      # --gamma nan: "--gamma has to be from 0 to 1, not nan."
+
+A range is the (low, high) in an Annotated, both ends included. A number that is not finite is in none.
+"""
+
+from dataclasses import is_dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+Seed = Annotated[int, (0, 2**32 - 1)]
+Count = Annotated[int, (1, 2**31)]
+CountOrZero = Annotated[int, (0, 2**31)]
+Side = Annotated[int, (1, 1024)]  # of an image, in pixels
+Share = Annotated[float, (0, 1)]
+Positive = Annotated[float, (1e-12, 1e30)]
+PositiveOrZero = Annotated[float, (0, 1e30)]
+Real = Annotated[float, (-1e30, 1e30)]
+
+
+class FlagError(Exception):
+    """A flag out of its range; the message is one sentence that names both."""
+
+
+def check_ranges(args: Any, prefix: str = "--") -> None:
+    """Raises FlagError at the first number of a dataclass that is out of the range that its annotation has.
+
+    Tuples are checked number by number, nested dataclasses flag by flag; None and text are left alone.
+    """
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag = prefix + name.replace("_", "-")
+        value = getattr(args, name)
+        if is_dataclass(value):
+            check_ranges(value, flag + ".")
+        for low, high in ranges(hint):
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not low <= number <= high:
+                    raise FlagError(f"{flag} has to be from {low} to {high}, not {number}.")
+
+
+def ranges(hint: Any) -> list[tuple[float, float]]:
+    """The ranges in an annotation, however deep they are nested in it."""
+    inner = [pair for part in get_args(hint) for pair in ranges(part)]
+    return [*getattr(hint, "__metadata__", ()), *inner]

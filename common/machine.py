@@ -1,0 +1,78 @@
+"""What depends on the machine that a script runs on: its compiler, its memory, locks on its folders."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def can_compile() -> bool:
+    """Whether torch.compile works on this CPU: it needs a C++ compiler, OpenMP and Python's headers. Takes 0.1 s."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = next((name for name in compilers if name and shutil.which(name)), None)
+    if compiler is None:
+        return False
+    command = [compiler, "-fsyntax-only", "-I", sysconfig.get_paths()["include"], "-x", "c++", "-"]
+    source = b"#include <omp.h>\n#include <Python.h>\n"
+    return subprocess.run(command, input=source, capture_output=True).returncode == 0
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory. Page faults are otherwise a third of a meta-step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The device's name, and the most memory that this process needed so far: on its GPU, or else in all (None on Windows)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return {"device": name, "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
+    name = f"{torch.get_num_threads()} CPU threads"
+    try:
+        import resource
+    except ImportError:
+        return {"device": name, "peak_memory_mb": None}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": name, "peak_memory_mb": peak / 2**20 if sys.platform == "darwin" else peak / 2**10}  # bytes; kB
+
+
+_locks: list[int] = []
+
+
+def lock(folder: Path) -> None:
+    """Make a folder and keep other processes from writing to it until `unlock`, or until this process ends.
+
+    Raises BlockingIOError if another process has locked it. Without a lock on Windows, and on file systems that have none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BlockingIOError(error.errno, "another process is writing to it", str(folder)) from error
+    except OSError:
+        pass
+    _locks.append(handle)
+
+
+def unlock() -> None:
+    """Release all folders that `lock` holds."""
+    while _locks:
+        os.close(_locks.pop())

@@ -1,0 +1,74 @@
+"""What a run measures: metrics.csv and TensorBoard while it trains, rows of results.json when it is tested."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class MetricsLog:
+    """metrics.csv and TensorBoard events in a run's folder.
+
+    first: the meta-step that the run starts or continues with. Lines from there on, which a run wrote that was cut off after
+    its last checkpoint, are dropped, and so is what is no line.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        self.path = folder / "metrics.csv"
+        self.started = time.time()
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        steps = [line.partition(",")[0] for line in lines]
+        kept = [
+            line for line, step in zip(lines, steps, strict=True) if step == "step" or (step.isdecimal() and int(step) < first)
+        ]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.columns = kept[0].split(",")[2:] if kept else []
+        self.board = SummaryWriter(str(folder), purge_step=first)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """A line. The first one names the columns; later ones leave empty what they lack."""
+        if not self.columns:
+            self.columns = list(values)
+            self.append(["step", "seconds", *self.columns])
+        seconds = round(time.time() - self.started, 3)
+        self.append([step, seconds, *(values.get(name, "") for name in self.columns)])
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def append(self, cells: list[Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(",".join(map(str, cells)) + "\n")
+
+
+def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
+    """A row of results.json from the values (seeds,) of independent meta-test runs. std is that of the values."""
+    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
+    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of text: of the first metric of each task, the first and the last row of each learner."""
+    metric = {row["task"]: row["metric"] for row in reversed(rows)}
+    ends: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["metric"] == metric[row["task"]]:
+            ends.setdefault((row["task"], row["novelty"], row["learner"], row["metric"]), []).append(row)
+
+    cells = [("task", "novelty", "learner", "metric", "steps", "mean ± standard deviation over seeds")]
+    for key, of in ends.items():
+        texts = ("{mean:.3f} ± {std:.3f}".format(**row) for row in (of[0], of[-1]))
+        cells.append((*key, f"{of[0]['step']} -> {of[-1]['step']}", " -> ".join(texts)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def to_json(value: Any) -> str:
+    """Valid JSON, which has null for numbers that are not finite."""
+    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=1) + "\n"
