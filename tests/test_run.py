@@ -1,0 +1,317 @@
+"""What all scripts share: flags with ranges, files that notice damage, folders that are locked, runs that survive."""
+
+import errno
+import importlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+import pytest
+import torch
+from conftest import ENV, PYTHON, ROOT, killed, rows, run_script
+
+from common import checkpoints, machine
+from common.checkpoints import CheckpointError
+from common.figures import matrix, plot
+from common.flags import Count, FlagError, Positive, Share, check_ranges, ranges
+from common.results import MetricsLog, result_row, table, to_json
+
+SCRIPTS = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
+TINY = "--preset laptop --meta-steps 6 --sequences 2 --sequence-length 6 --test-seeds 2 --test-steps 12 --checkpoint-every 2"
+TINY += " --no-compile --baselines sgd --test-datasets digits wine"
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Baseline:
+    gamma: Share = 0.9
+
+
+@dataclass
+class Flags:
+    steps: Count = 1
+    sizes: tuple[Count, ...] = ()
+    lr: Positive | None = None
+    name: str = "x"
+    ppo: Baseline = None
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"steps": 0}, "--steps has to be from 1 to"),
+        ({"sizes": (3, 0)}, "--sizes has to be"),
+        ({"lr": math.nan}, "--lr has to be .* not nan"),
+        ({"lr": math.inf}, "--lr has to be .* not inf"),
+        ({"ppo": Baseline(1.5)}, "--ppo.gamma has to be from 0 to 1, not 1.5"),
+    ],
+)
+def test_a_number_out_of_its_range(changed, flag):
+    check_ranges(Flags(**{"lr": 1e-3, "sizes": (2,), "ppo": Baseline()}))
+    with pytest.raises(FlagError, match=flag):
+        check_ranges(Flags(**changed))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_number_among_the_flags_has_a_range(name):
+    script = importlib.import_module(name)
+    hints = get_type_hints(script.Args, include_extras=True)
+    numbers = [f.name for f in fields(script.Args) if "int" in str(hints[f.name]) or "float" in str(hints[f.name])]
+    assert "seed" in numbers and not [number for number in numbers if not ranges(hints[number])]
+    for preset in script.PRESETS.values():
+        check_ranges(script.Args(**preset))
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+def some_state():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    adam.step()
+    Pair = namedtuple("Pair", "h c")
+    return {"model": model, "adam": {"first": adam}, "theta": torch.randn(5), "memory": [Pair(torch.randn(2), torch.ones(1))]}
+
+
+def test_a_state_goes_to_a_file_and_back(tmp_path):
+    keep = some_state()
+    checkpoints.write(tmp_path / "x.pt", {"state": checkpoints.state_of(keep), "rng": checkpoints.rng_state()})
+    drawn = torch.randn(3)
+    saved = checkpoints.read(tmp_path / "x.pt", state=dict, rng=list)
+    assert "['memory'][0].h" in saved["state"]  # names that other files rely on: torch's pytree is private
+    other = some_state()
+    for tensor in (other["theta"], other["memory"][0].h, *other["model"].parameters()):
+        tensor.data.zero_()
+    checkpoints.restore(other, saved["state"])
+    assert torch.equal(other["theta"], keep["theta"]) and torch.equal(other["memory"][0].h, keep["memory"][0].h)
+    assert torch.equal(other["model"].weight, keep["model"].weight)
+    checkpoints.set_rng_state(saved["rng"])
+    assert torch.equal(torch.randn(3), drawn)
+
+
+@pytest.mark.parametrize(
+    ("keep", "part"), [({"theta": torch.zeros(4)}, "theta"), ({"phi": torch.zeros(5)}, "phi"), ({"model": torch.nn.Linear(4, 2)}, "model")]
+)
+def test_a_part_that_does_not_fit(keep, part):
+    with pytest.raises(CheckpointError, match=f"no '{part}' of the kind and size .* it has model, adam first, theta"):
+        checkpoints.restore(keep, checkpoints.state_of(some_state()))
+
+
+def test_every_flipped_bit_that_changes_a_number_is_noticed(tmp_path):
+    path = tmp_path / "x.pt"
+    value = {"state": checkpoints.state_of(some_state()), "step": 3}
+    checkpoints.write(path, value)
+    whole = path.read_bytes()
+    intact = torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for bit in torch.randint(8 * len(whole), (300,), generator=generator).tolist():
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert str(checkpoints.read(path, state=dict, step=int)) == str(intact)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("text"),
+        lambda path: torch.save({"step": 1, "state": {}}, path),  # has no checksum
+        lambda path: checkpoints.write(path, [1, 2]),
+        lambda path: checkpoints.write(path, {"step": 1}),
+        lambda path: checkpoints.write(path, {"step": 1, "state": {"x": torch.tensor(math.nan)}}),
+        lambda path: checkpoints.write(path, {"step": "1", "state": {}}),
+        lambda path: checkpoints.write(path, {"step": 1, "state": os.system}),  # would be executed by pickle
+    ],
+)
+def test_what_is_no_whole_checkpoint_is_refused(damage, tmp_path):
+    path = tmp_path / "x.pt"
+    checkpoints.write(path, {"step": 1, "state": {"x": torch.zeros(1)}})
+    damage(path)
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        checkpoints.read(path, step=int, state=dict)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    checkpoints.write(path, {"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write(path, {"step": 2})
+    assert checkpoints.read(path)["step"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_metrics_of_a_resumed_run(tmp_path):
+    """Lines after its checkpoint, and bytes that are no line, are dropped; a line with other names keeps its columns."""
+    log = MetricsLog(tmp_path, 0)
+    for step in range(4):
+        log.write(step, {"loss": step / 10, "accuracy": 0.5})
+    with open(tmp_path / "metrics.csv", "ab") as file:
+        file.write(b"\n\0\0\0\n\xff\xfe,1\n4,0.1")
+    log = MetricsLog(tmp_path, 3)
+    log.write(3, {"accuracy": 0.25})
+    lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["step", "0", "1", "2", "3"]
+    assert lines[-1][2:] == ["", "0.25"]
+
+
+def test_results_are_valid_json_and_a_table(tmp_path):
+    values = torch.tensor([1.0, 3.0])
+    all_rows = [result_row("a", "task", "none", "return", step, values * step) for step in (1, 5)]
+    all_rows.append(result_row("b", "task", "none", "return", 1, values * math.nan))
+    text = to_json({"results": all_rows, "path": tmp_path})
+    assert "NaN" not in text and json.loads(text)["results"][2]["mean"] is None
+    assert json.loads(text)["results"][1] == {**all_rows[0], "step": 5, "mean": 10.0, "std": 5.0}
+    assert "1 -> 5" in list(table(all_rows))[1] and "2.000 ± 1.000 -> 10.000 ± 5.000" in list(table(all_rows))[1]
+    plot(all_rows, tmp_path / "lines.png", labels={"a": "A"}, xscale="log")
+    matrix({"map": {("row", "column"): 1.0, ("other", "column"): 2.0}}, tmp_path / "map.png", "title")
+    assert min((tmp_path / name).stat().st_size for name in ("lines.png", "map.png")) > 5000
+
+
+# ---- the machine -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compiler", ["exit 1", None])
+def test_a_compiler_that_is_broken_or_missing(compiler, tmp_path, monkeypatch):
+    """As on a Mac without OpenMP, where one is found and fails."""
+    if compiler:
+        for name in ("g++", "clang++", "c++"):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{compiler}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not machine.can_compile()
+
+
+def test_a_machine_without_the_module_resource(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert machine.facts(torch.device("cpu"))["peak_memory_mb"] is None
+
+
+def test_a_folder_that_another_process_holds(tmp_path):
+    held = f"import sys; from common import machine; from pathlib import Path; machine.lock(Path({str(tmp_path)!r}))"
+    child = subprocess.Popen([*PYTHON, "-c", held + "; print('held', flush=True); sys.stdin.read()"], env=ENV, **PIPES)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="another process"):
+        machine.lock(tmp_path)
+    child.kill()
+    child.wait()
+    machine.lock(tmp_path)
+    machine.unlock()
+
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+def command(run_dir, flags, launcher=None):
+    return run_script("vsml.py", run_dir, f"{TINY} {flags}", launcher)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, which other tests only read."""
+    run_dir = tmp_path_factory.mktemp("runs")
+    done = command(run_dir, "--run-name done")
+    assert done.returncode == 0, done.stderr
+    return run_dir / "done"
+
+
+@pytest.mark.parametrize(("ending", "nth"), [("args.json", 1), ("checkpoint.pt", 1), ("meta_test.pt", 2), ("results.json", 1)])
+def test_kill_9_at_any_file(ending, nth, finished, tmp_path):
+    """Before the first checkpoint the same command begins again; later --resume continues; both end in the same rows."""
+    cut = command(tmp_path, "--run-name cut", launcher=killed(ending, nth))
+    assert cut.returncode == -signal.SIGKILL
+    if ending == "results.json":
+        assert rows(tmp_path / "cut") == rows(finished)
+        return
+    again = f"--resume {tmp_path / 'cut'}" if ending != "args.json" else f"{TINY} --run-name cut"
+    done = run_script("vsml.py", tmp_path, again)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "cut") == rows(finished)
+    assert not [path.name for path in (tmp_path / "cut").iterdir() if "partial" in path.name or "meta_test" in path.name]
+
+
+def test_a_meta_test_that_was_cut_off_continues_under_the_same_name(finished, tmp_path):
+    flags = f"--mode test --checkpoint {finished / 'checkpoint.pt'} --run-name cut"
+    assert command(tmp_path, flags, launcher=killed("meta_test.pt", 3)).returncode == -signal.SIGKILL
+    parts = checkpoints.read(tmp_path / "cut" / "meta_test.pt")
+    assert len(parts) == 4  # three of them, and what they are of
+    assert command(tmp_path, flags).returncode == 0
+    assert rows(tmp_path / "cut") == rows(finished)
+
+
+def test_a_disk_that_fills_up(finished, tmp_path):
+    """A limit on the size of files stands for it: a sentence with the path, and with room the run continues."""
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    line = [*PYTHON, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "full"]
+    full = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True, preexec_fn=small_files)
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+    assert re.fullmatch(rf"vsml.py: ({tmp_path / 'full'}.*|A file): File too large.", full.stderr.strip().splitlines()[-1])
+    assert not list((tmp_path / "full").glob("*.partial"))
+    again = f"--resume {tmp_path / 'full'}" if (tmp_path / "full" / "checkpoint.pt").exists() else f"{TINY} --run-name full"
+    done = run_script("vsml.py", tmp_path, again)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "full") == rows(finished)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_told_to_stop(name, tmp_path):
+    line = [*PYTHON, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped"]
+    line += ["--meta-steps", "100000"]
+    run = subprocess.Popen(line, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    until = time.time() + 60
+    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
+        time.sleep(0.05)
+    run.send_signal(getattr(signal, name))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("vsml.py: stopped; continue with --resume")
+
+
+def test_a_renamed_copy_reads_old_checkpoints(finished, tmp_path):
+    shutil.copy(ROOT / "vsml.py", tmp_path / "mine.py")
+    line = [*PYTHON, "mine.py", "--mode", "test", "--checkpoint", str(finished / "checkpoint.pt"), "--run-name", "copy"]
+    done = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "runs" / "copy") == rows(finished)
+
+
+def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
+    """Nor do they change what is there."""
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    for flags, sentence in {
+        "--dataset digitz --run-name typo": "There is no dataset 'digitz'",
+        "--run-name ../typo": "is not a name",
+        f"--run-name {finished}": "is not a name",
+        f"--run-dir {finished / 'args.json'}": "Not a directory",
+        "--run-dir /proc/none": "/proc/none: No such file or directory",
+        f"--run-name {'n' * 300}": "File name too long",
+        f"--resume {finished}": "",
+        f"--resume {finished} --run-name other": "A resumed run keeps its flags",
+        "--seed -1": "--seed has to be from 0",
+        "--clip -1": "--clip has to be from",
+    }.items():
+        line = complain("vsml", flags if "--resume" in flags else f"{TINY} {flags}")
+        assert sentence in line, line
+    assert not list(tmp_path.iterdir())
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
