@@ -1221,8 +1221,9 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
-        if getattr(args, flag) != getattr(base, flag):
+    free = ("data_dir", "compile", "track", "run_dir")
+    for flag in vars(args) if args.resume else ():
+        if flag not in free and getattr(args, flag) != getattr(base, flag):
             raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
@@ -1263,9 +1264,10 @@ class Run:
         args = self.args
         flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
         words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
-        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
-        if Path(name).name != name:
-            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        name = "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
+        if args.run_name and args.run_name != Path(args.run_name).name:
+            raise UserError(f"--run-name {args.run_name} is not a name; --run-dir says in which folder runs are made.")
+        name = args.run_name or name
         folder = [Path(args.resume or Path(args.run_dir, name))]
         if self.rank == 0:
             lock(folder[0])
@@ -1296,6 +1298,8 @@ class Run:
 
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
         """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.first > total:
+            raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
             checkpoints.restore(keep, self.checkpoint["state"])
             checkpoints.set_rng_state(self.checkpoint["rng"])
@@ -1371,6 +1375,10 @@ def run_as_script(main: Callable[[], None]) -> None:
         sys.exit(f"{METHOD}.py: {error}")
     except OSError as error:
         sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        sys.exit(f"{METHOD}.py: not enough memory: {str(error).splitlines()[0]}; choose smaller sizes.")
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:

@@ -114,7 +114,10 @@ def rng_state() -> list[Tensor]:
 
 
 def set_rng_state(state: list[Tensor]) -> None:
-    """Go back to a state. GPUs that were not there when it was taken keep theirs."""
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available() and len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
+    """Go back to a state. GPUs that were not there when it was taken keep theirs. Raises CheckpointError if it is none."""
+    try:
+        torch.set_rng_state(state[0])
+        if torch.cuda.is_available() and len(state) > 1:
+            torch.cuda.set_rng_state_all(state[1:])
+    except (IndexError, TypeError, RuntimeError) as error:
+        raise CheckpointError("The checkpoint's random state is damaged.") from error
