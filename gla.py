@@ -339,7 +339,7 @@ class Steps(NamedTuple):
     ended: Tensor  # (..., t), whether the episode did
 
 
-class Lives(NamedTuple):
+class Trajectories(NamedTuple):
     """What PPO agents did while they learned in one environment: the first copy of each, by the age of its policy."""
 
     steps: Steps  # (p, u, t, ...)
@@ -353,9 +353,9 @@ class Lives(NamedTuple):
         mean, log_std = (self.last_mean, self.last_log_std) if last else (self.mean, self.log_std)
         return Policy(mean[index], None if discrete else log_std[index])
 
-    def to(self, device: torch.device) -> "Lives":
+    def to(self, device: torch.device) -> "Trajectories":
         """In a GPU's memory; on a CPU they stay on the disk."""
-        return Lives(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
+        return Trajectories(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
 
 
 class Teacher:
@@ -415,7 +415,7 @@ def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
     return ((x - mean if centred else x) / (var + 1e-8).sqrt()).clamp(-10, 10)
 
 
-def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Lives:
+def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
     """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details, and
     everything that the first copy of each does is written down, into a file at `path` where there is one. A collection that
     was cut off goes on; an environment of gymnasium's begins a new episode then."""
@@ -434,7 +434,7 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
     if not isinstance(env, envs.Gymnasium):
         keep |= {"world": world, "obs": obs}
     first = restore(args, env, path, keep)
-    lives = room(args, env, path)
+    trajectories = room(args, env, path)
     bar(first)
     for update in range(first, args.updates):
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
@@ -446,20 +446,20 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
             for part in torch.randperm(e * t, device=device).chunk(args.minibatches):
                 teach(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in data))
         action = F.one_hot(told["action"], teacher.b).float() if teacher.discrete else told["action"]
-        keep_first(lives.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
-        keep_first((lives.mean, lives.log_std), update, before)
-        lives.curve[:, update] = earned["reward"].mean((1, 2))
+        keep_first(trajectories.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
+        keep_first((trajectories.mean, trajectories.log_std), update, before)
+        trajectories.curve[:, update] = earned["reward"].mean((1, 2))
         bar(1)
         if path and (update + 1) % max(1, args.updates // 20) == 0 and update + 1 < args.updates:
             store(path, keep | ({"world": world, "obs": obs} if "obs" in keep else {}), update + 1)
     for update in range(args.updates if first < args.updates else 0):
         with torch.no_grad():
-            last = teacher.policy(see(args, teacher, lives.steps.obs[:, update, None].to(device)))
-        keep_first((lives.last_mean, lives.last_log_std), update, last)
+            last = teacher.policy(see(args, teacher, trajectories.steps.obs[:, update, None].to(device)))
+        keep_first((trajectories.last_mean, trajectories.last_log_std), update, last)
     if path and first < args.updates:
         store(path, keep, args.updates)
     env.close()
-    return lives
+    return trajectories
 
 
 @torch.no_grad()
@@ -506,9 +506,9 @@ def advantages(args: Args, teacher: Teacher, told: dict[str, Tensor]) -> tuple[T
 
 
 @torch.no_grad()
-def keep_first(lives: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
+def keep_first(trajectories: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
     """Of what is told (p, e, t, ...), where it is, write down the first copy's (p, u, t, ...)."""
-    for kept, x in zip(lives, told, strict=True):
+    for kept, x in zip(trajectories, told, strict=True):
         if x is not None:
             kept[:, update] = x[:, 0]
 
@@ -585,17 +585,19 @@ def auxiliary(args: Args, gap: int, model: "GLA", place: Tensor, reward: Tensor 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-def subsample(args: Args, gap: int, lives: Lives, discrete: bool, count: int, own: Tensor) -> tuple[Steps, Policy]:
-    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' lives, one after the other, and the policies to
-    be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy is the
-    last one in all of them."""
-    p, u, t = lives.steps.reward.shape
-    agent = torch.randint(p, (count, 1, 1), device=lives.curve.device)[own]
+def subsample(
+    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
+) -> tuple[Steps, Policy]:
+    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' trajectories, one after the other, and the
+    policies to be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy
+    is the last one in all of them."""
+    p, u, t = trajectories.steps.reward.shape
+    agent = torch.randint(p, (count, 1, 1), device=trajectories.curve.device)[own]
     start = torch.randint(t - args.chunk + 1, (count, args.chunks, 1), device=agent.device)[own]
     update = (max(gap, 1) * torch.arange(args.chunks, device=agent.device)).clamp(max=u - 1)[None, :, None]
     index = agent, update, start + torch.arange(args.chunk, device=agent.device)
-    policy = lives.policy(gap == 0, discrete, index)
-    steps = Steps(*(x[index].flatten(1, 2) for x in lives.steps))
+    policy = trajectories.policy(gap == 0, discrete, index)
+    steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
     return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy))
 
 
@@ -622,22 +624,24 @@ class Student(NamedTuple):
     args: Args
 
 
-def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run", keep: dict[str, Any]) -> None:
+def meta_train(
+    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run", keep: dict[str, Any]
+) -> None:
     """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
-    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in lives}
+    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in trajectories}
     fuse = partial(torch.compile, dynamic=False) if run.compiles and run.device.type == "cuda" else lambda model: model
     fused = {name: fuse(student.model) for name, student in students.items()}
     for step in run.steps(args.meta_steps, keep):
         log = {}
         for name, (model, gap, names, own_args) in students.items():
             if step == 0:
-                model.best.copy_(max(lives[name].curve.mean(0).max() for name in names))
+                model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in names))
             tasks, ids = [], args.batch * step + torch.arange(args.batch, device=run.device)
             for place, these in zip(names, ids.tensor_split(len(names)), strict=True):
                 own = share(len(these)).to(run.device)
                 projection = draw_projection(own_args, places[place], these[own])  # line 5
                 discrete = places[place].num_actions is not None
-                tasks.append((projection, *subsample(args, gap, lives[place], discrete, len(these), own)))  # line 6
+                tasks.append((projection, *subsample(args, gap, trajectories[place], discrete, len(these), own)))  # line 6
             loss = meta_loss(args, gap, fused[name], tasks).mean()
             adam[name].zero_grad()
             loss.backward()
@@ -652,7 +656,9 @@ def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives]
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run") -> list[dict[str, Any]]:
+def meta_test(
+    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run"
+) -> list[dict[str, Any]]:
     """Lifetimes of every learner in every environment, with projections that were never seen: reward per step since the last
     point. PPO's points are its updates, from --agents agents, as far as it learns."""
     rows = []
@@ -686,10 +692,10 @@ def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives],
                 before = step
         if "ppo" in names:
             torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-            if name not in lives:
+            if name not in trajectories:
                 with tqdm(total=args.updates, desc=f"PPO in {name}", disable=run.rank > 0) as own_bar:
-                    lives = lives | {name: collect(args, name, run.device, own_bar.update)}
-            curve = lives[name].curve
+                    trajectories = trajectories | {name: collect(args, name, run.device, own_bar.update)}
+            curve = trajectories[name].curve
             for update in range(args.updates):
                 step = (update + 1) * args.rollout * args.copies
                 rows.append(result_row("ppo", name, novelty, "reward_per_step", step, curve[:, update]))
@@ -1159,13 +1165,13 @@ def read_progress(args: Args, env: Env, path: Path) -> dict[str, Any]:
         raise Mistake(f"{path} is damaged; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
 
 
-def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Lives:
+def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Trajectories:
     """Room for lives: a file of their full size, mapped into memory, or without a path memory. Where they are not `new`, what
     is in the file."""
     sizes = [math.prod(shape) for shape in shapes(args, env)]
     flat = torch.from_file(str(path), shared=new, size=sum(sizes)) if path else torch.zeros(sum(sizes))
     parts = [x.view(shape) for x, shape in zip(flat.split(sizes), shapes(args, env), strict=True)]
-    return Lives(Steps(*parts[:4]), *parts[4:])
+    return Trajectories(Steps(*parts[:4]), *parts[4:])
 
 
 def store(path: Path, keep: dict[str, Any], updates: int) -> None:
@@ -1209,7 +1215,7 @@ def match_lives(args: Args) -> None:
             raise Mistake(f"The lives of {name} in {args.lives} are not there or not whole; leave out --lives to collect them.")
 
 
-def gather(args: Args, run: "Run") -> dict[str, Lives]:
+def gather(args: Args, run: "Run") -> dict[str, Trajectories]:
     """The teachers' lives: those in the folder --lives, or collected into the run's own, environment by environment."""
     folder, made = args.lives or run.folder / "lives", {name: make_env(name, 1) for name in args.envs}
     if not args.lives:
@@ -1231,7 +1237,7 @@ def gather(args: Args, run: "Run") -> dict[str, Lives]:
 
 
 def shapes(args: Args, env: Env) -> list[tuple[int, ...]]:
-    """Of what is kept of the lives in an environment, in the order of Lives."""
+    """Of what is kept of the lives in an environment, in the order of Trajectories."""
     told = args.agents, args.updates, args.rollout
     action = (*told, env.num_actions or env.action_size)
     return [(*told, env.obs_size), action, told, told, action, action, action, action, told[:2]]

@@ -117,7 +117,7 @@ def test_sequences_are_chunks_of_one_agents_life_a_gap_apart(gap):
     p, u, t = torch.meshgrid(torch.arange(3), torch.arange(6), torch.arange(5), indexing="ij")
     code = (100 * p + 10 * u + t).float()
     wide = code[..., None].expand(-1, -1, -1, 4)
-    lives = gla.Lives(gla.Steps(code[..., None], wide, code, code), wide, wide, -wide, -wide, code[:, :, 0])
+    lives = gla.Trajectories(gla.Steps(code[..., None], wide, code, code), wide, wide, -wide, -wide, code[:, :, 0])
     steps, policy = gla.subsample(ARGS, gap, lives, True, 70, torch.arange(10, 60))
     assert steps.reward.shape == (50, 12) and policy.log_std is None
     agents, starts = set(), set()
