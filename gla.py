@@ -22,21 +22,18 @@ Axes, everywhere: p PPO agents, e copies of an environment that an agent acts in
 lifetimes in parallel, t time, a observations, b actions (choices, or dimensions), d all parameters of a network.
 """
 
-import ctypes
-import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,13 +42,19 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import envs
+from common import checkpoints, envs, es, machine
+from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.figures import plot
+from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["gla", "one-task", "ppo", "uniform"]
+Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Args:
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
     """thesis: the thesis' numbers, as far as it has any; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -68,17 +71,17 @@ class Args:
     """Fuse the Transformer with torch.compile on a GPU (on a CPU it takes as long as it saves)."""
     mode: Literal["train", "test"] = "train"
     """train: collect, meta-train, then meta-test; test: only meta-test a --checkpoint."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Meta-steps between checkpoints."""
 
     learner: Name = "gla"
@@ -93,74 +96,74 @@ class Args:
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
     """Environments to meta-test in, beside --envs (Figure 6.5)."""
 
-    agents: int = 16
+    agents: Size = 16
     """p, PPO agents in each environment (not in the thesis)."""
-    copies: int = 16
+    copies: Size = 16
     """e, copies of its environment that an agent acts in (not in the thesis)."""
-    updates: int = 500
+    updates: Size = 500
     """u, updates of each agent (not in the thesis)."""
-    rollout: int = 128
+    rollout: Size = 128
     """Steps of every copy between updates (CleanRL: 128)."""
-    epochs: int = 4
+    epochs: Size = 4
     """PPO: passes through a rollout (CleanRL: 4)."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """PPO: parts of a rollout for a step each (CleanRL: 4)."""
-    ppo_lr: float = 2.5e-4
+    ppo_lr: Positive = 2.5e-4
     """PPO: Adam's learning rate (CleanRL); falls linearly to zero."""
-    discount: float = 0.99
+    discount: Share = 0.99
     """PPO: gamma (CleanRL)."""
-    gae: float = 0.95
+    gae: Share = 0.95
     """PPO: lambda of the generalised advantage estimate (CleanRL)."""
-    clip_ratio: float = 0.2
+    clip_ratio: Positive = 0.2
     """PPO: how far probabilities may move (CleanRL)."""
-    entropy: float = 0.01
+    entropy: PositiveOrZero = 0.01
     """PPO: weight of the entropy (CleanRL: 0.01 for choices)."""
-    value_weight: float = 0.5
+    value_weight: PositiveOrZero = 0.5
     """PPO: weight of the value's error (CleanRL)."""
-    ppo_clip: float = 0.5
+    ppo_clip: Positive = 0.5
     """PPO: largest norm of the gradient (CleanRL)."""
     normalised: bool = True
     """PPO: observations and rewards are divided by their deviations so far (CleanRL, for continuous actions)."""
-    ppo_hidden: int = 64
+    ppo_hidden: Size = 64
     """PPO: units of both hidden layers of policy and value (CleanRL)."""
 
-    gaps: tuple[int, ...] = (8, 1)
+    gaps: tuple[CountOrZero, ...] = (8, 1)
     """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
     all targets are those of the last policy. one-task has the first."""
-    chunk: int = 128
+    chunk: Size = 128
     """Steps of a chunk, at most --rollout (not in the thesis)."""
-    chunks: int = 8
+    chunks: Size = 8
     """Chunks of a sequence, from updates 0, g, 2 g, … (not in the thesis)."""
     auxiliary: Literal["none", "gap", "return", "place"] = "none"
     """eta: what the Transformer is told beside its history: the gap, the reward per step of the chunk, or where in its life it
     is (section 6.2). At meta-test time: the gap, the best reward per step of any update of PPO, or where it is."""
-    lives: Path | None = None
-    """A folder `lives` of an earlier run with the same PPO, to take what was collected from, instead of collecting anew."""
+    lives: str | None = None
+    """The folder `lives` of an earlier run with the same PPO, whose trajectories are read instead of collected."""
     projected: bool = True
     """Augment: random linear projections of observations and actions, another one for each sequence (section 6.2)."""
-    obs_size: int = 64
+    obs_size: Size = 64
     """Numbers that observations are projected to (section 6.2)."""
-    action_size: int = 16
+    action_size: Size = 16
     """Numbers that actions are projected to (section 6.2)."""
 
-    width: int = 256
+    width: Size = 256
     """Width of the Transformer (not in the thesis)."""
-    layers: int = 4
+    layers: Size = 4
     """Its layers (not in the thesis)."""
-    heads: int = 8
+    heads: Size = 8
     """Its heads (not in the thesis)."""
-    meta_steps: int = 50_000
+    meta_steps: Count = 50_000
     """Steps of meta-training (not in the thesis)."""
-    batch: int = 64
+    batch: Size = 64
     """s, sequences in a step, divided among --envs as evenly as can be (not in the thesis)."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """AdamW's learning rate (not in the thesis); falls to a tenth."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest norm of the gradient (not in the thesis)."""
 
-    test_seeds: int = 32
+    test_seeds: Size = 32
     """Lifetimes in each environment (Figures 6.5 and 6.6: 32)."""
-    test_steps: int | None = None
+    test_steps: Count | None = None
     """Steps of a lifetime (default: as long as a sequence)."""
 
 
@@ -339,8 +342,8 @@ class Steps(NamedTuple):
     ended: Tensor  # (..., t), whether the episode did
 
 
-class Lives(NamedTuple):
-    """What PPO agents did while they learned in one environment: the first copy of each, by the age of its policy."""
+class Trajectories(NamedTuple):
+    """Trajectories of PPO agents while they learn in an environment, of the first copy of each agent, by updates."""
 
     steps: Steps  # (p, u, t, ...)
     mean: Tensor  # (p, u, t, b), of the policy at the time
@@ -353,9 +356,9 @@ class Lives(NamedTuple):
         mean, log_std = (self.last_mean, self.last_log_std) if last else (self.mean, self.log_std)
         return Policy(mean[index], None if discrete else log_std[index])
 
-    def to(self, device: torch.device) -> "Lives":
-        """In a GPU's memory; on a CPU they stay on the disk."""
-        return Lives(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
+    def to(self, device: torch.device) -> "Trajectories":
+        """A copy on another device."""
+        return Trajectories(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
 
 
 class Teacher:
@@ -415,17 +418,22 @@ def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
     return ((x - mean if centred else x) / (var + 1e-8).sqrt()).clamp(-10, 10)
 
 
-def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Lives:
-    """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details, and
-    everything that the first copy of each does is written down, into a file at `path` where there is one. A collection that
-    was cut off goes on; an environment of gymnasium's begins a new episode then."""
+def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
+    """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details.
+
+    The trajectories of each agent's first copy are kept. With a `path` they are also written there, now and then and at the
+    end, and a collection that was cut off continues from there; an environment of gymnasium's starts a new episode then.
+    Raises UserError if what is at `path` is damaged, or if a number is not finite.
+    """
     p, e, t = args.agents, args.copies, args.rollout
     env = make_env(name, p * e, device)
     teacher = Teacher(args, env, torch.default_generator)
     adam = torch.optim.Adam(teacher.params.values(), args.ppo_lr, eps=1e-5)
     world, obs = env.reset(torch.rand(p * e, env.lifetime_draws, device=device))
     returns = torch.zeros(p, e, 1, device=device)
+    trajectories = empty_trajectories(args, name)
     keep = {
+        "trajectories": trajectories,
         "teacher": teacher.params,
         "adam": adam,
         "moments": [teacher.obs_moments, teacher.return_moments],
@@ -433,10 +441,14 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
     }
     if not isinstance(env, envs.Gymnasium):
         keep |= {"world": world, "obs": obs}
-    first = restore(args, env, path, keep)
-    lives = room(args, env, path)
+    first = restore_collection(path, keep)
+    stored = time.time()
     bar(first)
     for update in range(first, args.updates):
+        if path and time.time() - stored >= STORE_EVERY:
+            keep |= {"world": world, "obs": obs} if "obs" in keep else {}
+            store_collection(args, name, path, keep, update)
+            stored = time.time()
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
         world, obs, told, before, earned = roll_out(args, teacher, env, world, obs, returns)
         advantage, value = advantages(args, teacher, told)
@@ -446,20 +458,18 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
             for part in torch.randperm(e * t, device=device).chunk(args.minibatches):
                 teach(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in data))
         action = F.one_hot(told["action"], teacher.b).float() if teacher.discrete else told["action"]
-        keep_first(lives.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
-        keep_first((lives.mean, lives.log_std), update, before)
-        lives.curve[:, update] = earned["reward"].mean((1, 2))
+        keep_first(trajectories.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
+        keep_first((trajectories.mean, trajectories.log_std), update, before)
+        trajectories.curve[:, update] = earned["reward"].mean((1, 2))
         bar(1)
-        if path and (update + 1) % max(1, args.updates // 20) == 0 and update + 1 < args.updates:
-            store(path, keep | ({"world": world, "obs": obs} if "obs" in keep else {}), update + 1)
     for update in range(args.updates if first < args.updates else 0):
         with torch.no_grad():
-            last = teacher.policy(see(args, teacher, lives.steps.obs[:, update, None].to(device)))
-        keep_first((lives.last_mean, lives.last_log_std), update, last)
+            last = teacher.policy(see(args, teacher, trajectories.steps.obs[:, update, None].to(device)))
+        keep_first((trajectories.last_mean, trajectories.last_log_std), update, last)
     if path and first < args.updates:
-        store(path, keep, args.updates)
+        store_collection(args, name, path, keep, args.updates)
     env.close()
-    return lives
+    return trajectories
 
 
 @torch.no_grad()
@@ -506,9 +516,9 @@ def advantages(args: Args, teacher: Teacher, told: dict[str, Tensor]) -> tuple[T
 
 
 @torch.no_grad()
-def keep_first(lives: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
+def keep_first(trajectories: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
     """Of what is told (p, e, t, ...), where it is, write down the first copy's (p, u, t, ...)."""
-    for kept, x in zip(lives, told, strict=True):
+    for kept, x in zip(trajectories, told, strict=True):
         if x is not None:
             kept[:, update] = x[:, 0]
 
@@ -585,17 +595,19 @@ def auxiliary(args: Args, gap: int, model: "GLA", place: Tensor, reward: Tensor 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-def subsample(args: Args, gap: int, lives: Lives, discrete: bool, count: int, own: Tensor) -> tuple[Steps, Policy]:
-    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' lives, one after the other, and the policies to
-    be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy is the
-    last one in all of them."""
-    p, u, t = lives.steps.reward.shape
-    agent = torch.randint(p, (count, 1, 1), device=lives.curve.device)[own]
+def subsample(
+    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
+) -> tuple[Steps, Policy]:
+    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' trajectories, one after the other, and the
+    policies to be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy
+    is the last one in all of them."""
+    p, u, t = trajectories.steps.reward.shape
+    agent = torch.randint(p, (count, 1, 1), device=trajectories.curve.device)[own]
     start = torch.randint(t - args.chunk + 1, (count, args.chunks, 1), device=agent.device)[own]
     update = (max(gap, 1) * torch.arange(args.chunks, device=agent.device)).clamp(max=u - 1)[None, :, None]
     index = agent, update, start + torch.arange(args.chunk, device=agent.device)
-    policy = lives.policy(gap == 0, discrete, index)
-    steps = Steps(*(x[index].flatten(1, 2) for x in lives.steps))
+    policy = trajectories.policy(gap == 0, discrete, index)
+    steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
     return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy))
 
 
@@ -622,22 +634,24 @@ class Student(NamedTuple):
     args: Args
 
 
-def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run", keep: dict[str, Any]) -> None:
+def meta_train(
+    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run", keep: dict[str, Any]
+) -> None:
     """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
-    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in lives}
+    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in trajectories}
     fuse = partial(torch.compile, dynamic=False) if run.compiles and run.device.type == "cuda" else lambda model: model
     fused = {name: fuse(student.model) for name, student in students.items()}
     for step in run.steps(args.meta_steps, keep):
         log = {}
         for name, (model, gap, names, own_args) in students.items():
             if step == 0:
-                model.best.copy_(max(lives[name].curve.mean(0).max() for name in names))
+                model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in names))
             tasks, ids = [], args.batch * step + torch.arange(args.batch, device=run.device)
             for place, these in zip(names, ids.tensor_split(len(names)), strict=True):
                 own = share(len(these)).to(run.device)
                 projection = draw_projection(own_args, places[place], these[own])  # line 5
                 discrete = places[place].num_actions is not None
-                tasks.append((projection, *subsample(args, gap, lives[place], discrete, len(these), own)))  # line 6
+                tasks.append((projection, *subsample(args, gap, trajectories[place], discrete, len(these), own)))  # line 6
             loss = meta_loss(args, gap, fused[name], tasks).mean()
             adam[name].zero_grad()
             loss.backward()
@@ -645,62 +659,77 @@ def meta_train(args: Args, students: dict[str, Student], lives: dict[str, Lives]
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
             adam[name].step()  # line 7
-            log[name.replace(", g = ", "_gap_") + "_divergence"] = all_reduce_mean(loss.detach().clone())
+            log[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
         run.log(step, log)
 
 
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def meta_test(args: Args, students: dict[str, Student], lives: dict[str, Lives], run: "Run") -> list[dict[str, Any]]:
-    """Lifetimes of every learner in every environment, with projections that were never seen: reward per step since the last
-    point. PPO's points are its updates, from --agents agents, as far as it learns."""
+def meta_test(
+    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run"
+) -> list[dict[str, Any]]:
+    """Result rows of every learner in every environment, and a figure of them."""
     rows = []
-    steps = args.test_steps or args.chunks * args.chunk
-    names = dict.fromkeys([args.learner, *args.baselines])
-    places = dict.fromkeys([*args.envs, *args.test_envs])
-    ids = UNSEEN + torch.arange(args.test_seeds, device=run.device)
-    bar = tqdm(total=len(places) * (len(students) + len(names)), desc="meta-test", disable=run.rank > 0)
-    for number, name in enumerate(places):
-        novelty = "none" if name in args.envs else "task" if base(name) in map(base, args.envs) else "domain"
-        env = make_env(name, args.test_seeds, run.device)
-        earned = {}
-        for learner, student in students.items():
-            generator = torch.Generator(run.device).manual_seed(1009 * args.seed + number)
-            with torch.no_grad():
-                projection = draw_projection(student.args, env, ids)
-                earned[learner] = live(args, student.gap, student.model, env, projection, steps, generator)
+    tasks = dict.fromkeys([*args.envs, *args.test_envs])
+    learners = [*students, *(name for name in ("uniform", "ppo") if name in (args.learner, *args.baselines))]
+    bar = tqdm(total=len(tasks) * len(learners), desc="meta-test", disable=run.rank > 0)
+    for number, task in enumerate(tasks):
+        env = make_env(task, args.test_seeds, run.device)
+        for learner in learners:
+            if learner == "ppo":
+                measure = partial(ppo_rows, args, task, number, trajectories.get(task), run.device)
+            else:
+                measure = partial(rollout_rows, args, task, number, learner, students.get(learner), env)
+            rows += run.once(f"{task}, {learner}", measure)
             bar.update()
-        if "uniform" in names:
-            earned["uniform"] = uniform_player(args, env, steps, torch.Generator(run.device).manual_seed(number))
         env.close()
-        for learner, reward in earned.items():
-            student = students.get(learner)
-            known = student and name in student.envs
-            new = novelty
-            if student and novelty == "none" and (student.args.projected or not known):
-                new = "task"  # another projection, or the teachers of others
-            before = 0
-            for step in sorted({-(-steps * part // 32) for part in range(1, 33)}):
-                rows.append(result_row(learner, name, new, "reward_per_step", step, reward[:, before:step].mean(1)))
-                before = step
-        if "ppo" in names:
-            torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-            if name not in lives:
-                with tqdm(total=args.updates, desc=f"PPO in {name}", disable=run.rank > 0) as own_bar:
-                    lives = lives | {name: collect(args, name, run.device, own_bar.update)}
-            curve = lives[name].curve
-            for update in range(args.updates):
-                step = (update + 1) * args.rollout * args.copies
-                rows.append(result_row("ppo", name, novelty, "reward_per_step", step, curve[:, update]))
-        bar.update(len(names))
+
+    draw_curves(run.folder / "learning.png", rows, args)
     return rows
 
 
 UNSEEN = 2**40  # ids of projections that meta-training never comes to
 
 
-def uniform_player(args: Args, env: Env, steps: int, generator: torch.Generator) -> Tensor:
+@torch.no_grad()
+def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
+    """Reward per step since the last point, of rollouts with projections that meta-training never sees. No student: random
+    actions. number: of the task, which decides what is random."""
+    steps = args.test_steps or args.chunks * args.chunk
+    if student:
+        projection = draw_projection(student.args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
+        generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
+        rewards = live(args, student.gap, student.model, env, projection, steps, generator)
+    else:
+        rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(number))
+
+    points = sorted({-(-steps * part // 32) for part in range(33)})
+    row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
+    return [row(step, rewards[:, before:step].mean(1)) for before, step in pairwise(points)]
+
+
+def ppo_rows(
+    args: Args, task: str, number: int, trajectories: Trajectories | None, device: torch.device
+) -> list[dict[str, Any]]:
+    """Reward per step at each update of PPO, over --agents agents. No trajectories: they learn now."""
+    torch.manual_seed(args.seed + 1_000_003 * (number + 1))
+    if trajectories is None:
+        with tqdm(total=args.updates, desc=f"PPO in {task}") as bar:
+            trajectories = collect(args, task, device, bar.update)
+    row = partial(result_row, "ppo", task, novelty(args, task), "reward_per_step")
+    steps = args.rollout * args.copies
+    return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.updates)]
+
+
+def novelty(args: Args, task: str, student: Student | None = None) -> str:
+    """How new a task is. A student knows it only if it learned from teachers in it, and without projections."""
+    if task not in args.envs:
+        return "task" if base(task) in map(base, args.envs) else "domain"
+    return "task" if student and (student.args.projected or task not in student.envs) else "none"
+
+
+def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
     """Rewards (s, t) of actions that are drawn uniformly."""
     draw = partial(torch.rand, env.num_envs, generator=generator, device=env.device)
     world, _ = env.reset(draw(env.lifetime_draws))
@@ -717,353 +746,225 @@ def base(name: str) -> str:
     return name.partition(":")[0]
 
 
-def draw_curves(path: Path, rows: list[dict[str, Any]], known: tuple[str, ...], gap: int) -> None:
-    """Figures 6.3 to 6.6: one panel for each environment, a line for each learner. Shaded: 95 % confidence interval. gap: that
-    of the first Transformer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    labels = LABELS | {"gla": f"GLA, g = {gap}"}
-    columns = min(len(tasks), 5)
-    lines = -(-len(tasks) // columns)
-    size = (1 + 2.8 * columns, 1 + 2.5 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        these = [row for row in rows if row["task"] == task]
-        for number, learner in enumerate(dict.fromkeys(row["learner"] for row in these)):
-            line = [row for row in these if row["learner"] == learner]
-            x, mean = [row["step"] for row in line], torch.tensor([row["mean"] for row in line])
-            error = 1.96 * torch.tensor([row["std"] for row in line]) / math.sqrt(line[0]["seeds"])
-            colour = {"ppo": "k", "uniform": "0.6", "one-task": "C1"}.get(learner, f"C{(0, 2, 4, 5)[number % 4]}")
-            label = labels.get(learner, learner.replace("gla", "GLA")).replace("g = 0", "targets of the last policy")
-            axis.plot(x, mean, color=colour, label=label)
-            axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-        title = f"{task} ({'meta-trained on' if task in known else 'never seen'})"
-        axis.set(title=title, xlabel="environment steps", ylabel="reward per step")
-        axis.set_xscale("log", base=2)
-        axis.title.set_fontsize("small")
-    title = "shaded: 95 % confidence interval"
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, title=title)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-LABELS = {"ppo": "PPO", "uniform": "uniform-random player", "one-task": "GLA, one task"}
+def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
+    """Figures 6.3 to 6.6: one panel for each environment, a line for each learner."""
+    known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
+    labels = {"ppo": "PPO", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
+    for number, gap in enumerate(args.gaps):
+        label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
+        labels["gla" + (f", g = {gap}" if number else "")] = label
+    plot(
+        rows,
+        path,
+        xlabel="environment steps",
+        ylabel="reward per step",
+        labels=labels,
+        titles={task: f"{task} ({words})" for task, words in known.items()},
+        styles={"ppo": "k", "uniform": "0.6"},
+        confidence=True,
+        columns=5,
+        xscale="log",
+    )
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (EnvError,)
+METHOD = "gla"  # in checkpoints and results; a renamed copy of this file reads them too
+USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("learner",)  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
@@ -1071,47 +972,47 @@ def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     processes = {"parallel": 1 < count <= 4 * (os.cpu_count() or 1)} if name[:1].isupper() else {}
     env = envs.make(name, count, device, **processes)
     if not env.obs_size:
-        raise Mistake(f"GLA projects observations, and {name} has none; choose another environment.")
+        raise UserError(f"GLA projects observations, and {name} has none; choose another environment.")
     return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
 
 
 def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "agents copies updates rollout epochs minibatches ppo_hidden chunk chunks obs_size action_size width layers heads"
-    counts += " meta_steps batch test_seeds test_steps checkpoint_every"
-    for name in counts.split():
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    for name in ("ppo_lr", "lr", "clip", "ppo_clip", "clip_ratio"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
     if not args.envs:
-        raise Mistake("--envs needs at least one environment.")
-    if not args.gaps or min(args.gaps) < 0:
-        raise Mistake("--gaps needs at least one number, none of them below 0.")
+        raise UserError("--envs needs at least one environment.")
+    if not args.gaps or len(set(args.gaps)) < len(args.gaps):
+        raise UserError("--gaps needs at least one number, and each of them once.")
+    if args.chunks * args.chunk == 1:
+        raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
     if args.chunk > args.rollout:
-        raise Mistake(f"--chunk {args.chunk} is longer than --rollout {args.rollout}, what PPO does between updates.")
-    if args.minibatches > args.rollout * args.copies:
-        raise Mistake("--minibatches are more than the steps of a rollout.")
-    if (args.chunks - 1) * max(args.gaps) >= args.updates:
-        last = (args.chunks - 1) * max(args.gaps)
-        raise Mistake(
-            f"A sequence would reach update {last}, and there are {args.updates}; take fewer --chunks or smaller --gaps."
-        )
+        raise UserError(f"--chunk {args.chunk} is longer than --rollout {args.rollout}, what PPO does between updates.")
+    steps = args.rollout * args.copies
+    size = -(-steps // args.minibatches)
+    if size < 2 or steps % size == 1:
+        raise UserError(f"--minibatches {args.minibatches} leaves a single step of {steps} in one of them; choose fewer.")
+    context = args.chunks * args.chunk
+    numbers = [args.agents * steps, args.agents * args.updates * args.rollout, args.agents * args.ppo_hidden**2]
+    numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
+    if max(numbers) > 2**32:
+        raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
+    last = (args.chunks - 1) * max(args.gaps)
+    if last >= args.updates:
+        raise UserError(f"A sequence would reach update {last} of {args.updates}; take fewer --chunks or smaller --gaps.")
     if args.width % args.heads:
-        raise Mistake(f"--width {args.width} cannot be divided into {args.heads} heads.")
+        raise UserError(f"--width {args.width} cannot be divided into {args.heads} heads.")
     if args.batch < len(args.envs):
-        raise Mistake(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
+        raise UserError(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
     if world > 1 and args.batch % (len(args.envs) * world):
-        raise Mistake(f"--batch {args.batch} cannot be shared equally by {len(args.envs)} environments and {world} processes.")
-    for name in {*args.envs, *args.test_envs}:
+        raise UserError(f"--batch {args.batch} cannot be divided by {len(args.envs)} environments and {world} processes.")
+    learners = {args.learner, *args.baselines}
+    for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
-        if not {"gla", "one-task"} & {args.learner, *args.baselines}:
+        if not {"gla", "one-task"} & learners:
             continue
         if (env.num_actions or env.action_size) > args.action_size:
-            raise Mistake(f"--action-size {args.action_size} is too small for {name}.")
-        if not (args.projected and "one-task" not in (args.learner, *args.baselines)) and env.obs_size > args.obs_size:
-            raise Mistake(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
+            raise UserError(f"--action-size {args.action_size} is too small for {name}.")
+        if (not args.projected or "one-task" in learners) and env.obs_size > args.obs_size:
+            raise UserError(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
 
 
 def share(count: int) -> Tensor:
@@ -1124,174 +1025,139 @@ def average_gradients(model: nn.Module) -> None:
     """The mean of all processes' gradients, in place."""
     if dist.is_initialized():
         grads = [p.grad for p in model.parameters()]
-        mean = all_reduce_mean(torch.cat([g.flatten() for g in grads]))
+        mean = es.all_reduce_mean(torch.cat([g.flatten() for g in grads]))
         for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
             g.copy_(part.view_as(g))
 
 
+STORE_EVERY = 60  # seconds between files of a collection
 COLLECTED = ("agents", "copies", "updates", "rollout", "epochs", "minibatches", "ppo_lr", "discount", "gae")
-COLLECTED += (
-    "clip_ratio",
-    "entropy",
-    "value_weight",
-    "ppo_clip",
-    "ppo_hidden",
-    "normalised",
-)  # flags that decide what lives are
+COLLECTED += ("clip_ratio", "entropy", "value_weight", "ppo_clip", "ppo_hidden", "normalised")  # decide the trajectories
 
 
-def life_file(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace(':', '-').replace('/', '-')}.bin"
+def empty_trajectories(args: Args, name: str) -> Trajectories:
+    """Zeros for what is collected in an environment, on the CPU."""
+    env = make_env(name, 1)
+    steps = (args.agents, args.updates, args.rollout)
+    obs = torch.zeros(*steps, env.obs_size)
+    action = [torch.zeros(*steps, env.num_actions or env.action_size) for _ in range(5)]
+    return Trajectories(Steps(obs, action[0], torch.zeros(steps), torch.zeros(steps)), *action[1:], torch.zeros(steps[:2]))
 
 
-def life_bytes(args: Args, env: Env) -> int:
-    return 4 * sum(map(math.prod, shapes(args, env)))
+def collection_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(':', '-').replace('/', '-')}.pt"
 
 
-def read_progress(args: Args, env: Env, path: Path) -> dict[str, Any]:
-    """How far a collection is, and what it needs to go on. Raises Mistake where it is damaged."""
-    try:
-        saved = torch.load(path.with_suffix(".pt"), map_location="cpu", weights_only=True)
-        if path.stat().st_size != life_bytes(args, env) or not 0 < saved["updates"] <= args.updates:
-            raise ValueError
-        return saved
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
+def store_collection(args: Args, name: str, path: Path, keep: dict[str, Any], updates: int) -> None:
+    """Write what was collected in so many updates, and everything that is needed to continue. Raises UserError at NaN."""
+    state = checkpoints.state_of(keep)
+    if part := checkpoints.first_not_finite(state):
+        raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --ppo-lr.")
+    flags = {flag: getattr(args, flag) for flag in COLLECTED}
+    checkpoints.write(path, {"flags": flags, "updates": updates, "state": state, "rng": checkpoints.rng_state()})
 
 
-def room(args: Args, env: Env, path: Path | None, new: bool = True) -> Lives:
-    """Room for lives: a file of their full size, mapped into memory, or without a path memory. Where they are not `new`, what
-    is in the file."""
-    sizes = [math.prod(shape) for shape in shapes(args, env)]
-    flat = torch.from_file(str(path), shared=new, size=sum(sizes)) if path else torch.zeros(sum(sizes))
-    parts = [x.view(shape) for x, shape in zip(flat.split(sizes), shapes(args, env), strict=True)]
-    return Lives(Steps(*parts[:4]), *parts[4:])
+def read_collection(path: Path) -> dict[str, Any]:
+    return checkpoints.read(path, flags=dict, updates=int, state=dict, rng=list)
 
 
-def store(path: Path, keep: dict[str, Any], updates: int) -> None:
-    """Write down how far a collection is, and what it needs to go on, once the lives themselves are on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    state = {"updates": updates, "state": take_out(keep), "rng": rng}
-    write_whole(path.with_suffix(".pt"), lambda file: torch.save(state, file))
-
-
-def restore(args: Args, env: Env, path: Path | None, keep: dict[str, Any]) -> int:
-    """Go back to where a collection was cut off, and return its number of updates, 0 where there is none."""
-    if path is None or not path.with_suffix(".pt").exists():
+def restore_collection(path: Path | None, keep: dict[str, Any]) -> int:
+    """Restore a collection that was cut off, where there is one. Returns its number of updates."""
+    if path is None or not path.exists():
         return 0
-    saved = read_progress(args, env, path)
     try:
-        put_back(keep, saved["state"])
-        torch.set_rng_state(saved["rng"][0])
-        if len(saved["rng"]) > 1 and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["rng"][1:])
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise Mistake(f"{path} is of other flags; delete it and {path.with_suffix('.pt').name} to collect anew.") from error
+        saved = read_collection(path)
+        checkpoints.restore(keep, saved["state"])
+    except CheckpointError as error:
+        raise UserError(f"{error} Delete it to collect its trajectories again.") from error
+    checkpoints.set_rng_state(saved["rng"])
     return saved["updates"]
 
 
-def match_lives(args: Args) -> None:
-    """Refuse --lives that are not there, not whole, or of other flags."""
-    try:
-        found = dict(json.loads((args.lives / "lives.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Mistake(f"There are no lives in {args.lives}; give the folder `lives` of a run.") from error
-    for name in COLLECTED:
-        if found.get(name) != getattr(args, name):
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            raise Mistake(f"The lives in {args.lives} were collected with --{flag} {found.get(name)}, not {value}.")
+def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[str, Trajectories]:
+    """The trajectories in all of --envs. Raises UserError if some are missing, not complete or of other flags."""
+    read = {}
     for name in args.envs:
-        path, env = life_file(args.lives, name), make_env(name, 1)
-        there = path.is_file() and path.with_suffix(".pt").is_file()
-        if not there or read_progress(args, env, path)["updates"] < args.updates:
-            raise Mistake(f"The lives of {name} in {args.lives} are not there or not whole; leave out --lives to collect them.")
+        path = collection_file(folder, name)
+        if not path.is_file():
+            raise UserError(f"There is no {path}; give --lives the folder `lives` of a run with these --envs.")
+        saved = read_collection(path)
+        for flag in COLLECTED:
+            if saved["flags"].get(flag) != getattr(args, flag):
+                words = f"--{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {getattr(args, flag)}"
+                raise UserError(f"The trajectories in {path} were collected with {words}.")
+        if saved["updates"] != args.updates:
+            raise UserError(f"The trajectories in {path} are not complete; leave out --lives to collect them.")
+        trajectories = empty_trajectories(args, name)
+        checkpoints.restore({"trajectories": trajectories}, saved["state"])
+        read[name] = trajectories.to(device)
+    return read
 
 
-def gather(args: Args, run: "Run") -> dict[str, Lives]:
-    """The teachers' lives: those in the folder --lives, or collected into the run's own, environment by environment."""
-    folder, made = args.lives or run.folder / "lives", {name: make_env(name, 1) for name in args.envs}
-    if not args.lives:
-        flags = {name: getattr(args, name) for name in COLLECTED}
-        size = sum(life_bytes(args, env) for env in made.values()) / 2**20
-        run.say(f"Lives of {args.agents} PPO agents in each of {len(made)} environments: {size:.0f} MB")
-        folder.mkdir(exist_ok=True)
-        if run.rank == 0:
-            write_whole(folder / "lives.json", lambda file: file.write(json.dumps(flags).encode()))
-        bar = tqdm(total=len(args.envs[run.rank :: run.world]) * args.updates, desc="collect", disable=run.rank > 0)
-        for number, name in enumerate(args.envs):
-            if number % run.world == run.rank:
-                torch.manual_seed(args.seed + 7919 * (number + 1))
-                collect(args, name, run.device, bar.update, life_file(folder, name))
-        if run.world > 1:
-            dist.barrier()
-    torch.manual_seed(args.seed)
-    return {name: room(args, env, life_file(folder, name), new=False).to(run.device) for name, env in made.items()}
-
-
-def shapes(args: Args, env: Env) -> list[tuple[int, ...]]:
-    """Of what is kept of the lives in an environment, in the order of Lives."""
-    told = args.agents, args.updates, args.rollout
-    action = (*told, env.num_actions or env.action_size)
-    return [(*told, env.obs_size), action, told, told, action, action, action, action, told[:2]]
+def collect_all(args: Args, run: Run) -> dict[str, Trajectories]:
+    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
+    folder = run.folder / "lives"
+    folder.mkdir(exist_ok=True)
+    run.info(f"Collecting trajectories of {args.agents} PPO agents in each of {len(set(args.envs))} environments")
+    own = [number for number, name in enumerate(args.envs) if number % run.world == run.rank and name not in args.envs[:number]]
+    bar = tqdm(total=len(own) * args.updates, desc="collect", disable=run.rank > 0)
+    for number in own:
+        name = args.envs[number]
+        torch.manual_seed(args.seed + 7919 * (number + 1))
+        collect(args, name, run.device, bar.update, collection_file(folder, name))
+    if run.world > 1:
+        dist.barrier()
+    return read_trajectories(args, folder, run.device)
 
 
 def make_students(args: Args) -> dict[str, Student]:
     """The Transformers that the flags ask for."""
-    asked, students = (args.learner, *args.baselines), {}
-    if "gla" in asked:
-        for number, gap in enumerate(args.gaps):
-            students["gla" + (f", g = {gap}" if number else "")] = (gap, args.envs)
-    if "one-task" in asked:
-        students["one-task"] = (args.gaps[0], args.envs[:1])
-    made = {}
-    for name, (gap, names) in students.items():
+    learners = (args.learner, *args.baselines)
+    students = {}
+    for number, gap in enumerate(args.gaps if "gla" in learners else ()):
         torch.manual_seed(args.seed)
-        made[name] = Student(GLA(args), gap, names, replace(args, projected=args.projected and name != "one-task"))
-    return made
-
-
-def load(students: dict[str, Student], path: Path) -> None:
-    """The Transformers of a checkpoint."""
-    saved = read_checkpoint(path)["state"]["models"]
-    for name, student in students.items():
-        if name not in saved:
-            raise Mistake(f"{path} holds no {name}; it has {', '.join(saved)}.")
-        try:
-            student.model.load_state_dict(saved[name])
-        except RuntimeError as error:
-            raise Mistake(f"{path} holds Transformers of another size than these flags ask for; leave them out.") from error
+        students["gla" + (f", g = {gap}" if number else "")] = Student(GLA(args), gap, args.envs, args)
+    if "one-task" in learners:
+        torch.manual_seed(args.seed)
+        students["one-task"] = Student(GLA(args), args.gaps[0], args.envs[:1], replace(args, projected=False))
+    return students
 
 
 def main() -> None:
-    args = parse_args()
+    args, checkpoint = parse_args()
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    run = Run(args, checkpoint)
     students = make_students(args)
-    if args.mode == "test":
-        load(students, args.checkpoint)
-    elif args.lives:
-        match_lives(args)
-    run = Run(args)
-    started, lives = time.time(), {}
-    for student in students.values():
-        student.model.to(run.device)
-    if args.mode == "train" and students:
-        adam = {name: torch.optim.AdamW(student.model.parameters(), args.lr) for name, student in students.items()}
-        keep = {"models": {name: student.model for name, student in students.items()}, "adam": adam}
+    models = {name: student.model.to(run.device) for name, student in students.items()}
+    if checkpoint:
+        checkpoints.restore({"models": models}, checkpoint["state"])
+    trajectories = {}
+    if args.mode == "train" and args.lives and students:
+        trajectories = read_trajectories(args, Path(args.lives), run.device)
+    run.open_folder()
+
+    started = time.time()
+    if args.mode == "train":
+        keep = {
+            "models": models,
+            "adam": {name: torch.optim.AdamW(model.parameters(), args.lr) for name, model in models.items()},
+        }
         if not args.resume:
             torch.manual_seed(args.seed)
-            run.save(0, keep)  # a collection that is cut off can be gone on with
-        lives = gather(args, run)
-        meta_train(args, students, lives, run, keep)
+            run.save(0, keep)  # a collection that is cut off can be continued
+        if students:
+            trajectories = trajectories or collect_all(args, run)
+            torch.manual_seed(args.seed)
+            meta_train(args, students, trajectories, run, keep)
     tested = time.time()
-    rows = meta_test(args, students, lives, run)
     if run.rank > 0:
         return
-    draw_curves(run.folder / "learning.png", rows, args.envs, args.gaps[0])
-    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
-    parameters = sum(p.numel() for student in list(students.values())[:1] for p in student.model.parameters())
-    run.finish(rows, seconds=seconds, parameters=parameters)
+    rows = meta_test(args, students, trajectories, run)
+    run.finish(
+        rows,
+        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
+        parameters=sum(p.numel() for model in list(models.values())[:1] for p in model.parameters()),
+    )
 
 
 if __name__ == "__main__":
