@@ -421,7 +421,6 @@ def meta_train(
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
     left = torch.tensor(-1)  # the step at which the first learner left the plateau
     keep = {"models": learners, "optimizers": optimizers, "sums": sums, "left": left} | facts
-    keep |= {"statistics": {name: statistics.last for name, statistics in watched.items()}}
     for step in run.steps(args.meta_steps if trained else 0, keep):
         ids = batch_ids(args, step, run.device, run.rank, run.world)
         bias, lr = schedule(args, step, int(left))
@@ -474,24 +473,21 @@ class Statistics:
 
     def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
         self.named, self.optimizer = dict(learner.named_parameters()), optimizer
-        self.last = {kind: self.named_zeros() for kind in ("gradient", "update")}
         self.found: dict[str, Tensor] = {}
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
-
-    def named_zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(parameter) for name, parameter in self.named.items()}
 
     def before(self, *_: Any) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in self.named.items()}
 
     def after(self, *_: Any) -> None:
         for name, parameter in self.named.items():
+            state = self.optimizer.state[parameter]  # what is put into it is saved with the optimiser
             for kind, now in (("gradient", parameter.grad), ("update", parameter.detach() - self.start[name])):
+                last = state.get(f"last {kind}", torch.zeros_like(now))
                 self.found[f"{kind} norm {name}"] = now.norm()
-                self.found[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), self.last[kind][name].flatten(), 0)
-                self.last[kind][name] = now.clone()
-            state = self.optimizer.state[parameter]
+                self.found[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), last.flatten(), 0)
+                state[f"last {kind}"] = now.clone()
             self.found |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
@@ -717,6 +713,7 @@ def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
             raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
     else:
         net, mean, std = pretrained(network)
+        path.parent.mkdir(parents=True, exist_ok=True)
         net, parts = net.to(dataset.device), []
         mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
         with torch.no_grad():
@@ -726,7 +723,6 @@ def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
                 parts.append(net((images - mean) / std).float().cpu())
         x = torch.cat(parts)
         if int(os.environ.get("RANK", 0)) == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.write(path, x)
     x = ((x - x.mean()) / x.std()).to(dataset.device)
     return replace(dataset, x=x, shape=(x.shape[1],), mean=0.0, std=1.0)
@@ -908,7 +904,7 @@ def sweep(args: Args) -> None:
         axes[name.replace("-", "_")] = values.split(",")
     unknown = axes.keys() - {f.name for f in fields(Args)} | axes.keys() & NOT_VARIED
     if unknown or not axes or len(axes) < len(args.vary):
-        text = f"; {', '.join(unknown)} cannot be varied" if unknown else ", each flag once"
+        text = f"; {', '.join(map(repr, unknown))} cannot be varied" if unknown else ", each flag once"
         raise UserError(f"--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1{text}.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("A sweep runs in one process; start it without torchrun.")
