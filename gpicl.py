@@ -24,22 +24,19 @@ Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classe
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
 """
 
-import csv
-import ctypes
 import itertools
 import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,13 +45,21 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common import checkpoints, es, machine
+from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, GENERATED, MAKERS, Dataset, DatasetError, Tasks, compile_draws, integers, key, load
+from common.figures import matrix, plot, pyplot, save
+from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 FIXED = ("sgd", "adam", "untrained")  # not meta-trained
 Name = Literal["transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam", "untrained"]
+Size = Annotated[int, (1, 2**12)]  # of a network or one of its parts
+Length = Annotated[int, (1, 2**16)]  # of a sequence, in examples
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Args:
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
     """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -72,21 +77,21 @@ class Args:
     mode: Literal["train", "test", "sweep"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint; sweep: a run for each combination of --vary,
     those that are finished are kept, then the figures over all of them."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-dataset-learner-seed-time), or of the folder of a sweep's runs."""
-    data_dir: Path = Path("data")
+    data_dir: str = "data"
     """Where torchvision's datasets are, or are downloaded to, and where features are kept."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Meta-steps between checkpoints."""
-    log_every: int = 50
+    log_every: Count = 50
     """Meta-steps between lines of metrics.csv, each with the mean loss since the last one."""
     statistics: bool = False
     """Log norms and cosines of gradients and updates for each tensor, and draw them (Figures D.8 to D.10)."""
@@ -102,65 +107,65 @@ class Args:
 
     dataset: tuple[str, ...] = ("digits",)
     """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
-    size: int = 32
+    size: Side = 32
     """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
     channels: Literal[1, 3] = 3
     """Channels of all images: grey ones are repeated, coloured ones averaged (Appendix D.4: 32 x 32 x 3)."""
     features: Literal["none", "resnet18", "resnet50", "clip", "untrained"] = "none"
     """Put inputs through a network trained on ImageNet (Figure 5.9), CLIP (Figure D.5; pip install "cleanmeta[clip]"), or,
     as a control, an untrained ResNet-18, before projecting them. Computed once, kept in --data-dir."""
-    num_tasks: int | Literal["inf"] = 2**25
+    num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
     """K, how many tasks there are to meta-train on; inf: no task comes twice (section 5.4.2)."""
-    bias: float = 0.9
+    bias: Share = 0.9
     """Share of the meta-training tasks whose labels are permuted by one and the same permutation (section 5.4.3)."""
-    bias_end: float | None = None
+    bias_end: Share | None = None
     """Once the loss has left its plateau, the bias goes linearly to this (not in the thesis; default: it stays)."""
-    sequence_length: int = 100
+    sequence_length: Length = 100
     """N_D, examples in a sequence (Appendix D.6)."""
 
-    width: int = 256
+    width: Size = 256
     """N_M, size of a token; hidden units of lstm and mlp (Appendix D.4)."""
-    layers: int = 4
+    layers: Size = 4
     """Layers of the Transformer, or of the LSTM (Appendix D.4)."""
-    heads: int = 8
+    heads: Size = 8
     """Heads of the Transformer, or of the outer-product LSTM (Appendix D.4)."""
-    key_size: int = 32
+    key_size: Size = 32
     """N_K, size of keys, values and queries (Appendix D.4); side of the outer-product LSTM's matrices."""
-    label_scale: float = 1.0
+    label_scale: Real = 1.0
     """Factor on the one-hot labels beside inputs, in the Transformer, the LSTMs and vsml_nosym (the thesis has none)."""
-    grid: int = 16
+    grid: Size = 16
     """k, side of the grid of LSTMs of vsml_nosym (Appendix D.4: 1 to 24)."""
-    state_size: int = 16
+    state_size: Size = 16
     """Units of each LSTM of vsml (Appendix D.4; 64 for vsml_nosym)."""
-    message_size: int = 8
+    message_size: Size = 8
     """Size of vsml's self-messages (Appendix D.4)."""
-    micro_ticks: int = 2
+    micro_ticks: Size = 2
     """Ticks of vsml's LSTMs per example (Appendix D.4)."""
 
     meta_optimizer: Literal["adam", "adamw", "sign"] = "adam"
     """Adam, with decoupled weight decay, or the sign of the averaged gradient (Figure D.12)."""
-    meta_steps: int = 50_000
+    meta_steps: Annotated[int, (1, 2**24)] = 50_000
     """Outer iterations (Figure 5.7)."""
-    batch: int = 128
+    batch: Annotated[int, (1, 2**16)] = 128
     """Sequences, each of its own task, in a meta-step (Appendix D.4)."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate (not in the thesis)."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's epsilon (Figure D.12; the usual one)."""
-    weight_decay: float = 0.0
+    weight_decay: PositiveOrZero = 0.0
     """adamw: weight decay (Figure D.13)."""
     lr_decay: bool = False
     """Once the loss has left its plateau, the learning rate falls linearly to zero (not in the thesis)."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest norm of the meta-gradient (not in the thesis)."""
 
     test_datasets: tuple[str, ...] = ()
     """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
-    test_steps: int | None = None
+    test_steps: Length | None = None
     """Examples in a meta-test sequence (default: --sequence-length)."""
-    test_seeds: int = 512
+    test_seeds: Annotated[int, (1, 2**20)] = 512
     """Meta-test sequences per dataset (Appendix D.5)."""
-    test_tasks: int = 32
+    test_tasks: Annotated[int, (1, 2**20)] = 32
     """Tasks that the meta-test sequences are spread over (Table 5.2: 16 sequences each)."""
 
 
@@ -244,7 +249,7 @@ def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int
     shapes = ((1, args.sequence_length, size) for size in (num_inputs, num_classes))
     with torch.no_grad():
         _, state = learner(*(torch.zeros(shape, device=device) for shape in shapes))
-    return sum(value.numel() for _, value in leaves(take_out(state)))
+    return sum(value.numel() for value in checkpoints.state_of(state).values())
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -281,33 +286,51 @@ def lifetime(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tupl
 class InContextLearner:
     """A trained learner to be used like any other one: learn(x, y) from an example, predict(x) a label, in any order.
 
-    checkpoint: of a finished run. num_inputs: the size of your inputs, z-normalised, which a random projection takes to the
-    size that the learner was meta-trained on; task: the id of that projection. Raises Mistake for a bad checkpoint, or when
-    a Transformer has learned as many examples as it has positions.
+    checkpoint: of a run. num_inputs: the size of your inputs, z-normalised, which a random projection takes to the size that
+    the learner was meta-trained on; task: the id of that projection. Raises CheckpointError or UserError for a file that is
+    no checkpoint of this script, and UserError for inputs and labels that it cannot take, or when a Transformer has learned
+    as many examples as it has positions.
     """
 
     def __init__(self, checkpoint: Path | str, num_inputs: int, task: int = 0):
-        self.args, models, (inputs, self.num_classes) = load_models(Path(checkpoint))
-        self.model = models[self.args.learner].eval()
+        saved = checkpoints.read(Path(checkpoint), method=str, args=dict, state=dict)
+        try:
+            self.args = Args(**saved["args"])
+        except TypeError as error:
+            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.") from error
+        learners, parts = restored(self.args, [self.args.learner], saved["state"])
+        inputs, self.num_classes = parts["sizes"].tolist()
+        self.model = learners[self.args.learner].eval()
+        self.num_inputs = num_inputs
         data = Dataset("yours", "train", (num_inputs,), self.num_classes)
         tasks = Tasks(data, projection="gaussian", projected=1.0, projection_size=inputs, seed=self.args.seed)
         self.projection = tasks.projections(tasks.keys(torch.tensor([task]), 1))[0]
-        self.state, self.label, self.seen = None, torch.zeros(1, 1, self.num_classes), 0
+        self.state = None
+        self.label = torch.zeros(1, 1, self.num_classes)
+        self.seen = 0
 
     @torch.no_grad()
     def step(self, x: Tensor) -> tuple[Tensor, Any]:
-        if self.args.learner == "transformer" and self.seen == self.args.sequence_length:
-            raise Mistake(f"This Transformer has {self.args.sequence_length} positions, and all of them are used.")
-        return self.model(torch.as_tensor(x, dtype=torch.float32).view(1, 1, -1) @ self.projection, self.label, self.state)
+        x = torch.as_tensor(x, dtype=torch.float32)
+        if x.numel() != self.num_inputs or not x.isfinite().all():
+            raise UserError(
+                f"An input has to be {self.num_inputs} finite numbers; "
+                f"this one has {x.numel()} numbers, {x.isfinite().sum()} of them finite."
+            )
+        if isinstance(self.model, Transformer) and self.seen == self.args.sequence_length:
+            raise UserError(f"This Transformer has {self.args.sequence_length} positions, and all of them are used.")
+        return self.model(x.reshape(1, 1, -1) @ self.projection, self.label, self.state)
 
     def predict(self, x: Tensor) -> Tensor:
         """Probabilities (c,) of the classes for the input x (num_inputs,), by Eq. 5.1."""
         return self.step(x)[0][0, 0].softmax(-1)
 
     def learn(self, x: Tensor, y: int) -> None:
-        """Take in that the input x (num_inputs,) has the label y."""
+        """Learn that the input x (num_inputs,) has the label y."""
+        if y not in range(self.num_classes):
+            raise UserError(f"A label has to be a whole number from 0 to {self.num_classes - 1}, not {y}.")
         _, self.state = self.step(x)
-        self.label = F.one_hot(torch.tensor([[y]]), self.num_classes).float()
+        self.label = F.one_hot(torch.tensor([[int(y)]]), self.num_classes).float()
         self.seen += 1
 
 
@@ -413,7 +436,7 @@ def meta_train(
             optimizers[name].zero_grad()
             sums[name] += torch.stack([loss.detach(), right])
             if (step + 1) % args.log_every == 0:
-                loss, right = all_reduce_mean(sums[name] / args.log_every)
+                loss, right = es.all_reduce_mean(sums[name] / args.log_every)
                 log |= {f"{name}_loss": loss, f"{name}_accuracy": right}
                 with torch.no_grad():
                     log |= {f"{name}_loss_{what}": meta_loss(learner, *data, classes)[0] for what, data in watch.items()}
@@ -429,7 +452,7 @@ def average_gradients(learner: nn.Module, clip: float | None) -> None:
     """The mean of the gradients over all processes, then the bound on their norm."""
     gradients = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
     if dist.is_initialized():
-        mean = all_reduce_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        mean = es.all_reduce_mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
     if clip:
@@ -450,24 +473,21 @@ class Statistics:
 
     def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
         self.named, self.optimizer = dict(learner.named_parameters()), optimizer
-        self.last = {kind: self.named_zeros() for kind in ("gradient", "update")}
         self.found: dict[str, Tensor] = {}
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
-
-    def named_zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(parameter) for name, parameter in self.named.items()}
 
     def before(self, *_: Any) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in self.named.items()}
 
     def after(self, *_: Any) -> None:
         for name, parameter in self.named.items():
+            state = self.optimizer.state[parameter]  # what is put into it is saved with the optimiser
             for kind, now in (("gradient", parameter.grad), ("update", parameter.detach() - self.start[name])):
+                last = state.get(f"last {kind}", torch.zeros_like(now))
                 self.found[f"{kind} norm {name}"] = now.norm()
-                self.found[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), self.last[kind][name].flatten(), 0)
-                self.last[kind][name] = now.clone()
-            state = self.optimizer.state[parameter]
+                self.found[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), last.flatten(), 0)
+                state[f"last {kind}"] = now.clone()
             self.found |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
@@ -680,19 +700,20 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     return replace(dataset, x=x, shape=tuple(x.shape[1:]))
 
 
-def embed(dataset: Dataset, network: str, data_dir: Path) -> Dataset:
+def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
     """The dataset seen through a pre-trained network without its last layer (section 5.4.4), z-normalised. Features are kept
-    in data_dir/features. Raises DatasetError where there are no images, and Mistake where there are no weights."""
+    in data_dir/features. Raises DatasetError where there are no images, and UserError where there are no weights."""
     if len(dataset.shape) != 3 or dataset.x is None:
         raise DatasetError(f"'{dataset.name}' has no stored images to compute features of; leave it out with --features.")
-    path = data_dir / "features" / f"{network}-{dataset.name}-{dataset.split}.pt"
+    path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}.pt")
     if path.exists():
         try:
-            x = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise Mistake(f"The features {path} are damaged; delete the file to compute them again.") from error
+            x = checkpoints.read(path).view(len(dataset), -1)
+        except (CheckpointError, AttributeError, RuntimeError) as error:
+            raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
     else:
         net, mean, std = pretrained(network)
+        path.parent.mkdir(parents=True, exist_ok=True)
         net, parts = net.to(dataset.device), []
         mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
         with torch.no_grad():
@@ -702,8 +723,7 @@ def embed(dataset: Dataset, network: str, data_dir: Path) -> Dataset:
                 parts.append(net((images - mean) / std).float().cpu())
         x = torch.cat(parts)
         if int(os.environ.get("RANK", 0)) == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: torch.save(x, file))
+            checkpoints.write(path, x)
     x = ((x - x.mean()) / x.std()).to(dataset.device)
     return replace(dataset, x=x, shape=(x.shape[1],), mean=0.0, std=1.0)
 
@@ -714,7 +734,7 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
         try:
             import open_clip
         except ImportError as error:
-            raise Mistake('--features clip needs open_clip: pip install "cleanmeta[clip]".') from error
+            raise UserError('--features clip needs open_clip: pip install "cleanmeta[clip]".') from error
         make = lambda: open_clip.create_model("ViT-B-32", pretrained="laion2b_s34b_b79k").visual  # noqa: E731 (Appendix D.6)
         mean, std = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
     else:
@@ -729,7 +749,7 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
             net = make()
         except (OSError, RuntimeError) as error:  # URLError is an OSError
             text = f"The weights of {network} are not at hand and could not be downloaded"
-            raise Mistake(f"{text}; use --features none, or untrained as a control.") from error
+            raise UserError(f"{text}; use --features none, or untrained as a control.") from error
     if network != "clip":
         net.fc = nn.Identity()
     return net.eval(), mean, std
@@ -765,32 +785,45 @@ def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int)
         yield tasks.sample(ids[part], UNSEEN + part, length)
 
 
-@torch.no_grad()
 def meta_test(
     args: Args, learners: dict[str, nn.Module], tests: dict[tuple[str, str], Tasks], num_classes: int, run: "Run"
 ) -> list[dict[str, Any]]:
     """All learners on all test sets: rows of results.json, and Figure 5.3."""
-    rows, curves = [], {}
+    rows, curves = [], []
     for (task, novelty), tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
         if tasks.num_classes > num_classes:
-            run.say(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
+            run.info(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
             continue
-        found = {name: [] for name in learners}
-        for x, y in test_data(args, tasks, novelty == "none", args.test_seeds, args.test_steps or args.sequence_length):
-            for name, learner in learners.items():
-                found[name].append(lifetime(learner, x, y, num_classes))
-        for name, parts in found.items():
-            losses, right = (torch.cat(kind) for kind in zip(*parts, strict=True))
-            right = right.float()
-            cumulative = right.cumsum(1) / torch.arange(1, right.shape[1] + 1, device=right.device)
-            curves.setdefault((task, novelty), {})[name] = right.cpu()
-            for metric, values in (("accuracy", right), ("cumulative_accuracy", cumulative), ("cross_entropy", losses)):
-                for step in plotted_steps(values.shape[1]):
-                    rows.append(result_row(name, task, novelty, metric, step, values[:, step - 1]))
-    if not rows:
-        raise Mistake("No learner fits any of the test datasets; choose other --test-datasets.")
-    draw_accuracy(run.folder / "accuracy.png", curves)
+        measure = partial(measured, args, learners, task, novelty, tasks, num_classes)
+        some, curve = run.once(f"{task}, {novelty}", measure)
+        rows += some
+        curves += curve
+    axis = dict(xlabel="example", ylabel="accuracy", ylim=(0, 1.02), labels=LABELS, confidence=True, columns=3)
+    plot(curves, run.folder / "accuracy.png", **axis)
     return rows
+
+
+@torch.no_grad()
+def measured(
+    args: Args, learners: dict[str, nn.Module], task: str, novelty: str, tasks: Tasks, num_classes: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
+    parts = {name: [] for name in learners}
+    for x, y in test_data(args, tasks, novelty == "none", args.test_seeds, args.test_steps or args.sequence_length):
+        for name, learner in learners.items():
+            parts[name].append(lifetime(learner, x, y, num_classes))
+
+    rows, curve = [], []
+    for name in learners:
+        losses, correct = (torch.cat(kind) for kind in zip(*parts[name], strict=True))
+        correct = correct.float()
+        cumulative = correct.cumsum(1) / torch.arange(1, correct.shape[1] + 1, device=correct.device)
+        for metric, values in (("accuracy", correct), ("cumulative_accuracy", cumulative), ("cross_entropy", losses)):
+            for step in plotted_steps(values.shape[1]):
+                rows.append(result_row(name, task, novelty, metric, step, values[:, step - 1]))
+        panel = f"{task} ({NOVELTY[novelty]})"
+        curve += [result_row(name, panel, novelty, "accuracy", i + 1, at) for i, at in enumerate(correct.unbind(1))]
+    return rows, curve
 
 
 def plotted_steps(steps: int) -> list[int]:
@@ -805,153 +838,142 @@ LABELS |= {"untrained": "Transformer, untrained"}
 NOVELTY = {"none": "seen tasks", "task": "unseen tasks", "domain": "unseen dataset"}
 
 
-def figures() -> Any:
-    """matplotlib, without a screen."""
-    import matplotlib
+def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each column of metrics.csv, without cells that are no finite number."""
+    lines = (folder / "metrics.csv").read_text(errors="replace").splitlines()
+    columns, *lines = [line.split(",") for line in lines] or [[]]
+    points: dict[str, list[tuple[int, float]]] = {}
+    for cells in lines:
+        for name, cell in zip(columns[2:], cells[2:], strict=False):
+            try:
+                point = int(cells[0]), float(cell)
+            except ValueError:
+                continue
+            if math.isfinite(point[1]):
+                points.setdefault(name, []).append(point)
+    return points
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    return plt
+def line_rows(panel: str, line: str, points: Iterable[tuple[float, float]]) -> list[dict[str, Any]]:
+    """Rows of a line for plot, from points (x, y): the mean and the standard deviation of all y at each x."""
+    values: dict[float, list[float]] = {}
+    for x, y in points:
+        values.setdefault(x, []).append(y)
+    return [result_row(line, panel, "", "", x, torch.tensor(ys, dtype=torch.float64)) for x, ys in values.items()]
 
 
-def panels(count: int, width: float = 4, height: float = 3.2) -> tuple[Any, Any, Any]:
-    """A figure with so many axes in rows of three."""
-    plt, columns = figures(), min(3, count)
-    lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained")
-    for index, axis in enumerate(axes.flat):
+def draw_meta_loss(path: Path, learners: list[str], columns: dict[str, list[tuple[int, float]]]) -> None:
+    """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others."""
+    rows = []
+    tasks = {"": "meta-training tasks", "_unseen": "unseen tasks", "_domain": "unseen dataset"}
+    for name, (what, label) in itertools.product(learners, tasks.items()):
+        rows += line_rows(name, label, columns.get(f"{name}_loss{what}", ()))
+    plot(rows, path, xlabel="meta-step", ylabel="cross-entropy in nats", titles=LABELS, columns=3)
+
+
+def draw_statistics(path: Path, learner: str, columns: dict[str, list[tuple[int, float]]], plateau: int | None) -> None:
+    """Figures D.8 to D.10, a line for each tensor. A dashed line stands where the loss left its plateau."""
+    kinds = ("gradient norm", "gradient cosine", "update norm", "update cosine", "exp_avg norm", "exp_avg_sq norm")
+    figure, axes = pyplot().subplots(2, 3, figsize=(18, 9), layout="constrained")
+    for axis, kind in zip(axes.flat, kinds, strict=True):
+        names = [name for name in columns if name.startswith(f"{learner} {kind} ")]
+        for depth, name in enumerate(names):  # from the first layer to the head
+            color = pyplot().get_cmap("viridis_r")(depth / len(names))
+            axis.plot(*zip(*columns[name], strict=True), label=name.split()[-1], linewidth=0.8, color=color)
+        if plateau is not None:
+            axis.axvline(plateau, color="black", linestyle="--", linewidth=0.8)
+        axis.set(title=kind, xlabel="meta-step", yscale="log" if "norm" in kind else "linear")
         axis.grid(alpha=0.3)
-        axis.set_visible(index < count)
-    return plt, figure, list(axes.flat)[:count]
-
-
-def finish_figure(figure: Any, axes: Any, path: Path) -> None:
-    """One legend for all panels, then the file."""
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(1 + len(axes), max(1, len(handles))))
-    figure.savefig(path, dpi=110)
-    figures().close(figure)
-
-
-def draw_accuracy(path: Path, curves: dict[tuple[str, str], dict[str, Tensor]]) -> None:
-    """Figure 5.3: accuracy at each example, mean and 95 % confidence interval over sequences (s, t)."""
-    _, figure, axes = panels(len(curves))
-    for axis, ((task, novelty), by_learner) in zip(axes, curves.items(), strict=False):
-        for name, right in by_learner.items():
-            mean, error = right.mean(0), 1.96 * right.std(0, correction=0) / math.sqrt(len(right))
-            seen = range(1, right.shape[1] + 1)
-            (line,) = axis.plot(seen, mean, label=LABELS[name])
-            axis.fill_between(seen, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set(title=f"{task} ({NOVELTY[novelty]})", xlabel="example", ylabel="accuracy", ylim=(0, 1.02))
-    finish_figure(figure, axes, path)
-
-
-def read_metrics(folder: Path) -> dict[str, list[float]]:
-    """The columns of metrics.csv."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    return {name: [float(line[name]) for line in lines] for name in (lines[0] if lines else ())}
-
-
-def draw_meta_loss(folder: Path, learners: list[str], statistics: bool, plateau: int | None) -> None:
-    """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others; and those of D.8 to D.10, in which a
-    dashed line stands where the loss left its plateau."""
-    columns = read_metrics(folder)
-    if not learners:
-        return
-    _, figure, axes = panels(len(learners), 5, 3.6)
-    for axis, name in zip(axes, learners, strict=False):
-        for what, label in (("", "meta-training tasks"), ("_unseen", "unseen tasks"), ("_domain", "unseen dataset")):
-            if f"{name}_loss{what}" in columns:
-                axis.plot(columns["step"], columns[f"{name}_loss{what}"], label=label)
-        axis.set(title=LABELS[name], xlabel="meta-step", ylabel="cross-entropy in nats")
-    finish_figure(figure, axes, folder / "meta_loss.png")
-    if statistics:
-        kinds = ("gradient norm", "gradient cosine", "update norm", "update cosine", "exp_avg norm", "exp_avg_sq norm")
-        plt, figure, axes = panels(len(kinds), 6, 4)
-        for axis, kind in zip(axes, kinds, strict=True):
-            of_tensors = {column: values for column, values in columns.items() if column.startswith(f"{learners[0]} {kind} ")}
-            for depth, (column, values) in enumerate(of_tensors.items()):  # from the first layer to the head
-                color = plt.get_cmap("viridis_r")(depth / len(of_tensors))
-                axis.plot(columns["step"], values, label=column.split()[-1], linewidth=0.8, color=color)
-            if plateau is not None:
-                axis.axvline(plateau, color="black", linestyle="--", linewidth=0.8)
-            axis.set(title=kind, xlabel="meta-step", yscale="log" if "norm" in kind else "linear")
-        finish_figure(figure, axes, folder / "statistics.png")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    save(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sweeps: many runs, and the figures over all of them
 # ----------------------------------------------------------------------------------------------------------------------
-ARCHITECTURE = ("learner", "width", "layers", "heads", "key_size", "grid", "state_size")
+FREE = ("resume", "device", "compile", "track", "data_dir", "run_dir")  # may change between the calls of a sweep
+NOT_VARIED = {*FREE, "preset", "mode", "checkpoint", "run_name", "vary", "baselines", "dataset", "test_datasets"}
 
 
 def sweep(args: Args) -> None:
     """A run for each combination of --vary, one after the other; those that are finished are kept and those that were cut
-    off go on. Then the figures, over all runs in the folder."""
+    off are continued. Then the figures, over all runs in the folder."""
     axes = {}
     for text in args.vary:
         name, _, values = text.partition("=")
-        name = name.replace("-", "_")
-        if name not in {f.name for f in fields(Args)} or not values:
-            raise Mistake(f"--vary {text} is not a flag of this script and its values; write it as num_tasks=1,16,256.")
-        axes[name] = [read_value(args, name, value) for value in values.split(",")]
-    if not axes:
-        raise Mistake("--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1.")
+        axes[name.replace("-", "_")] = values.split(",")
+    unknown = axes.keys() - {f.name for f in fields(Args)} | axes.keys() & NOT_VARIED
+    if unknown or not axes or len(axes) < len(args.vary):
+        text = f"; {', '.join(map(repr, unknown))} cannot be varied" if unknown else ", each flag once"
+        raise UserError(f"--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1{text}.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Mistake("A sweep runs in one process; start it without torchrun.")
-    folder, combinations = args.run_dir / (args.run_name or "-".join([SCRIPT, "sweep", *axes])), {}
-    for values in itertools.product(*axes.values()):
-        name = ",".join(f"{axis}={value}" for axis, value in zip(axes, values, strict=True))
-        changes = dict(zip(axes, values, strict=True))
-        combinations[name] = replace(args, mode="train", vary=(), run_dir=folder, run_name=name, **changes)
-        check(combinations[name])
-    for name, one in combinations.items():
-        if (folder / name / "checkpoint.pt").exists():
-            free = {flag: getattr(args, flag) for flag in ("device", "compile", "track", "data_dir", "run_dir")}
-            saved = saved_args(folder / name / "checkpoint.pt", **free | {"run_dir": folder, "resume": None})
-            other = [f.name for f in fields(Args) if getattr(saved, f.name) != getattr(one, f.name)]
-            if other:
-                raise Mistake(
-                    f"{folder / name} was run with another --{other[0].replace('_', '-')}; choose another --run-name."
-                )
-            one = replace(one, resume=folder / name)
-        elif (folder / name).exists():
-            shutil.rmtree(folder / name)  # cut off before its first checkpoint
+        raise UserError("A sweep runs in one process; start it without torchrun.")
+    folder = Path(args.run_dir, args.run_name or "-".join([METHOD, "sweep", *axes]))
+    runs = {}
+    for texts in itertools.product(*axes.values()):
+        flags = [f"--{axis.replace('_', '-')}={text}" for axis, text in zip(axes, texts, strict=True)]
+        one = replace(args, mode="train", vary=(), run_dir=str(folder))
+        try:
+            one = tyro.cli(Args, args=flags, default=one, console_outputs=False)
+        except SystemExit as error:
+            raise UserError(f"--vary: {' '.join(flags)} is not a number or a name that the flag takes.") from error
+        one.run_name = ",".join(f"{axis}={getattr(one, axis)}" for axis in axes)
+        check_ranges(one)
+        check(one)
+        runs[one.run_name] = one
+
+    for name, one in runs.items():
+        checkpoint = {}
+        path = folder / name / "checkpoint.pt"
+        if path.exists():
+            checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+            for flag, value in asdict(one).items():
+                if flag not in FREE and checkpoint["args"].get(flag, value) != value:
+                    flag = flag.replace("_", "-")
+                    raise UserError(f"{path.parent} was run with another --{flag}; choose another --run-name.")
+            one = replace(one, resume=str(path.parent))
         if not (folder / name / "results.json").exists():
-            experiment(one)
+            experiment(one, checkpoint)
+            unlock()
             torch.compiler.reset()
+    draw_sweep(folder, list(axes))
+
+
+def draw_sweep(folder: Path, axes: list[str]) -> None:
+    """The figures and a table over all runs in a sweep's folder. axes: the flags that were varied."""
     runs = []
+    facts = ("plateau", "final_loss", "state_size", "parameters")
     for path in sorted(folder.glob("*/results.json")):
         try:
-            runs.append(json.loads(path.read_text()) | {"metrics": read_metrics(path.parent)})
-        except (OSError, ValueError) as error:
-            raise Mistake(f"{path} is damaged; delete it, and the sweep writes it again.") from error
-    x = next((name for name, values in axes.items() if name != "seed" and not isinstance(values[0], str)), "num_tasks")
-    runs.sort(key=lambda run: float(run["args"][x]))
-    draw_phases(folder / "phases.png", runs, x)
-    draw_solutions(folder / "solutions.png", runs, x)
-    numeric = [name for name, values in axes.items() if name != "seed" and not isinstance(values[0], str)]
-    draw_plateaus(folder / "plateau.png", runs, x, *numeric[1:2] or [None])
+            run = json.loads(path.read_text())
+            run = {name: run[name] for name in ("args", "results", *facts)}
+            loss = math.nan if run["final_loss"] is None else round(run["final_loss"], 4)
+            runs.append(run | {"final_loss": loss, "metrics": read_metrics(path.parent)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged; delete it, and the sweep writes it again.") from error
+    numeric = [name for name in axes if name != "seed" and any(isinstance(run["args"][name], int | float) for run in runs)]
+    runs = [run for run in runs if all(run["args"][name] is not None for name in numeric)]
+    x = numeric[0] if numeric else "num_tasks"
+    runs = sorted((run | {"x": float(run["args"][x])} for run in runs), key=lambda run: run["x"])
+
+    xs = [run["x"] for run in runs]
+    wide = min(xs) > 0 and max(xs) >= 8 * min(xs)
+    axis = dict(xlabel=x.replace("_", " "), xscale="log" if wide else "linear")
+    draw_phases(folder / "phases.png", runs, axis)
+    draw_solutions(folder / "solutions.png", runs, axis)
+    draw_losses(folder / "meta_loss.png", runs, axes)
+    draw_plateaus(folder / "plateau.png", runs, numeric[1] if len(numeric) > 1 else None, axis)
     if len(numeric) > 1:
         draw_heat_maps(folder / "heat_map.png", runs, *numeric[:2])
-    if set(axes) & set(ARCHITECTURE):
+    if len({run["parameters"] for run in runs}) > 1 or len({run["state_size"] for run in runs}) > 1:
         draw_state_size(folder / "state_size.png", runs)
-    print_sweep(runs, list(axes))
+    for run in runs:
+        name = ",".join(f"{axis}={run['args'][axis]}" for axis in axes)
+        numbers = [f"{fact} {run[fact]}" for fact in facts]
+        for novelty, label in NOVELTY.items():
+            numbers.append(f"{label} {reached(run, novelty, 1):.3f} -> {reached(run, novelty):.3f}")
+        print(f"{name}: {', '.join(numbers)}")
     print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
-
-
-def read_value(args: Args, name: str, text: str) -> Any:
-    """A value of a flag from its text, as the command line would read it."""
-    flag = "--" + name.replace("_", "-")
-    try:
-        return getattr(tyro.cli(Args, args=[flag, text], default=args, console_outputs=False), name)
-    except SystemExit as error:
-        raise Mistake(f"--vary {name}={text}: {text} is not a number or a name that {flag} takes.") from error
 
 
 def reached(run: dict[str, Any], novelty: str, step: int | None = None, metric: str = "accuracy") -> float:
@@ -963,45 +985,31 @@ def reached(run: dict[str, Any], novelty: str, step: int | None = None, metric: 
     return sum(values) / len(values) if values else math.nan
 
 
-def mean_at_each(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
-    """The different x, and the mean of y at each."""
-    found = {at: [y for x, y in zip(xs, ys, strict=True) if x == at] for at in sorted(set(xs))}
-    return list(found), [sum(values) / len(values) for values in found.values()]
+def marked(rows: list[dict[str, Any]], mark: str) -> dict[str, Any]:
+    """Rows for plot, with a mark at each point."""
+    lines = dict.fromkeys(row["learner"] for row in rows)
+    return {"rows": rows, "styles": {line: f"C{i}{mark}" for i, line in enumerate(lines)}}
 
 
-def scale(axis: Any, xs: list[float]) -> None:
-    """A logarithmic axis for what spans a factor of eight or more."""
-    if xs and min(xs) > 0 and max(xs) >= 8 * min(xs):
-        axis.set_xscale("log", base=10 if max(xs) < 1 else 2)
-
-
-def draw_phases(path: Path, runs: list[dict[str, Any]], x: str) -> None:
+def draw_phases(path: Path, runs: list[dict[str, Any]], axis: dict[str, str]) -> None:
     """Figure 5.4: how much is learned within a sequence, accuracy at the last example minus that at the first."""
-    _, figure, axes = panels(2, 5, 3.6)
-    xs = [float(run["args"][x]) for run in runs]
+    rows = []
     for novelty, label in NOVELTY.items():
-        last, first = ([reached(run, novelty, step) for run in runs] for step in (None, 1))
-        for axis, ys in zip(axes, ([b - a for a, b in zip(first, last, strict=True)], last), strict=True):
-            (line,) = axis.plot(*mean_at_each(xs, ys), label=label)
-            axis.plot(xs, ys, ".", color=line.get_color(), alpha=0.5)
-    for axis, what in zip(axes, ("last minus first example", "last example"), strict=True):
-        axis.set(xlabel=x.replace("_", " "), ylabel=f"accuracy, {what}")
-        scale(axis, xs)
-    finish_figure(figure, axes, path)
+        last = [(run["x"], reached(run, novelty)) for run in runs]
+        gain = [(run["x"], reached(run, novelty) - reached(run, novelty, 1)) for run in runs]
+        rows += line_rows("last minus first example", label, gain) + line_rows("last example", label, last)
+    plot(**marked(rows, ".-"), path=path, ylabel="accuracy", **axis)
 
 
-def draw_solutions(path: Path, runs: list[dict[str, Any]], x: str) -> None:
+def draw_solutions(path: Path, runs: list[dict[str, Any]], axis: dict[str, str]) -> None:
     """Figures D.1 and D.4: the losses of all runs in the end, which come in clusters."""
-    _, figure, axes = panels(2, 5, 3.6)
-    xs = [float(run["args"][x]) for run in runs]
-    axes[0].plot(xs, [run["final_loss"] for run in runs], "o", color="C2", alpha=0.6, label="meta-training tasks")
-    for novelty in ("task", "domain"):
-        losses = [reached(run, novelty, metric="cross_entropy") for run in runs]
-        axes[1].plot(xs, losses, "o", alpha=0.6, label=NOVELTY[novelty] + ", last example")
-    for axis in axes:
-        axis.set(xlabel=x.replace("_", " "), ylabel="cross-entropy in nats")
-        scale(axis, xs)
-    finish_figure(figure, axes, path)
+    rows = []
+    for run in runs:
+        rows += line_rows("meta-training", "meta-training tasks", [(run["x"], run["final_loss"])])
+        for novelty in ("task", "domain"):
+            loss = reached(run, novelty, metric="cross_entropy")
+            rows += line_rows("meta-test, last example", NOVELTY[novelty], [(run["x"], loss)])
+    plot(**marked(rows, "o"), path=path, ylabel="cross-entropy in nats", **axis)
 
 
 def power_law(x: list[float], y: list[float]) -> float | None:
@@ -1013,396 +1021,255 @@ def power_law(x: list[float], y: list[float]) -> float | None:
     return ((x * y).sum() / (x * x).sum()).item()
 
 
-def draw_plateaus(path: Path, runs: list[dict[str, Any]], x: str, y: str | None) -> None:
-    """Figures 5.6 to 5.8, D.11 and D.12: meta-losses, the length of the plateau, and the tasks that were seen in it. Each value
-    of y, if that was varied too, has a style of line and a power law of its own."""
-    plt, figure, axes = panels(3, 5, 3.6)
-    values = sorted({run["args"][x] for run in runs}, key=float)
-    kinds = sorted({run["args"][y] for run in runs}, key=float) if y else [None]
-    for kind, style in zip(kinds, itertools.cycle(("-", "--", "-.", ":"))):
-        these = [run for run in runs if y is None or run["args"][y] == kind]
-        of = f"{y.replace('_', ' ')} {kind}" if y else ""
-        for run in these:
-            loss = run["metrics"].get(f"{run['args']['learner']}_loss")
-            if loss:
-                color = plt.cm.viridis(values.index(run["args"][x]) / max(1, len(values) - 1))
-                label = ", ".join(filter(None, (f"{x.replace('_', ' ')} {run['args'][x]}", of)))
-                axes[0].plot(run["metrics"]["step"], loss, style, color=color, label=label, linewidth=1)
-        left = [run for run in these if run["plateau"] is not None]
-        xs, steps = [float(run["args"][x]) for run in left], [run["plateau"] for run in left]
-        seen = [n * run["args"]["batch"] for n, run in zip(steps, left, strict=True)]
-        for axis, ys in zip(axes[1:], (steps, seen), strict=True):
-            exponent = power_law(xs, ys)
-            law = "" if exponent is None else f"power law with exponent {exponent:.2f}"
-            axis.plot(xs, ys, "o" + style, color="black", label=": ".join(filter(None, (of, law))) or None)
-    for axis, what in zip(axes, ("cross-entropy in nats", "plateau in meta-steps", "tasks seen in the plateau"), strict=True):
-        axis.set(xlabel=x.replace("_", " "), ylabel=what)
-    axes[0].set_xlabel("meta-step")
-    for axis in axes[1:]:
-        axis.set_yscale("log" if any(run["plateau"] for run in runs) else "linear")
-        scale(axis, [float(value) for value in values])
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize="small")
-    finish_figure(figure, axes[:1], path)
+def draw_losses(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
+    """Figures 5.6 and 5.8: meta-losses, the mean over seeds, by the other flags that were varied."""
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for run in runs:
+        learner = run["args"]["learner"]
+        line = ", ".join(f"{name} {run['args'][name]}" for name in names if name not in ("learner", "seed"))
+        points.setdefault((LABELS[learner], line), []).extend(run["metrics"].get(f"{learner}_loss", ()))
+    rows = [row for of, some in points.items() for row in line_rows(*of, some)]
+    if rows:
+        plot(rows, path, xlabel="meta-step", ylabel="cross-entropy in nats")
+
+
+def draw_plateaus(path: Path, runs: list[dict[str, Any]], y: str | None, axis: dict[str, str]) -> None:
+    """Figures 5.7, D.11 and D.12: the length of the plateau, and the tasks that were seen in it, with a power law for each
+    value of y, if that was varied too."""
+    rows = []
+    left = [run for run in runs if run["plateau"] is not None]
+    for kind in dict.fromkeys(run["args"].get(y) for run in left):
+        some = [run for run in left if run["args"].get(y) == kind]
+        steps = [(run["x"], run["plateau"]) for run in some]
+        tasks = [(run["x"], run["plateau"] * run["args"]["batch"]) for run in some]
+        for panel, points in (("plateau in meta-steps", steps), ("tasks seen in the plateau", tasks)):
+            exponent = power_law([at for at, _ in points], [length for _, length in points])
+            law = "plateau" if exponent is None else f"power law with exponent {exponent:.2f}"
+            rows += line_rows(panel, f"{y} {kind}: {law}" if y else law, points)
+    if rows:
+        plot(**marked(rows, "o-"), path=path, yscale="log", **axis)
 
 
 def draw_heat_maps(path: Path, runs: list[dict[str, Any]], x: str, y: str) -> None:
     """Figures 5.2 and 5.7a: accuracy at the last example, on seen and unseen tasks, and what kind of solution was found."""
-    plt, figure, axes = panels(3, 5, 4)
-    xs, ys = (sorted({run["args"][name] for run in runs}, key=float) for name in (x, y))
-    for run in runs:
+    solution = "solution: 0 stuck, 1 memorises, 2 learns"
+    cells: dict[str, dict[tuple[str, str], float]] = {"seen tasks": {}, "unseen tasks": {}, solution: {}}
+    for run in sorted(runs, key=lambda run: float(run["args"][y])):
+        at = tuple(f"{name.replace('_', ' ')} {run['args'][name]}" for name in (y, x))
         seen, unseen = reached(run, "none"), reached(run, "task")
-        kind = "stuck" if run["plateau"] is None else "learns" if unseen > 0.5 * seen else "memorises"
-        at = xs.index(run["args"][x]), ys.index(run["args"][y])
-        colors = (
-            plt.cm.viridis(seen),
-            plt.cm.viridis(unseen),
-            {"stuck": "0.8", "learns": "tab:green", "memorises": "tab:red"}[kind],
-        )
-        for axis, color, text in zip(axes, colors, (f"{seen:.2f}", f"{unseen:.2f}", kind), strict=False):
-            axis.add_patch(plt.Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, color=color))
-            axis.text(*at, text, ha="center", va="center", fontsize=8)
-    for axis, title in zip(axes, ("seen tasks", "unseen tasks", "solution"), strict=False):
-        axis.set(title=title, xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
-        axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-        axis.set_xticks(range(len(xs)), xs, rotation=45)
-        axis.set_yticks(range(len(ys)), ys)
-        axis.grid(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        kind = 0 if run["plateau"] is None else 1 + (unseen > 0.5 * seen)
+        for name, number in zip(cells, (seen, unseen, kind), strict=True):
+            cells[name][at] = number
+    matrix(cells, path, "accuracy at the last example, and kind of solution")
 
 
 def draw_state_size(path: Path, runs: list[dict[str, Any]]) -> None:
     """Figure 5.5: accuracy at the last example of unseen tasks against the size of the state, and against parameters."""
-    _, figure, axes = panels(2, 5, 3.6)
-    for axis, quantity in zip(axes, ("state_size", "parameters"), strict=False):
-        for learner in dict.fromkeys(run["args"]["learner"] for run in runs):
-            points = sorted((run[quantity], reached(run, "task")) for run in runs if run["args"]["learner"] == learner)
-            axis.plot(*zip(*points, strict=True), "o-", label=LABELS[learner])
-        axis.set(xscale="log", xlabel=quantity.replace("_", " "), ylabel="accuracy, last example", ylim=(0, 1.02))
-    finish_figure(figure, axes, path)
-
-
-def print_sweep(runs: list[dict[str, Any]], names: list[str]) -> None:
-    """A line for each run."""
-    head = [*names, "state size", "parameters", "plateau", "final loss", "first (unseen task)", "seen", "unseen", "dataset"]
-    table = [head]
-    for run in runs:
-        numbers = (run["final_loss"], reached(run, "task", 1), *(reached(run, novelty) for novelty in NOVELTY))
-        plain = [*(run["args"][name] for name in names), run["state_size"], run["parameters"], run["plateau"]]
-        table.append([*map(str, plain), *(f"{number:.3f}" for number in numbers)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    rows = []
+    for panel, quantity in (("numbers in the state", "state_size"), ("parameters", "parameters")):
+        for run in sorted(runs, key=lambda run: run[quantity]):
+            rows += line_rows(panel, LABELS[run["args"]["learner"]], [(run[quantity], reached(run, "task"))])
+    plot(**marked(rows, "o-"), path=path, xscale="log", ylabel="accuracy, last example", ylim=(0, 1.02))
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (DatasetError,)
+METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
+USER_ERRORS = (CheckpointError, DatasetError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 TUNED = {"sgd": ("sgd",), "adam": ("adam", "adamw"), "maml": ("sgd",)}  # rules to choose a setting from
 KINDS = {"transformer": Transformer, "untrained": Transformer, "lstm": LSTM, "outer_lstm": OuterProductLSTM, "mlp": MLP}
 KINDS |= {"vsml": VSML, "vsml_nosym": VSMLWithoutSymmetries}
@@ -1410,28 +1277,18 @@ KINDS |= {"vsml": VSML, "vsml_nosym": VSMLWithoutSymmetries}
 
 def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "size sequence_length width layers heads key_size grid state_size message_size micro_ticks meta_steps batch"
-    for name in f"{counts} test_seeds test_tasks checkpoint_every log_every".split():
-        if getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    if args.num_tasks != "inf" and not 1 <= args.num_tasks < UNSEEN:
-        raise Mistake("--num-tasks has to be at least 1, or inf.")
-    if args.num_tasks != "inf" and args.num_tasks > 2**31:
-        raise Mistake("--num-tasks is at most 2^31; beyond that say inf.")
-    if not 0 <= args.bias <= 1 or not 0 <= (args.bias_end or 0) <= 1:
-        raise Mistake("--bias and --bias-end are shares, from 0 to 1.")
     if not args.dataset:
-        raise Mistake("--dataset needs at least one dataset.")
+        raise UserError("--dataset needs at least one dataset.")
+    if args.vary:
+        raise UserError("--vary is for --mode sweep.")
     names = {args.learner, *args.baselines}
-    if args.test_steps is not None and args.test_steps < 1:
-        raise Mistake("--test-steps has to be at least 1.")
     if args.test_steps and args.test_steps > args.sequence_length and names & {"transformer", "untrained"}:
-        raise Mistake(
+        raise UserError(
             f"A Transformer has positions for --sequence-length {args.sequence_length} examples, not for {args.test_steps}."
         )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
-        raise Mistake(f"--batch {args.batch} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
+        raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
 
 
 def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
@@ -1454,68 +1311,73 @@ def compiled(run: Run, learner: nn.Module, num_classes: int) -> Any:
     return torch.compile(loss, dynamic=False) if whole else loss
 
 
-def load_models(path: Path, changed: Args | None = None) -> tuple[Args, dict[str, nn.Module], tuple[int, int]]:
-    """Args, trained learners by name, and their numbers of inputs and classes, from a checkpoint."""
-    saved = read_checkpoint(path)["state"]
-    args, models, (inputs, classes) = changed or saved_args(path), {}, saved["sizes"].tolist()
-    for name, state in saved["models"].items():
-        models[name] = make_learner(name, args, inputs, classes, saved["settings"].get(name))
-        try:
-            models[name].load_state_dict(state)
-        except RuntimeError as error:
-            raise Mistake(f"The checkpoint's {name} has other sizes than these flags ask for; leave them out.") from error
-    return args, models, (inputs, classes)
+def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Learners by name from the state in a checkpoint, their settings, and sizes (2,), the numbers of inputs and classes."""
+    parts = {"settings": {name: torch.zeros(3) for name in names if name in TUNED}, "sizes": torch.zeros(2, dtype=torch.int64)}
+    checkpoints.restore(parts, state)
+    learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
+    checkpoints.restore({"models": learners}, state)
+    return learners, parts
 
 
 def main() -> None:
-    args = parse_args()
+    args, checkpoint = parse_args()
     if args.mode == "sweep":
         return sweep(args)
-    experiment(args)
+    experiment(args, checkpoint)
 
 
-def experiment(args: Args) -> None:
+def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
     """One run: meta-train, then meta-test."""
     check(args)
     names = list(dict.fromkeys([args.learner, *args.baselines]))
-    if args.mode == "test":
-        _, learners, sizes = load_models(args.checkpoint, args)
-        missing = [name for name in names if name not in learners]
-        if missing:
-            raise Mistake(f"{args.checkpoint} holds no learner {missing[0]}; choose from {', '.join(learners)}.")
-    run = Run(args)
+    run = Run(args, checkpoint)
     if run.compiles:
         compile_draws()
-    started = time.time()
-    if args.mode == "test":
-        learners = {name: learners[name].to(run.device) for name in names}
-    else:
-        datasets = [prepare(args, name, "train", run.device) for name in args.dataset]
-        sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
-    tests = test_tasks(args, run.device, sizes[0])  # before meta-training, so that a missing dataset is told at once
+    if checkpoint:
+        learners, parts = restored(args, names, checkpoint["state"])
     if args.mode == "train":
+        datasets = [prepare(args, name, "train", run.device) for name in args.dataset]
+    if not checkpoint:
+        sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
+        parts = {"settings": {}, "sizes": torch.tensor(sizes)}
+    sizes = parts["sizes"].tolist()
+    tests = test_tasks(args, run.device, sizes[0])
+    if all(tasks.num_classes > sizes[1] for tasks in tests.values()):
+        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
+    run.open_folder()
+
+    started = time.time()
+    if not checkpoint:
         first = train_tasks(args, datasets[0], sizes[0], last_bias(args))
         with torch.no_grad():
-            settings = {name: sweep_rates(args, first, TUNED[name]) for name in names if name in TUNED}
-        learners = {name: make_learner(name, args, *sizes, settings.get(name)).to(run.device) for name in names}
+            parts["settings"] |= {name: sweep_rates(args, first, TUNED[name]) for name in names if name in TUNED}
+        learners = {name: make_learner(name, args, *sizes, parts["settings"].get(name)) for name in names}
+    learners = {name: learner.to(run.device) for name, learner in learners.items()}
+    if args.mode == "train":
         watch = {}
         for (_, novelty), unseen in tests.items():
             if novelty != "none" and unseen.num_classes <= sizes[1]:
                 watch.setdefault({"task": "unseen", "domain": "domain"}[novelty], unseen)
         watch = {what: next(test_data(args, unseen, False, 64, args.sequence_length)) for what, unseen in watch.items()}
-        meta_train(args, learners, datasets, watch, run, {"settings": settings, "sizes": torch.tensor(sizes)})
+        meta_train(args, learners, datasets, watch, run, parts)
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
     rows = meta_test(args, learners, tests, sizes[1], run)
-    columns, facts = read_metrics(run.folder), {"plateau": None, "final_loss": None}
-    for name in (name for name in [*args.baselines, args.learner] if f"{name}_loss" in columns):
-        losses = columns[f"{name}_loss"]
-        left = left_plateau([int(step) for step in columns["step"]], losses, sizes[1])
+    columns = read_metrics(run.folder)
+    facts = {"plateau": None, "final_loss": None}
+    trained = [name for name in names if f"{name}_loss" in columns]
+    for name in reversed(trained):
+        steps, losses = zip(*columns[f"{name}_loss"], strict=True)
+        left = left_plateau(steps, losses, sizes[1])
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
         how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
-        run.say(f"{LABELS[name]}: the loss {how}.")
-    draw_meta_loss(run.folder, [name for name in learners if f"{name}_loss" in columns], args.statistics, facts["plateau"])
+        run.info(f"{LABELS[name]}: the loss {how}.")
+    if trained:
+        draw_meta_loss(run.folder / "meta_loss.png", trained, columns)
+    if trained and args.statistics:
+        draw_statistics(run.folder / "statistics.png", trained[0], columns, facts["plateau"])
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
