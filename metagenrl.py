@@ -446,6 +446,7 @@ def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tenso
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
+METRICS = ("meta_loss", "reward")  # of meta-training
 State = dict[str, Tensor]  # everything of a group's agents: parameters, targets, Adam's moments, buffer, environments
 
 
@@ -571,8 +572,8 @@ class Group:
     """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
 
     state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; born (p,) the step
-    of its copies at which an agent began; lost (p,), how often it had to begin anew; buffer (p, e, capacity, ...); obs (p, e,
-    a); and what the environments keep.
+    of its copies at which an agent began; lost (p,), how often it had to begin anew; reward_sum and meta_loss_sum (p,), since
+    the last line of metrics.csv; buffer (p, e, capacity, ...); obs (p, e, a); and what the environments keep.
     """
 
     def __init__(
@@ -600,6 +601,7 @@ class Group:
         self.state = {"buffer": torch.zeros(len(self.own), args.copies, capacity, width, device=device)}
         self.state |= {"born": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
         self.state |= {"lost": torch.zeros_like(self.which)} | self.beginners()
+        self.state |= {f"{name}_sum": torch.zeros(len(self.own), device=device) for name in METRICS}
         self.begin_episodes(0)
 
     def draws(self, draw: Callable, *shape: int) -> Tensor:
@@ -747,7 +749,7 @@ def objective_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batc
 def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, run: "Run") -> None:
     """Algorithm 6. Changes alpha (m, d) in place, and notes in history (5, m, d) what it was after each fifth."""
     adam = torch.optim.Adam([alpha], args.objective_lr)
-    iterations, logged = args.env_steps // args.copies, {}
+    iterations = args.env_steps // args.copies
     keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
     for step in run.steps(iterations, keep):
         begin_anew(args, groups, step)
@@ -764,18 +766,29 @@ def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, 
                 g, loss, counted = group.objective_gradient(own, group.state, batch)
                 found.index_add_(0, group.which, g)
                 counts.index_add_(0, group.which, counted[:, None])
-                logged.setdefault(f"{group.name}_meta_loss", []).append(loss)
-            logged.setdefault(f"{group.name}_reward", []).append(group.rewards.mean())
+                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
+            group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
         if now % args.delay == 0:
             alpha.grad = es.all_reduce_mean(found) / es.all_reduce_mean(counts).clamp(min=1 / run.world)
             adam.step()
         history[5 * step // iterations] = alpha
         if now % args.log_every == 0:
-            run.log(step, {name: es.all_reduce_mean(torch.stack(parts).mean()) for name, parts in sorted(logged.items())})
-            logged = {}
+            run.log(step, means(args, groups, now))
         if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
             for group in groups:
                 group.replace_lost(now)
+
+
+def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
+    """Metrics of each environment over the last --log-every iterations. Sets their sums to zero."""
+    updates = now // args.delay - (now - args.log_every) // args.delay
+    counts = {"meta_loss": updates, "reward": args.log_every}
+    metrics = {}
+    for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
+        total = group.state[f"{name}_sum"]
+        metrics[f"{group.name}_{name}"] = es.all_reduce_mean(total.mean() / counts[name])
+        group.state[f"{name}_sum"] = torch.zeros_like(total)
+    return metrics
 
 
 def begin_anew(args: Args, groups: list[Group], step: int) -> None:
@@ -967,11 +980,9 @@ def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
     """Returns per episode (p,) of its trials, which begin anew after two episodes: what it has seen before changes nothing."""
     device = net.log_std.device
-    env, generator, curve = (
-        make_env(name, args.test_seeds * args.episodes, device),
-        torch.Generator(device).manual_seed(key),
-        [],
-    )
+    env = make_env(name, args.test_seeds * args.episodes, device)
+    generator = torch.Generator(device).manual_seed(key)
+    curve = []
 
     def draws(name: str, *shape: int) -> Tensor:
         return getattr(torch, name)(*shape, generator=generator, device=device)
@@ -998,26 +1009,19 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
     names = dict.fromkeys([args.learner, *args.baselines])
     learned = [name for name in objectives if name.split(",")[0] in names]
     jobs = ([learned] if learned else []) + [[name] for name in names if name not in ("metagenrl", "epg", "untrained")]
-    parts = list(product(enumerate(test_envs(args)), jobs))
+    parts = list(product(test_envs(args), jobs))
+
     bar_format = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
     bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format)
-
-    for (number, name), learners in parts:
-        measure = partial(test_in_env, args, name, number, learners, objectives, rl2, run, bar)
+    for name, learners in parts:
+        measure = partial(test_in_env, args, name, learners, objectives, rl2, run, bar)
         rows += run.once(f"{name}, {learners[0]}", measure)
         bar.update(1 - bar.n % 1)
     bar.close()
 
     known = {row["task"]: "meta-trained in" if row["novelty"] == "none" else "never seen" for row in rows}
-    plot(
-        rows,
-        run.folder / "returns.png",
-        xlabel="environment steps of an agent",
-        ylabel="return",
-        labels=LABELS,
-        titles={name: f"{name} ({seen})" for name, seen in known.items()},
-        styles=STYLES,
-    )
+    names = {"labels": LABELS, "titles": {task: f"{task} ({text})" for task, text in known.items()}}
+    plot(rows, run.folder / "returns.png", xlabel="environment steps of an agent", ylabel="return", styles=STYLES, **names)
     return rows
 
 
@@ -1027,16 +1031,10 @@ def test_envs(args: Args) -> list[str]:
 
 
 def test_in_env(
-    args: Args,
-    name: str,
-    number: int,
-    learners: list[str],
-    objectives: dict[str, Tensor],
-    rl2: RL2 | None,
-    run: "Run",
-    bar: tqdm,
+    args: Args, name: str, learners: list[str], objectives: dict[str, Tensor], rl2: RL2 | None, run: "Run", bar: tqdm
 ) -> list[dict[str, Any]]:
-    """Rows of learners whose agents are one batch, in the environment of this name and number."""
+    """Rows of learners whose agents are one batch, in an environment."""
+    number = test_envs(args).index(name)
     key = 1009 * args.seed + number
     if learners == ["rl2"]:
         curve = returns_of_rl2(args, rl2, name, key)
@@ -1323,65 +1321,61 @@ def fuser(run: "Run") -> Callable:
 def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     """Args with the sizes of RL^2 that its environments need. Refuses what cannot work, before anything is written."""
     learners = {args.learner, *args.baselines}
-    steps = min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.copies)
-    if not args.envs:
-        raise UserError("--envs needs at least one environment.")
-    if not test_envs(args):
-        raise UserError("--no-test-seen needs --test-envs, environments to meta-test in.")
-    if not args.inputs:
-        raise UserError("--inputs needs at least one input.")
-    if not args.noise or ("reinforce-off" in learners and not sum(args.noise)):
-        raise UserError("--noise needs at least one number, and reinforce-off one above 0.")
-    for name in META_LEARNED:
-        if name in args.baselines and name != args.learner:
-            raise UserError(f"{name} is meta-learned, in a run of its own with --learner {name}; leave it out of --baselines.")
-    if args.learner in ("epg", "rl2") and args.objectives > 1:
-        raise UserError(f"{args.learner} meta-learns one objective or agent in a run; leave out --objectives.")
-    if args.progress and args.learner not in ("metagenrl", "epg"):
-        raise UserError(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
+    foreign = set(META_LEARNED) & set(args.baselines) - {args.learner}
+
+    for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
+        if getattr(args, flag) != checkpoint["args"].get(flag):
+            raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
+    for flag in ("envs", "inputs", "noise"):
+        if not getattr(args, flag):
+            raise UserError(f"--{flag} needs at least one value.")
+
+    agents = args.population // len(args.envs)
     if args.population % len(args.envs):
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
-    if args.population // len(args.envs) * args.objectives % world:
-        raise UserError(f"{args.population // len(args.envs)} agents in an environment cannot be shared by {world} processes.")
-    if args.learner == "epg" and args.pairs % world:
-        raise UserError(f"--pairs {args.pairs} cannot be shared by {world} processes.")
-    if args.batch <= args.inner_steps:
-        raise UserError("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
-    if args.objective_filters % 2:
-        raise UserError("--objective-filters has to be even: half of the units are squares.")
-    if steps < args.copies:
+    if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
+        raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
+    if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.copies) < args.copies:
         raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --copies.")
+
     if args.evaluations > args.test_steps // args.copies:
         raise UserError("--evaluations has to be at most --test-steps divided by --copies.")
     if learners & set(ON_POLICY) and max(2, args.rollout // args.copies) > min(args.replay, args.test_steps) // args.copies:
         raise UserError("--rollout has to be at most --replay and --test-steps.")
-    for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
-        if getattr(args, flag) != checkpoint["args"].get(flag):
-            raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
+    if args.learner == "metagenrl" and args.log_every < args.delay:
+        raise UserError("--log-every has to be at least --delay, so that each line of metrics.csv has a meta-loss.")
+    if args.batch <= args.inner_steps:
+        raise UserError("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
+    if args.objective_filters % 2:
+        raise UserError("--objective-filters has to be even: half of the units are squares.")
+
+    if "reinforce-off" in learners and not sum(args.noise):
+        raise UserError("reinforce-off needs a --noise above 0.")
+    if not test_envs(args):
+        raise UserError("--no-test-seen needs --test-envs, environments to meta-test in.")
+    if foreign:
+        raise UserError(f"{min(foreign)} is meta-learned in a run of its own, with --learner; leave it out of --baselines.")
+    if args.learner in ("epg", "rl2") and args.objectives > 1:
+        raise UserError(f"A run of {args.learner} meta-learns one objective or agent; leave out --objectives.")
+    if args.progress and args.learner not in ("metagenrl", "epg"):
+        raise UserError(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
 
     made = [make_env(name, 1) for name in dict.fromkeys([*args.envs, *args.test_envs])]
-    sizes = {"rl2_inputs": max(env.obs_size for env in made), "rl2_outputs": max(env.action_size for env in made)}
+    inputs = max(env.obs_size for env in made)
+    outputs = max(env.action_size for env in made)
     if args.learner != "rl2":
         return args
-    args = replace(args, **{flag: getattr(args, flag) or size for flag, size in sizes.items()})
-    if args.rl2_inputs < sizes["rl2_inputs"] or args.rl2_outputs < sizes["rl2_outputs"]:
-        capacity = f"{args.rl2_inputs} observations and {args.rl2_outputs} action dimensions"
-        raise UserError(f"RL^2 has inputs and outputs for {capacity}, and an environment has more; choose other environments.")
+    args = replace(args, rl2_inputs=args.rl2_inputs or inputs, rl2_outputs=args.rl2_outputs or outputs)
+    if args.rl2_inputs < inputs or args.rl2_outputs < outputs:
+        raise UserError(f"RL^2 needs at least --rl2-inputs {inputs} --rl2-outputs {outputs} in these environments.")
     return args
-
-
-def make_groups(args: Args, run: "Run") -> list[Group]:
-    """This process' share of the population, a group for each of --envs."""
-    which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
-    own = torch.arange(len(which))[run.rank :: run.world]
-    return [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
 
 
 @torch.no_grad()
 def main() -> None:
     args, checkpoint = parse_args()
     args = checked(args, checkpoint, int(os.environ.get("WORLD_SIZE", 1)))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for RL2 alone: Run sets the seed again
     rl2 = RL2(args) if args.learner == "rl2" else None
     run = Run(args, checkpoint)
     generator = torch.Generator().manual_seed(args.seed)
@@ -1389,9 +1383,13 @@ def main() -> None:
     alpha = untrained.clone()
     history = alpha.repeat(5, 1, 1)
     learned = {"net": rl2.to(run.device)} if rl2 else {"alpha": alpha, "history": history}
-    groups = make_groups(args, run) if args.mode == "train" and args.learner == "metagenrl" else []
+    groups = []
     if args.mode == "test":
         checkpoints.restore(learned, checkpoint["state"])
+    elif args.learner == "metagenrl":
+        which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
+        own = torch.arange(len(which))[run.rank :: run.world]
+        groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
     run.open_folder()
 
     started = time.time()

@@ -435,7 +435,7 @@ def saved_state(folder):
 
 
 def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
-    """Killed in meta-training, and then in the meta-test."""
+    """Killed between two lines of metrics.csv, and then in the meta-test."""
     folder = tmp_path / "killed"
     first = f"{TINY} --objectives 2 --progress --each --run-name killed"
     for flags, launcher in ((first, killed(nth=2)), (f"--resume {folder}", killed("meta_test.pt", 2))):
@@ -446,6 +446,9 @@ def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     assert rows(folder) == rows(finished[0])
     ours, theirs = saved_state(folder), saved_state(finished[0])
     assert torch.equal(ours["['alpha']"], theirs["['alpha']"]) and torch.equal(ours["['history']"], theirs["['history']"])
+    metrics = [[line.split(",") for line in (path / "metrics.csv").read_text().splitlines()] for path in (folder, finished[0])]
+    without_seconds = [[[step, *values] for step, _, *values in lines] for lines in metrics]
+    assert without_seconds[0] == without_seconds[1]
 
 
 def test_environments_of_gymnasium_resume_in_the_same_numbers_too(tmp_path):
@@ -543,6 +546,7 @@ MISTAKES = {
     "--env-steps 3": "at least --copies",
     "--reset-every 3": "at least --copies",
     "--evaluations 11": "--evaluations has to be at most",
+    "--log-every 1": "--log-every has to be at least --delay",
     "--baselines ppo --rollout 44": "--rollout has to be at most",
     "--noise": "--noise needs",
     "--noise 0": "reinforce-off",
@@ -550,9 +554,9 @@ MISTAKES = {
     "--inputs": "--inputs needs",
     "--discount 1.01": "--discount has to be",
     "--reset-share 0": "--reset-share has to be",
-    "--baselines epg": "epg is meta-learned",
+    "--baselines epg": "epg is meta-learned in a run of its own",
     "--learner epg --baselines --objectives 2": "leave out --objectives",
-    "--learner rl2 --baselines --rl2-inputs 3": "RL.2 has inputs and outputs for 3 observations",
+    "--learner rl2 --baselines --rl2-inputs 3": "RL.2 needs at least --rl2-inputs 6",
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
