@@ -541,7 +541,8 @@ def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Ba
     agent = torch.arange(p, device=draws.device)[:, None, None]
     batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - held + t) % capacity])
     after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
-    return batch._replace(mask=((t < held) & ~after_end).to(ended.dtype))
+    mask = ((t < held) & ~after_end).to(ended.dtype)
+    return Batch(batch.obs, batch.action, batch.reward, batch.terminated, batch.time, batch.next_obs, mask)
 
 
 def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
