@@ -1407,9 +1407,8 @@ def main() -> None:
     if run.rank > 0:
         return  # every process would measure the same
 
-    objectives = {"untrained": untrained}
-    if args.learner in ("metagenrl", "epg"):
-        objectives = {args.learner: alpha} | objectives
+    objectives = {args.learner: alpha} if args.learner in ("metagenrl", "epg") else {}
+    objectives["untrained"] = untrained
     if args.progress:
         objectives |= {f"{args.learner}, {part} %": history[fifth] for fifth, part in enumerate(PROGRESS)}
     rows = meta_test(args, objectives, rl2, run)
