@@ -14,7 +14,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
     Algorithm 6            -> meta_train
     Algorithm 7            -> train_agents
     Section A.2.3          -> follow_critic (DDPG, TD3), train_on_policy (PPO), RL2, evolve (EPG)
-    Figures 2.3 to 2.6     -> meta_test, draw_curves
+    Figures 2.3 to 2.6     -> meta_test
 
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
@@ -25,22 +25,19 @@ observations, b action dimensions, n hidden units, d all parameters of a network
 group; in it, every network of every agent is one row of a matrix, and all agents take a step at once.
 """
 
-import ctypes
-import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from importlib.util import find_spec
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,14 +46,20 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import envs, es
+from common import checkpoints, envs, es, machine
+from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.figures import plot
+from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["metagenrl", "epg", "rl2", "untrained", "td3", "reinforce-off", "reinforce-on", "ppo"]
 Input = Literal["reward", "value", "next_value", "time", "gain"]
+Size = Annotated[int, (1, 2**14)]  # of an axis
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Args:
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
     """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -73,17 +76,17 @@ class Args:
     """Fuse updates with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 20_000
+    checkpoint_every: Count = 20_000
     """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium begin new episodes at each."""
 
     learner: Name = "metagenrl"
@@ -99,129 +102,129 @@ class Args:
     """Environments to meta-test in, beside --envs (section 2.5)."""
     test_seen: bool = True
     """Meta-test in --envs too."""
-    env_steps: int = 600_000
+    env_steps: Count = 600_000
     """Steps of each agent in its environment, meta-training (section 2.5)."""
-    test_steps: int = 1_000_000
+    test_steps: Count = 1_000_000
     """Steps of each agent, meta-test (section 2.5)."""
-    copies: int = 1
+    copies: Size = 1
     """e, copies of its environment that an agent acts in at once (not in the thesis); there is one update for each step of all
     copies, so more copies mean fewer updates for as many environment steps."""
 
-    population: int = 20
+    population: Size = 20
     """Agents, distributed equally over --envs (section 2.5)."""
-    objectives: int = 1
+    objectives: Size = 1
     """m, objectives meta-trained side by side, each by a population of its own: seeds as a batch axis (Table 2.1: 6)."""
-    layers: int = 3
+    layers: Annotated[int, (1, 32)] = 3
     """Hidden layers of critic and policy (Table A.2; two would fit the 384 K parameters of section 2.3.3)."""
-    hidden: int = 350
+    hidden: Size = 350
     """Units of each (Table A.2)."""
-    objective_units: int = 32
+    objective_units: Size = 32
     """Units of the objective's LSTM (Table A.2)."""
-    objective_filters: int = 32
+    objective_filters: Annotated[int, (2, 2**14)] = 32
     """Units of the objective's other layers, which are 3 deep (Table A.2)."""
     inputs: tuple[Input, ...] = ("reward", "value", "next_value", "time")
     """What the objective hears at each step beside both actions (section 2.3.2). gain: next_value minus value. Leave some out
     for the ablation of Figure 2.5."""
-    bound: float = 1000.0
+    bound: Positive = 1000.0
     """eta, bound of the objective's value at each step (Table A.2)."""
 
-    length: int = 20
+    length: Size = 20
     """Steps of a sub-trajectory (Table A.3)."""
-    batch: int = 100
+    batch: Size = 100
     """Sub-trajectories in an update of an agent (Table A.3)."""
-    replay: int = 1_000_000
+    replay: Count = 1_000_000
     """Transitions that a replay buffer holds (not in the thesis)."""
-    critic_lr: float = 1e-3
+    critic_lr: Positive = 1e-3
     """lambda_1, Adam (Table A.3)."""
-    policy_lr: float = 1e-3
+    policy_lr: Positive = 1e-3
     """lambda_2, Adam (Table A.3)."""
-    inner_lr: float = 1e-3
+    inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
-    inner_steps: int = 1
+    inner_steps: Size = 1
     """Steps of Eq. 2.6 before the critic is asked; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
     inner_normalized: bool = False
     """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
     value_scaled: bool = False
     """Divide the critic's value in Eq. 2.6 by its standard deviation over the batch, so that environments weigh alike (not in
     the thesis)."""
-    objective_lr: float = 1e-3
+    objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest norm of any gradient (Table A.3)."""
-    discount: float = 0.99
+    discount: Share = 0.99
     """gamma (Table A.3)."""
-    target_speed: float = 0.005
+    target_speed: Share = 0.005
     """How far target networks move towards the others (Table A.3)."""
-    target_noise: float = 0.2
+    target_noise: PositiveOrZero = 0.2
     """Standard deviation of noise on the action in a critic's target (Table A.3: critic noise)."""
-    target_noise_clip: float = 0.5
+    target_noise_clip: PositiveOrZero = 0.5
     """Its bound (Table A.3)."""
-    delay: int = 2
+    delay: Count = 2
     """Updates of the critic for each one of policy and objective (A.2.2)."""
-    noise: tuple[float, ...] = (0.1,)
+    noise: tuple[PositiveOrZero, ...] = (0.1,)
     """Standard deviation of noise on actions taken (Table A.3). Several: an agent's copies take turns (not in the thesis)."""
-    random_steps: int = 10_000
+    random_steps: CountOrZero = 10_000
     """Steps of an agent that are random, at first (Table A.3)."""
-    frozen_steps: int = 0
+    frozen_steps: CountOrZero = 0
     """Steps of an agent during which its policy is not trained, and trains no objective (not in the thesis)."""
-    anneal_steps: int = 10_000
+    anneal_steps: CountOrZero = 10_000
     """Steps, after --frozen-steps, in which the objective's gradient takes over from the critic's in meta-training (A.2.2)."""
-    reset_every: int = 0
+    reset_every: CountOrZero = 0
     """Steps after which some agents begin anew, with empty buffers, so that the objective keeps seeing beginners; 0: never (not
     in the thesis)."""
-    reset_share: float = 0.25
+    reset_share: Annotated[float, (0.001, 1)] = 0.25
     """How many of them, in turn."""
-    gae: float = 0.97
+    gae: Share = 0.97
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
     normalized_advantages: bool = False
     """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
-    rollout: int = 4_000
+    rollout: Count = 4_000
     """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
-    epochs: int = 80
+    epochs: Count = 80
     """reinforce-on, ppo: steps of the value function on each rollout, and of PPO's policy (Spinning Up)."""
-    on_policy_lr: float = 3e-4
+    on_policy_lr: Positive = 3e-4
     """reinforce-on, ppo: Adam's learning rate for the policy; the value function has --critic-lr (Spinning Up)."""
-    clip_ratio: float = 0.2
+    clip_ratio: Share = 0.2
     """ppo: how far probabilities may move (Spinning Up)."""
-    largest_kl: float = 0.015
+    largest_kl: Positive = 0.015
     """ppo: an agent's policy stays as it is once it has moved this far on a rollout (Spinning Up: 1.5 times 0.01)."""
 
-    generations: int = 1_000
+    generations: Count = 1_000
     """epg: outer steps (not in the thesis, which allows 1 G environment steps)."""
-    pairs: int = 32
+    pairs: Size = 32
     """epg: pairs of objectives in a generation (A.2.3: V = 64)."""
-    sigma: float = 0.05
+    sigma: Positive = 0.05
     """epg: standard deviation of the noise on their parameters (not in the thesis)."""
-    life_steps: int = 8_192
+    life_steps: Count = 8_192
     """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
-    trial_steps: int = 100_000_000
+    trial_steps: Count = 100_000_000
     """rl2: environment steps of meta-training, all together (section 2.5.1, footnote 6)."""
-    trials: int = 16
+    trials: Size = 16
     """rl2: trials of two episodes in each environment, in an update (not in the thesis)."""
-    rl2_units: int = 64
+    rl2_units: Size = 64
     """rl2: units of the LSTM (A.2.3)."""
-    rl2_lr: float = 1e-3
+    rl2_lr: Positive = 1e-3
     """rl2: Adam's learning rate (not in the thesis)."""
-    rl2_epochs: int = 4
+    rl2_epochs: Count = 4
     """rl2: steps of PPO on the trials of an update (not in the thesis)."""
-    rl2_inputs: int | None = None
+    rl2_inputs: Size | None = None
     """rl2: observations that it has room for (default: as --envs and --test-envs need); fewer are padded with zeros (A.2.3)."""
-    rl2_outputs: int | None = None
+    rl2_outputs: Size | None = None
     """rl2: action dimensions, likewise."""
 
-    test_seeds: int = 6
+    test_seeds: Size = 6
     """Agents that each learner trains in each environment, for each of --objectives (Figure 2.3: 2 for each of 6 objectives, 6
     for the others)."""
-    evaluations: int = 20
+    evaluations: Count = 20
     """Times that agents are evaluated along the way, without noise."""
-    episodes: int = 4
+    episodes: Size = 4
     """Episodes in an evaluation of an agent."""
     progress: bool = False
     """Meta-test objectives from after 1/5, 2/5, 3/5 and 4/5 of meta-training too (Figure 2.4)."""
     each: bool = False
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
-    log_every: int = 100
+    log_every: Count = 100
     """Iterations that a line of metrics.csv is the mean of."""
 
 
@@ -443,6 +446,7 @@ def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tenso
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
+METRICS = ("meta_loss", "reward")  # of meta-training
 State = dict[str, Tensor]  # everything of a group's agents: parameters, targets, Adam's moments, buffer, environments
 
 
@@ -537,7 +541,8 @@ def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Ba
     agent = torch.arange(p, device=draws.device)[:, None, None]
     batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - held + t) % capacity])
     after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
-    return batch._replace(mask=((t < held) & ~after_end).to(ended.dtype))
+    mask = ((t < held) & ~after_end).to(ended.dtype)
+    return Batch(batch.obs, batch.action, batch.reward, batch.terminated, batch.time, batch.next_obs, mask)
 
 
 def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
@@ -568,8 +573,8 @@ class Group:
     """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
 
     state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; born (p,) the step
-    of its copies at which an agent began; lost (p,), how often it had to begin anew; buffer (p, e, capacity, ...); obs (p, e,
-    a); and what the environments keep.
+    of its copies at which an agent began; lost (p,), how often it had to begin anew; reward_sum and meta_loss_sum (p,), since
+    the last line of metrics.csv; buffer (p, e, capacity, ...); obs (p, e, a); and what the environments keep.
     """
 
     def __init__(
@@ -597,6 +602,7 @@ class Group:
         self.state = {"buffer": torch.zeros(len(self.own), args.copies, capacity, width, device=device)}
         self.state |= {"born": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
         self.state |= {"lost": torch.zeros_like(self.which)} | self.beginners()
+        self.state |= {f"{name}_sum": torch.zeros(len(self.own), device=device) for name in METRICS}
         self.begin_episodes(0)
 
     def draws(self, draw: Callable, *shape: int) -> Tensor:
@@ -627,7 +633,7 @@ class Group:
         """Agents that are not finite begin anew, and are counted."""
         lost = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
         any_lost = lost.any().float()
-        if all_reduce_mean(any_lost) if self.sharded else any_lost:  # all processes draw beginners, or none
+        if es.all_reduce_mean(any_lost) if self.sharded else any_lost:  # all processes draw beginners, or none
             self.begin_anew(now, lost)
             self.state["lost"] = self.state["lost"] + lost
 
@@ -671,10 +677,10 @@ class Group:
         return whole
 
     def load_state_dict(self, whole: State) -> None:
-        """The opposite, on any number of processes."""
-        for name, x in whole.items():
-            x = x.to(self.device).index_select(agent_axis(name), self.own)
-            self.state[name] = x.flatten(0, 1) if name.startswith("env_") else x
+        """The opposite, on any number of processes. Raises KeyError or RuntimeError where a part is missing or does not fit."""
+        for name, own in self.state.items():
+            x = whole[name].to(self.device).index_select(agent_axis(name), self.own)
+            self.state[name] = x.to(own.dtype).view(own.shape)
 
     def sample(self, now: int) -> Batch:
         """A batch from every agent's buffer; now: steps of each copy so far."""
@@ -744,7 +750,7 @@ def objective_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batc
 def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, run: "Run") -> None:
     """Algorithm 6. Changes alpha (m, d) in place, and notes in history (5, m, d) what it was after each fifth."""
     adam = torch.optim.Adam([alpha], args.objective_lr)
-    iterations, logged = args.env_steps // args.copies, {}
+    iterations = args.env_steps // args.copies
     keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
     for step in run.steps(iterations, keep):
         begin_anew(args, groups, step)
@@ -761,18 +767,29 @@ def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, 
                 g, loss, counted = group.objective_gradient(own, group.state, batch)
                 found.index_add_(0, group.which, g)
                 counts.index_add_(0, group.which, counted[:, None])
-                logged.setdefault(f"{group.name}_meta_loss", []).append(loss)
-            logged.setdefault(f"{group.name}_reward", []).append(group.rewards.mean())
+                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
+            group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
         if now % args.delay == 0:
-            alpha.grad = all_reduce_mean(found) / all_reduce_mean(counts).clamp(min=1 / run.world)
+            alpha.grad = es.all_reduce_mean(found) / es.all_reduce_mean(counts).clamp(min=1 / run.world)
             adam.step()
         history[5 * step // iterations] = alpha
         if now % args.log_every == 0:
-            run.log(step, {name: all_reduce_mean(torch.stack(parts).mean()) for name, parts in sorted(logged.items())})
-            logged = {}
+            run.log(step, means(args, groups, now))
         if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
             for group in groups:
                 group.replace_lost(now)
+
+
+def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
+    """Metrics of each environment over the last --log-every iterations. Sets their sums to zero."""
+    updates = now // args.delay - (now - args.log_every) // args.delay
+    counts = {"meta_loss": updates, "reward": args.log_every}
+    metrics = {}
+    for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
+        total = group.state[f"{name}_sum"]
+        metrics[f"{group.name}_{name}"] = es.all_reduce_mean(total.mean() / counts[name])
+        group.state[f"{name}_sum"] = torch.zeros_like(total)
+    return metrics
 
 
 def begin_anew(args: Args, groups: list[Group], step: int) -> None:
@@ -955,20 +972,18 @@ def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
                 adam.zero_grad()
                 loss.backward()
             for p in net.parameters():
-                p.grad = all_reduce_mean(p.grad)
+                p.grad = es.all_reduce_mean(p.grad)
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
             adam.step()
-        run.log(update, {name: all_reduce_mean(value) for name, value in log.items()})
+        run.log(update, {name: es.all_reduce_mean(value) for name, value in log.items()})
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
     """Returns per episode (p,) of its trials, which begin anew after two episodes: what it has seen before changes nothing."""
     device = net.log_std.device
-    env, generator, curve = (
-        make_env(name, args.test_seeds * args.episodes, device),
-        torch.Generator(device).manual_seed(key),
-        [],
-    )
+    env = make_env(name, args.test_seeds * args.episodes, device)
+    generator = torch.Generator(device).manual_seed(key)
+    curve = []
 
     def draws(name: str, *shape: int) -> Tensor:
         return getattr(torch, name)(*shape, generator=generator, device=device)
@@ -992,32 +1007,54 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
     """Fresh agents learn in every environment (Algorithm 7), trained by each learner; those of objectives (m, d) are one
     batch. Returns rows of returns along the way, without noise."""
     rows = []
-    places = dict.fromkeys([*(args.envs if args.test_seen else ()), *args.test_envs])
     names = dict.fromkeys([args.learner, *args.baselines])
     learned = [name for name in objectives if name.split(",")[0] in names]
     jobs = ([learned] if learned else []) + [[name] for name in names if name not in ("metagenrl", "epg", "untrained")]
-    shape = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
-    bar = tqdm(total=len(places) * len(jobs), desc="meta-test", bar_format=shape, disable=run.rank > 0)
-    for number, name in enumerate(places):
-        novelty, key = "none" if name in args.envs else "domain", 1009 * args.seed + number
-        for learners in jobs:
-            if learners == ["rl2"]:
-                curve = returns_of_rl2(args, rl2, name, key)
-            else:
-                each = args.objectives * args.test_seeds
-                alpha = [
-                    objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives
-                ]
-                alpha = torch.cat(alpha or [torch.zeros(each, 0, device=run.device)])
-                torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-                group = Group(args, name, torch.arange(each * len(learners)), args.test_steps, run.device, fuser(run))
-                curve = returns(args, group, learners[0], alpha, bar, key)
-                group.env.close()
-            for learner, part in zip(learners, zip(*(x.chunk(len(learners)) for _, x in curve), strict=True), strict=True):
-                for (step, _), value in zip(curve, part, strict=True):
-                    row = result_row(learner, name, novelty, "return", step, value)
-                    rows.append(row | {"values": value.tolist()} if args.each else row)
-            bar.update(1 - bar.n % 1)
+    parts = list(product(test_envs(args), jobs))
+
+    bar_format = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
+    bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format)
+    for name, learners in parts:
+        measure = partial(test_in_env, args, name, learners, objectives, rl2, run, bar)
+        rows += run.once(f"{name}, {learners[0]}", measure)
+        bar.update(1 - bar.n % 1)
+    bar.close()
+
+    known = {row["task"]: "meta-trained in" if row["novelty"] == "none" else "never seen" for row in rows}
+    names = {"labels": LABELS, "titles": {task: f"{task} ({text})" for task, text in known.items()}}
+    plot(rows, run.folder / "returns.png", xlabel="environment steps of an agent", ylabel="return", styles=STYLES, **names)
+    return rows
+
+
+def test_envs(args: Args) -> list[str]:
+    """Names of the environments to meta-test in."""
+    return list(dict.fromkeys([*(args.envs if args.test_seen else ()), *args.test_envs]))
+
+
+def test_in_env(
+    args: Args, name: str, learners: list[str], objectives: dict[str, Tensor], rl2: RL2 | None, run: "Run", bar: tqdm
+) -> list[dict[str, Any]]:
+    """Rows of learners whose agents are one batch, in an environment."""
+    number = test_envs(args).index(name)
+    key = 1009 * args.seed + number
+    if learners == ["rl2"]:
+        curve = returns_of_rl2(args, rl2, name, key)
+    else:
+        agents = args.objectives * args.test_seeds
+        alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
+        alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
+        torch.manual_seed(args.seed + 1_000_003 * (number + 1))
+        group = Group(args, name, torch.arange(agents * len(learners)), args.test_steps, run.device, fuser(run))
+        curve = returns(args, group, learners[0], alpha, bar, key)
+        group.env.close()
+
+    rows = []
+    novelty = "none" if name in args.envs else "domain"
+    for index, learner in enumerate(learners):
+        for step, values in curve:
+            of_learner = values.chunk(len(learners))[index]
+            row = result_row(learner, name, novelty, "return", step, of_learner)
+            rows.append(row | {"values": of_learner.tolist()} if args.each else row)
     return rows
 
 
@@ -1062,370 +1099,218 @@ def evaluate(args: Args, group: Group, env: Env, key: int) -> Tensor:
 
 LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained objective", "td3": "TD3", "ppo": "PPO"}
 LABELS |= {"rl2": "RL²", "reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
-COLOURS = {
-    "metagenrl": "C0",
-    "epg": "C2",
-    "rl2": "C5",
-    "untrained": "0.6",
-    "td3": "k",
-    "ppo": "C4",
-    "reinforce-off": "C1",
-    "reinforce-on": "C3",
-}
-
-
-def draw_curves(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
-    """Figures 2.3, 2.4 and A.5: one panel for each environment, a line for each learner. Shaded: standard deviation. Thin: each
-    agent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
-    for axis, task in zip(axes[0], tasks, strict=True):
-        these = [row for row in rows if row["task"] == task]
-        for learner in dict.fromkeys(row["learner"] for row in these):
-            x, mean, std = zip(
-                *((row["step"], row["mean"], row["std"]) for row in these if row["learner"] == learner), strict=True
-            )
-            name, _, when = learner.partition(",")
-            colour = COLOURS[name] if not when else plt.cm.Greens(0.2 + 0.6 * float(when.split()[0]) / 100)
-            axis.plot(x, mean, color=colour, label=LABELS[name] + (f" after{when}" if when else ""))
-            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-            agents = zip(*(row.get("values", []) for row in these if row["learner"] == learner), strict=True)
-            for agent in agents:
-                axis.plot(x, agent, color=colour, alpha=0.5, lw=0.6)
-        new = "meta-trained in" if these[0]["novelty"] == "none" else "never seen"
-        axis.set(title=f"{task} ({new})", xlabel="environment steps of an agent", ylabel="return")
-        axis.title.set_fontsize("small")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=max(2, int(1.6 * len(tasks))),
-        title=f"shaded: {spread}",
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+STYLES = {"metagenrl": "C0", "epg": "C2", "untrained": "0.6", "td3": "k"}
+STYLES |= {"rl2": "C5", "ppo": "C4", "reinforce-off": "C1", "reinforce-on": "C3"}
+PROGRESS = {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}  # per cent of meta-training
+LABELS |= {f"{name}, {part} %": f"{LABELS[name]} after {part} %" for name in ("metagenrl", "epg") for part in PROGRESS}
+STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") for part in PROGRESS}
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (EnvError,)
+METHOD = "metagenrl"
+USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment with continuous actions; the observations of those that are ours are scaled to about one."""
     env = envs.make(name, count, device, **({"parallel": count > 1} if name[:1].isupper() else {}))
     if env.num_actions is not None:
-        raise Mistake(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
+        raise UserError(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
     return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
 
 
@@ -1434,120 +1319,104 @@ def fuser(run: "Run") -> Callable:
     return partial(torch.compile, dynamic=False) if run.compiles else lambda f: f
 
 
-def check(args: Args, world: int) -> None:
-    """Refuse what cannot work, before anything is written."""
-    counts = "env_steps test_steps copies population objectives layers hidden objective_units length replay delay inner_steps"
-    counts += " test_seeds evaluations episodes log_every checkpoint_every rollout epochs generations pairs life_steps"
-    counts += " trial_steps trials rl2_units rl2_epochs"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    for name in ("critic_lr", "policy_lr", "inner_lr", "objective_lr", "on_policy_lr", "rl2_lr", "clip", "bound", "sigma"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
-    if not args.envs:
-        raise Mistake("--envs needs at least one environment.")
-    if not args.noise or min(args.noise) < 0:
-        raise Mistake("--noise needs at least one number, none of them below 0.")
-    if not args.inputs:
-        raise Mistake("--inputs needs at least one input.")
-    for name in args.baselines:
-        if name in META_LEARNED and name != args.learner:
-            raise Mistake(
-                f"{name} has to be meta-learned, in a run of its own with --learner {name}; leave it out of --baselines."
-            )
-    if args.learner == "epg" and args.objectives > 1:
-        raise Mistake("EPG evolves one objective in a run; leave out --objectives.")
-    if args.learner == "rl2" and args.objectives > 1:
-        raise Mistake("RL^2 has no objective; leave out --objectives.")
-    if args.progress and args.learner not in ("metagenrl", "epg"):
-        raise Mistake(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
+def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
+    """Args with the sizes of RL^2 that its environments need. Refuses what cannot work, before anything is written."""
+    learners = {args.learner, *args.baselines}
+    foreign = set(META_LEARNED) & set(args.baselines) - {args.learner}
+
+    for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
+        if getattr(args, flag) != checkpoint["args"].get(flag):
+            raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
+    for flag in ("envs", "inputs", "noise"):
+        if not getattr(args, flag):
+            raise UserError(f"--{flag} needs at least one value.")
+
+    agents = args.population // len(args.envs)
     if args.population % len(args.envs):
-        raise Mistake(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
-    if args.population // len(args.envs) * args.objectives % world:
-        raise Mistake(f"{args.population // len(args.envs)} agents in an environment cannot be shared by {world} processes.")
-    if not 0 < args.reset_share <= 1:
-        raise Mistake("--reset-share has to be between 0 and 1.")
+        raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
+    if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
+        raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
+    if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.copies) < args.copies:
+        raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --copies.")
+
+    if args.evaluations > args.test_steps // args.copies:
+        raise UserError("--evaluations has to be at most --test-steps divided by --copies.")
+    if learners & set(ON_POLICY) and max(2, args.rollout // args.copies) > min(args.replay, args.test_steps) // args.copies:
+        raise UserError("--rollout has to be at most --replay and --test-steps.")
+    if args.learner == "metagenrl" and args.log_every < args.delay:
+        raise UserError("--log-every has to be at least --delay, so that each line of metrics.csv has a meta-loss.")
     if args.batch <= args.inner_steps:
-        raise Mistake("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
-    if args.objective_filters < 2 or args.objective_filters % 2:
-        raise Mistake("--objective-filters has to be even: half of the units are squares.")
-    if min(args.env_steps, args.test_steps) < args.copies:
-        raise Mistake("--env-steps and --test-steps have to be at least --copies.")
-    for name in {*args.envs, *args.test_envs}:
-        make_env(name, 1)
+        raise UserError("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
+    if args.objective_filters % 2:
+        raise UserError("--objective-filters has to be even: half of the units are squares.")
 
+    if "reinforce-off" in learners and not sum(args.noise):
+        raise UserError("reinforce-off needs a --noise above 0.")
+    if not test_envs(args):
+        raise UserError("--no-test-seen needs --test-envs, environments to meta-test in.")
+    if foreign:
+        raise UserError(f"{min(foreign)} is meta-learned in a run of its own, with --learner; leave it out of --baselines.")
+    if args.learner in ("epg", "rl2") and args.objectives > 1:
+        raise UserError(f"A run of {args.learner} meta-learns one objective or agent; leave out --objectives.")
+    if args.progress and args.learner not in ("metagenrl", "epg"):
+        raise UserError(f"--progress meta-tests earlier objectives, and {args.learner} has none; leave it out.")
 
-def with_room(args: Args) -> Args:
-    """Args with room in RL^2 for the environments that they name, where no flag said otherwise."""
+    made = [make_env(name, 1) for name in dict.fromkeys([*args.envs, *args.test_envs])]
+    inputs = max(env.obs_size for env in made)
+    outputs = max(env.action_size for env in made)
     if args.learner != "rl2":
         return args
-    places = [make_env(name, 1) for name in (*args.envs, *args.test_envs)]
-    sizes = dict(rl2_inputs=max(env.obs_size for env in places), rl2_outputs=max(env.action_size for env in places))
-    args = replace(args, **{flag: size for flag, size in sizes.items() if getattr(args, flag) is None})
-    if args.rl2_inputs < sizes["rl2_inputs"] or args.rl2_outputs < sizes["rl2_outputs"]:
-        room = f"{args.rl2_inputs} observations and {args.rl2_outputs} action dimensions"
-        raise Mistake(f"RL^2 has room for {room}, and an environment has more; choose other environments.")
+    args = replace(args, rl2_inputs=args.rl2_inputs or inputs, rl2_outputs=args.rl2_outputs or outputs)
+    if args.rl2_inputs < inputs or args.rl2_outputs < outputs:
+        raise UserError(f"RL^2 needs at least --rl2-inputs {inputs} --rl2-outputs {outputs} in these environments.")
     return args
 
 
-def load(args: Args, alpha: Tensor, history: Tensor, rl2: RL2 | None) -> None:
-    """What was meta-learned, from --checkpoint."""
-    state = read_checkpoint(args.checkpoint)["state"]
-    try:
-        if rl2:
-            rl2.load_state_dict(state["net"])
-        else:
-            alpha.copy_(state["alpha"].view(alpha.shape))
-            history.copy_(state["history"].view(history.shape))
-    except (KeyError, RuntimeError) as error:
-        raise Mistake(
-            f"{args.checkpoint} holds objectives of another learner, size or number than these flags ask for; leave them out."
-        ) from error
-
-
+@torch.no_grad()
 def main() -> None:
-    args = parse_args()
-    check(args, int(os.environ.get("WORLD_SIZE", 1)))
-    args = with_room(args)
-    torch.manual_seed(args.seed)
+    args, checkpoint = parse_args()
+    args = checked(args, checkpoint, int(os.environ.get("WORLD_SIZE", 1)))
+    torch.manual_seed(args.seed)  # for RL2 alone: Run sets the seed again
     rl2 = RL2(args) if args.learner == "rl2" else None
-    untrained = make_nets(args, 1, 1).init_objective(args.objectives, torch.Generator().manual_seed(args.seed))
+    run = Run(args, checkpoint)
+    generator = torch.Generator().manual_seed(args.seed)
+    untrained = make_nets(args, 1, 1).init_objective(args.objectives, generator).to(run.device)
     alpha = untrained.clone()
     history = alpha.repeat(5, 1, 1)
+    learned = {"net": rl2.to(run.device)} if rl2 else {"alpha": alpha, "history": history}
+    groups = []
     if args.mode == "test":
-        load(args, alpha, history, rl2)
-    run = Run(args)
-    untrained, alpha, history = untrained.to(run.device), alpha.to(run.device), history.to(run.device)
-    started, lost = time.time(), 0
-    with torch.no_grad():
-        if args.mode == "train" and args.learner == "metagenrl":
-            which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
-            own = torch.arange(len(which))[run.rank :: run.world]
-            groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
-            meta_train(args, groups, alpha, history, run)
-            lost = sum(int(group.state_dict()["lost"].sum()) for group in groups)
-        elif args.mode == "train" and args.learner == "epg":
-            evolve(args, alpha, history, run)
-        elif rl2:
-            rl2.to(run.device)
-            if args.mode == "train":
-                meta_train_rl2(args, rl2, run)
-        tested = time.time()
-        objectives = {"untrained": untrained}
-        if args.learner in ("metagenrl", "epg"):
-            objectives = {args.learner: alpha} | objectives
-        if args.progress:
-            objectives |= {f"{args.learner}, {20 * (part + 1)} %": history[part] for part in range(4)}
-        rows = meta_test(args, objectives, rl2, run)
+        checkpoints.restore(learned, checkpoint["state"])
+    elif args.learner == "metagenrl":
+        which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
+        own = torch.arange(len(which))[run.rank :: run.world]
+        groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
+    run.open_folder()
+
+    started = time.time()
+    if groups:
+        meta_train(args, groups, alpha, history, run)
+    elif args.mode == "train" and args.learner == "epg":
+        evolve(args, alpha, history, run)
+    elif args.mode == "train" and rl2:
+        meta_train_rl2(args, rl2, run)
+    elif args.mode == "train" and not args.resume:
+        run.save(0, learned)  # nothing is meta-learned, but --resume continues the meta-test
+    resets = sum(es.all_reduce_mean(group.state["lost"].sum().double()) for group in groups) * run.world
+    tested = time.time()
     if run.rank > 0:
-        return
-    draw_curves(run.folder / "returns.png", rows, f"standard deviation over {rows[0]['seeds']} agents")
+        return  # every process would measure the same
+
+    objectives = {args.learner: alpha} if args.learner in ("metagenrl", "epg") else {}
+    objectives["untrained"] = untrained
+    if args.progress:
+        objectives |= {f"{args.learner}, {part} %": history[fifth] for fifth, part in enumerate(PROGRESS)}
+    rows = meta_test(args, objectives, rl2, run)
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
-    if lost:
-        run.say(f"{lost} agents were not finite and began anew.")
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
-    run.finish(rows, seconds=seconds, parameters=parameters, agents_begun_anew=lost)
+    if resets:
+        run.info(f"{int(resets)} agents were reset because they were not finite.")
+    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=int(resets))
 
 
 if __name__ == "__main__":
