@@ -1221,9 +1221,9 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
     for flag in vars(args) if args.resume else ():
-        if flag not in free and getattr(args, flag) != getattr(base, flag):
+        free = flag in ("data_dir", "compile", "track", "run_dir")
+        if not free and getattr(args, flag) != getattr(base, flag):
             raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
@@ -1264,10 +1264,9 @@ class Run:
         args = self.args
         flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
         words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
-        name = "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
-        if args.run_name and args.run_name != Path(args.run_name).name:
-            raise UserError(f"--run-name {args.run_name} is not a name; --run-dir says in which folder runs are made.")
-        name = args.run_name or name
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
+        if name != Path(name).name:
+            raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
         folder = [Path(args.resume or Path(args.run_dir, name))]
         if self.rank == 0:
             lock(folder[0])
@@ -1283,11 +1282,11 @@ class Run:
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir()}
-        if self.args.resume and "results.json" in files:
-            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
-        if not self.args.resume:
-            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
-                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+        new = not self.args.resume
+        if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
+            continues = f"--resume {folder} continues a run that was cut off, --mode test tests a finished one"
+            raise UserError(f"{folder} exists; choose another --run-name ({continues}).")
+        if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         if self.args.track:
             import wandb
@@ -1373,12 +1372,10 @@ def run_as_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, *USER_ERRORS) as error:
         sys.exit(f"{METHOD}.py: {error}")
-    except OSError as error:
-        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (sentence := machine.sentence(error)):
             raise
-        sys.exit(f"{METHOD}.py: not enough memory: {str(error).splitlines()[0]}; choose smaller sizes.")
+        sys.exit(f"{METHOD}.py: {sentence}")
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:

@@ -50,6 +50,15 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {"device": name, "peak_memory_mb": peak / 2**20 if sys.platform == "darwin" else peak / 2**10}  # bytes; kB
 
 
+def sentence(error: Exception) -> str | None:
+    """What a user reads of a full or read-only disk, of a file that is not to be had, or of too little memory; else None."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'}: {error.strerror or error}."
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"There is not enough memory; choose smaller sizes ({str(error).partition('.')[0]})."
+    return None
+
+
 _locks: list[int] = []
 
 
