@@ -642,7 +642,7 @@ def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
 
     units = " / ".join(dict.fromkeys(UNITS[row["metric"]] for row in rows))
     title = f"{units}\nafter {rows[-1]['step']} steps; rows: meta-trained in, columns: meta-tested in"
-    matrix(maps, path, title)
+    matrix(maps, path, title, limits=(min(last.values()), max(last.values())))
 
 
 # ======================================================================================================================
