@@ -15,7 +15,7 @@ import torch
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import symla
-from common import envs
+from common import checkpoints, envs
 
 ARGS = symla.Args(
     hidden=5, message_size=3, lifetime_steps=12, meta_steps=4, evaluations=6, population=8, noise_std=0.1, lr=0.05,
@@ -369,7 +369,7 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path):
     """Of those learners that it has, in other environments."""
     first = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     del first["state"]["['thetas']['rnn']"]
-    torch.save(first, tmp_path / "alone.pt")
+    checkpoints.write(tmp_path / "alone.pt", first)
     tiny = TINY.replace("independent_bandit:3", "contextual_bandit:2").replace("independent_bandit:2", "grid_world:2")
     flags = f"--init {tmp_path / 'alone.pt'} --meta-steps 1 --lr 1e-9 --run-name next"
     done = command(tmp_path, flags, tiny=tiny)
@@ -437,7 +437,7 @@ MISTAKES = {
 def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, complain, tmp_path):
     checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     name = "['thetas']['symla']"
-    torch.save(checkpoint | {"state": {name: checkpoint["state"][name]}}, tmp_path / "alone.pt")
+    checkpoints.write(tmp_path / "alone.pt", checkpoint | {"state": {name: checkpoint["state"][name]}})
     (tmp_path / "foreign").mkdir()
     results = json.loads((finished[0] / "results.json").read_text()) | {"script": "gla"}
     (tmp_path / "foreign" / "results.json").write_text(json.dumps(results))
