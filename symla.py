@@ -22,20 +22,18 @@ Axes, everywhere: p population, e environments in parallel, a observations, b ac
 parameters. To an environment, p and e are one axis.
 """
 
-import ctypes
 import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,13 +43,20 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import envs, es
+from common import checkpoints, envs, es, machine
+from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.figures import matrix, plot
+from common.flags import Count, FlagError, Positive, Seed, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["symla", "rnn", "thompson", "uniform"]
+Width = Annotated[int, (1, 2**12)]  # of a layer
+Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Args:
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
     """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -68,19 +73,19 @@ class Args:
     """Fuse a step of agents and environments with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test", "compare"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint; compare: draw --runs side by side."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Meta-steps between checkpoints."""
-    runs: tuple[Path, ...] = ()
+    runs: tuple[str, ...] = ()
     """compare: finished run folders, averaged where they differ in nothing but the seed (Figures 4.3 to 4.7)."""
 
     learner: Name = "symla"
@@ -94,43 +99,43 @@ class Args:
     shuffled_X permutes observations and actions of X, projected_X maps observations through a random matrix (C.2.3)."""
     test_envs: tuple[str, ...] = ()
     """Environments to meta-test in (default: --envs, and what section 4.5 puts beside them; see beside)."""
-    lifetime_steps: int | None = None
+    lifetime_steps: Count | None = None
     """L, environment steps of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
     sutton_barto_reward: bool = True
     """CartPole pays -1 for a failure instead of 1 per step, and reaching the goal on MountainCar 0 (not in the thesis: else
     lifetimes of a fixed length all pay alike)."""
 
-    hidden: int | None = None
+    hidden: Width | None = None
     """N, units of each sub-LSTM (C.2.1: 16, bandits 64)."""
-    message_size: int = 8
+    message_size: Width = 8
     """M, size of forward and backward messages (C.2.1)."""
-    micro_ticks: int = 2
+    micro_ticks: Count = 2
     """LSTM ticks of the layer per environment step (C.2.1)."""
-    obs_gain: float | None = None
+    obs_gain: Positive | None = None
     """Factor on what SymLA observes (not in the thesis: 1)."""
-    rnn_size: int = 64
+    rnn_size: Width = 64
     """Units of the in-context RNN (not in the thesis, which says N = 64 for bandits; Wang et al. have 48)."""
-    rnn_inputs: int | None = None
+    rnn_inputs: Size | None = None
     """Observations that the in-context RNN has room for (default: as --envs and --test-envs need); fewer are padded."""
-    rnn_outputs: int | None = None
+    rnn_outputs: Size | None = None
     """Actions that it has room for, likewise."""
 
-    init: Path | None = None
+    init: str | None = None
     """A checkpoint.pt whose parameters meta-training begins with, for the learners that it has, instead of new ones: a
     curriculum (not in the thesis)."""
-    meta_steps: int | None = None
+    meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
-    population: int = 512
+    population: Annotated[int, (2, 2**20)] = 512
     """es: members of a population, half of them the mirror images of the others (C.2.2)."""
-    evaluations: int | None = None
+    evaluations: Size | None = None
     """es: lifetimes of each member, in environments that all members share (C.2.2: 10, bandits 100)."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """es: pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
-    noise_std: float | None = None
+    noise_std: Positive | None = None
     """es: sigma, standard deviation of the perturbations (C.2.2: 0.035, bandits 0.2)."""
-    noise_end: float | None = None
+    noise_end: Positive | None = None
     """es: sigma falls linearly to this (not in the thesis; default: it does not)."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Adam's learning rate (C.2.2: 0.01, bandits 0.2)."""
     lr_decay: bool = False
     """Let the learning rate fall linearly to zero (not in the thesis)."""
@@ -139,9 +144,9 @@ class Args:
     fitness: Literal["reward", "expected"] = "reward"
     """What a lifetime is worth: its rewards (Eq. 4.10), or for bandits those to be expected of the policy at each step."""
 
-    test_seeds: int | None = None
+    test_seeds: Size | None = None
     """Meta-test lifetimes per environment (Figures 4.3 to 4.7: 100; bandits 4,096, because 100 leave the regret vague)."""
-    test_steps: int | None = None
+    test_steps: Count | None = None
     """Environment steps in a meta-test lifetime (default: as in meta-training)."""
 
 
@@ -392,7 +397,7 @@ def es_gradient(args: Args, learner: Learner, live: Callable, env: Env, theta: T
         sigma += (args.noise_end - sigma) * step / args.meta_steps
     settings = dict(pairs=pairs, sigma=sigma, seed=args.seed, generation=step, rank_shaping=args.rank_shaping)
     grad, losses = es.gradient(theta, evaluate, chunk=args.chunk or even_chunk(args, env), **settings)
-    return grad, losses.mean(), all_reduce_mean(torch.stack(paid).mean())
+    return grad, losses.mean(), es.all_reduce_mean(torch.stack(paid).mean())
 
 
 def meta_train(
@@ -472,28 +477,42 @@ META_TRAINED = ("symla", "rnn")
 # Meta-test
 # ======================================================================================================================
 def meta_test(args: Args, thetas: dict[str, Tensor], run: "Run") -> list[dict[str, Any]]:
-    """--test-seeds lifetimes of every learner in every test environment, the same for all learners. For bandits, the regret so
-    far that is to be expected of the policy: what the best arm would have paid, minus what the policy's arms pay on average.
-    Else the return so far, and the reward per step since the last plotted step."""
+    """Result rows of all learners in all test environments, reward_per_step last."""
     rows = []
     for number, name in enumerate(args.test_envs):
-        env = make_env(args, name, args.test_seeds, run.device)
-        draws = luck(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
-        for learner_name in learners_of(args, name):
-            learner, live, _ = player(args, learner_name, name, args.test_seeds, run, "test")
-            theta, together = thetas[learner_name][None], at_a_time(args, env)
-            parts = zip(draws[0].split(together), draws[1].split(together, dim=1), strict=True)
-            outcomes = [lifetime(learner, live, env, theta, part) for part in parts]
-            reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
-            row, before = partial(result_row, learner_name, name, novelty(args, name)), 0
-            for step in plotted_steps(reward.shape[-1]):
-                if is_bandit(name):
-                    rows.append(row("cumulative_regret", step, (best - expected)[:, :step].sum(1)))
-                else:
-                    rows.append(row("return", step, reward[:, :step].sum(1)))
-                    rows.append(row("reward_per_step", step, reward[:, before:step].mean(1)))
-                before = step
+        if "rnn" in thetas and not fits(args, "rnn", name):
+            sizes = f"{args.rnn_inputs} observations and {args.rnn_outputs} actions"
+            run.info(f"{name} is too large for the in-context RNN, which has inputs and outputs for {sizes}.")
+        for learner in learners_of(args, name):
+            measure = partial(measured, args, learner, thetas[learner], name, number, run)
+            rows += run.once(f"{name}, {learner}", measure)
     return sorted(rows, key=lambda row: row["metric"] == "reward_per_step")
+
+
+def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: int, run: "Run") -> list[dict[str, Any]]:
+    """Result rows of one learner over --test-seeds lifetimes in the test environment `number`, the same for all learners.
+
+    For bandits, the expected regret of the policy so far: what the best arm pays on average, minus what the policy's arms do.
+    Else the return so far, and the reward per step since the last plotted step.
+    """
+    learner, live, env = player(args, learner_name, name, args.test_seeds, run, "test")
+    draws = luck(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
+    batch_size = at_a_time(args, env)
+    batches = zip(draws[0].split(batch_size), draws[1].split(batch_size, dim=1), strict=True)
+    outcomes = [lifetime(learner, live, env, theta[None], batch) for batch in batches]
+    reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
+
+    rows = []
+    row = partial(result_row, learner_name, name, novelty(args, name))
+    before = 0
+    for step in plotted_steps(reward.shape[-1]):
+        if is_bandit(name):
+            rows.append(row("cumulative_regret", step, (best - expected)[:, :step].sum(1)))
+        else:
+            rows.append(row("return", step, reward[:, :step].sum(1)))
+            rows.append(row("reward_per_step", step, reward[:, before:step].mean(1)))
+        before = step
+    return rows
 
 
 def plotted_steps(steps: int) -> list[int]:
@@ -533,7 +552,7 @@ def beside(name: str) -> list[str]:
 
 
 FIVE = ["independent_bandit", "dependent_bandit", "easy_bandit", "medium_bandit", "hard_bandit"]  # Figure 4.3
-LABELS = {"symla": "SymLA", "rnn": "in-context RNN", "thompson": "Thompson sampling", "uniform": "uniform-random player"}
+LABELS = {"symla": "SymLA", "rnn": "in-context RNN", "thompson": "Thompson sampling", "uniform": "uniform-random policy"}
 COLOURS = {"symla": "C0", "rnn": "C1", "thompson": "k", "uniform": "0.6"}
 NOVELTY = {"none": "seen", "task": "unseen task", "domain": "unseen environment"}
 UNITS = {
@@ -543,72 +562,56 @@ UNITS = {
 }
 
 
-def figures() -> Any:
-    import matplotlib
+def draw_lifetimes(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Figures 4.5 to 4.7, and regret for bandits: a panel for each environment, a line for each learner. Returns the names of
+    the files. `source` of a row says where its learner was meta-trained: several of them differ in dashes, without bands."""
+    sources = list(dict.fromkeys(row.get("source", "") for row in rows if row["learner"] in META_TRAINED))
+    several = len(sources) > 1
+    lines, styles, titles = [], {}, {}
+    for row in rows:
+        trained = row["learner"] in META_TRAINED
+        line = LABELS[row["learner"]] + (f", {row['source']}" if several and trained else "")
+        dashes = ("-", "--", ":", "-.")[sources.index(row.get("source", "")) % 4] if trained else ""
+        lines.append(row | {"line": line} | ({"std": 0.0} if several else {}))
+        styles[line] = COLOURS[row["learner"]] + dashes
+        titles[row["task"]] = row["task"] + ("" if several else f" ({NOVELTY[row['novelty']]})")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
-    return plt
-
-
-def draw_lifetimes(path: Path, rows: list[dict[str, Any]], spread: str) -> None:
-    """Figures 4.5 to 4.7, and regret for bandits: one panel for each environment, a line for each learner. `source` of a row,
-    if it has one, says where its learner was meta-trained. Shaded: standard deviation."""
-    plt = figures()
-    rows = [row for row in rows if row["metric"] != "return"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = min(len(tasks), 4)
-    lines = -(-len(tasks) // columns)
-    size = (1 + 3.4 * columns, 0.8 + 2.7 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    sources = list(dict.fromkeys(row.get("source", "") for row in rows if row["learner"] in META_TRAINED)) or [""]
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        these = [row for row in rows if row["task"] == task]
-        for learner, source in dict.fromkeys((row["learner"], row.get("source", "")) for row in these):
-            line = [row for row in these if (row["learner"], row.get("source", "")) == (learner, source)]
-            x, mean, std = (np.array([row[key] for row in line]) for key in ("step", "mean", "std"))
-            label = LABELS[learner] + (f", {source}" if len(sources) > 1 and learner in META_TRAINED else "")
-            dashes = ("-", "--", ":", "-.")[sources.index(source) % 4 if source in sources else 0]
-            axis.plot(x, mean, color=COLOURS[learner], ls=dashes, label=label)
-            if len(sources) == 1:
-                axis.fill_between(x, mean - std, mean + std, color=COLOURS[learner], alpha=0.12, lw=0)
-        new = f" ({NOVELTY[these[0]['novelty']]})" if len(sources) == 1 else ""
-        axis.set(title=task + new, xlabel="environment steps", ylabel=UNITS[these[0]["metric"]])
-        axis.title.set_fontsize("small")
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    title = f"shaded: {spread}" if len(sources) == 1 else None
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=title, fontsize="small")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["metric"] != "return"))
+    for metric in metrics:
+        drawn = [line for line in lines if line["metric"] == metric]
+        settings = dict(line="line", titles=titles, styles=styles)
+        plot(drawn, folder / f"{metric}.png", xlabel="environment steps", ylabel=UNITS[metric], **settings)
+    return [f"{metric}.png" for metric in metrics]
 
 
 def compare(args: Args) -> None:
     """Figures 4.3 and 4.4 over finished runs: what each learner, by the environments it was meta-trained in (rows), reached at
     the end of a lifetime in each environment (columns); and Figures 4.5 to 4.7. Runs of different seeds are averaged."""
     if not args.runs:
-        raise Mistake("--mode compare needs --runs FOLDER FOLDER ...")
-    found: dict[tuple, list[dict[str, Any]]] = {}
+        raise UserError("--mode compare needs --runs FOLDER FOLDER ...")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for folder in args.runs:
         try:
-            results = json.loads((folder / "results.json").read_text())
-            source = ", ".join(results["args"]["envs"])
+            results = json.loads(Path(folder, "results.json").read_text())
+            if results["script"] != METHOD:
+                raise ValueError(results["script"])
             for row in results["results"]:
-                key = row["learner"], source if row["learner"] in META_TRAINED else "", row["task"], row["metric"], row["step"]
-                found.setdefault(key, []).append(row | {"source": source})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{folder} holds no finished run of {SCRIPT}.py.") from error
+                row["source"] = ", ".join(results["args"]["envs"]) if row["learner"] in META_TRAINED else ""
+                key = tuple(row[name] for name in ("learner", "source", "task", "metric", "step"))
+                groups.setdefault(key, []).append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no finished run of {METHOD}.py.") from error
+
     rows = []
-    for same in found.values():  # over meta-training and meta-test seeds
-        mean, std = (np.array([row[what] for row in same]) for what in ("mean", "std"))
-        rows.append(same[0] | {"mean": mean.mean(), "std": math.sqrt((std**2).mean() + mean.var())})
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    draw_lifetimes(args.run_dir / "lifetimes.png", rows, "standard deviation over meta-training and meta-test runs")
-    draw_matrix(args.run_dir / "matrix.png", [row for row in rows if row["metric"] != "reward_per_step"])
-    print(f"Written to {args.run_dir}: lifetimes.png, matrix.png")
+    for group in groups.values():  # of meta-training and meta-test seeds
+        mean, std = (np.array([row[name] for row in group]) for name in ("mean", "std"))
+        rows.append(group[0] | {"mean": mean.mean(), "std": math.sqrt((std**2).mean() + mean.var())})
+    rows.sort(key=lambda row: row["step"])
+    folder = Path(args.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = draw_lifetimes(folder, rows)
+    draw_matrix(folder / "matrix.png", [row for row in rows if row["metric"] != "reward_per_step"])
+    print(f"Written to {folder}: {', '.join([*names, 'matrix.png'])}")
 
 
 def in_order(name: str) -> tuple[int, str, int]:
@@ -618,405 +621,281 @@ def in_order(name: str) -> tuple[int, str, int]:
 
 
 def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Heat-maps of the last step: one for each meta-trained learner, one of their difference, one of the others."""
-    last: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        key = row["learner"], row["source"] if row["learner"] in META_TRAINED else LABELS[row["learner"]], row["task"]
-        last[key] = max(last.get(key, row), row, key=lambda row: row["step"])
+    """Heat-maps of the last step: one for each meta-trained learner, one of the others, one of a difference.
+
+    rows: those of `compare`, in the order of their steps.
+    """
+    last = {(row["learner"], row["source"], row["task"]): row["mean"] for row in rows}
     tasks = sorted({task for _, _, task in last}, key=in_order)
-    sources = sorted({source for learner, source, _ in last if learner in META_TRAINED}, key=in_order)
-    maps = {
-        LABELS[name]: {(source, task): row["mean"] for (learner, source, task), row in last.items() if learner == name}
-        for name in META_TRAINED
-    }
-    ours, theirs = maps.values()
-    maps["SymLA minus in-context RNN"] = {key: ours[key] - theirs[key] for key in ours if key in theirs}
-    fixed = {(source, task): row["mean"] for (learner, source, task), row in last.items() if learner not in META_TRAINED}
-    maps["not meta-trained"] = fixed
-    maps = {title: cells for title, cells in maps.items() if cells}
-    height = max(row["mean"] for (learner, _, _), row in last.items() if learner in META_TRAINED)
-    plt = figures()
-    figure, axes = plt.subplots(
-        len(maps),
-        1,
-        figsize=(3.5 + 0.9 * len(tasks), 1 + 0.45 * (len(sources) + 1) * len(maps)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (title, cells) in zip(axes.flat, maps.items(), strict=True):
-        lines = [source for source in [*sources, *LABELS.values()] if source in {source for source, _ in cells}]
-        for (source, task), value in cells.items():
-            x, y = tasks.index(task), lines.index(source)
-            colour = plt.cm.viridis(min(value / height, 1.0) if height > 0 else 0) if "minus" not in title else "0.9"
-            axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
-            dark = "minus" not in title and value < 0.6 * height
-            axis.text(x, y, f"{value:.3g}", ha="center", va="center", color="w" if dark else "k")
-        axis.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(len(lines) - 0.5, -0.5), title=title)
-        axis.set_yticks(range(len(lines)), lines)
-        axis.set_xticks(range(len(tasks)), tasks if axis is axes.flat[-1] else [""] * len(tasks), rotation=30, ha="right")
-        axis.grid(False)
-    metrics = " / ".join(dict.fromkeys(UNITS[row["metric"]] for row in rows))
-    figure.suptitle(
-        f"{metrics}, after {max(row['step'] for row in rows)} steps; rows: meta-trained in, columns: meta-tested in"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    lines = {(learner, source) for learner, source, _ in last}
+
+    maps: dict[str, dict[tuple[str, str], float]] = {}
+    for learner, source in sorted(lines, key=lambda line: (list(LABELS).index(line[0]), in_order(line[1]))):
+        name, label = (LABELS[learner], source) if learner in META_TRAINED else ("not meta-trained", LABELS[learner])
+        for task in tasks:
+            maps.setdefault(name, {})[label, task] = last.get((learner, source, task), math.nan)
+    ours, theirs = (maps.get(LABELS[name], {}) for name in META_TRAINED)
+    difference = {key: ours[key] - theirs.get(key, math.nan) for key in ours}
+    difference = {key: value for key, value in difference.items() if not math.isnan(value)}
+    if difference:
+        maps["SymLA minus in-context RNN"] = difference
+
+    units = " / ".join(dict.fromkeys(UNITS[row["metric"]] for row in rows))
+    title = f"{units}\nafter {rows[-1]['step']} steps; rows: meta-trained in, columns: meta-tested in"
+    matrix(maps, path, title, limits=(min(last.values()), max(last.values())))
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (EnvError,)
+METHOD = "symla"  # in checkpoints and results; a renamed copy of this file reads them too
+USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 
 
 def settled(args: Args) -> Args:
     """Args with what depends on the environments filled in, where no flag said otherwise."""
     if not args.envs:
-        raise Mistake("--envs needs at least one environment.")
+        raise UserError("--envs needs at least one environment.")
+    for name in (*args.envs, *args.test_envs):
+        refuse_env(args, name)
     kinds = {is_bandit(name) for name in args.envs}
     if len(kinds) > 1:
-        raise Mistake("--envs mixes bandits and others, which have other hyperparameters; choose either.")
+        raise UserError("--envs mixes bandits and others, which have other hyperparameters; choose either.")
     setting = SETTINGS[args.preset]["bandits" if kinds.pop() else "others"]
     args = replace(args, **{flag: value for flag, value in setting.items() if getattr(args, flag) is None})
-    if not args.test_envs:
-        args = replace(args, test_envs=tuple(dict.fromkeys([*args.envs, *(env for name in args.envs for env in beside(name))])))
-    places = [make_env(args, name, 1) for name in (*args.envs, *args.test_envs)]
-    sizes = dict(
-        rnn_inputs=max(max(env.obs_size, 1) for env in places), rnn_outputs=max(env.num_actions or 0 for env in places)
-    )
+    tests = args.test_envs or (*args.envs, *(test for name in args.envs for test in beside(name)))
+    args = replace(args, test_envs=tuple(dict.fromkeys(tests)))
+
+    tried = [make_env(args, name, 1) for name in (*args.envs, *args.test_envs)]
+    sizes = dict(rnn_inputs=max(max(env.obs_size, 1) for env in tried), rnn_outputs=max(env.num_actions for env in tried))
     return replace(args, **{flag: size for flag, size in sizes.items() if getattr(args, flag) is None})
+
+
+def refuse_env(args: Args, name: str) -> None:
+    """Raises UserError or EnvError for an environment that the learners cannot act in."""
+    if base(name)[:1].isupper():
+        raise UserError(f"{name} is gymnasium's, which cannot share random numbers among a population; choose another.")
+    if max(map(name.count, ("shuffled_", "projected_", "scaled_"))) > 1:
+        raise UserError(f"{name} has a wrapper twice; leave one out.")
+    size = name.rpartition(":")[2]
+    if size.isdecimal() and int(size) > 1000:
+        raise UserError(f"The size in {name} is too large; choose 1000 at most.")
+    env = make_env(args, name, 1)
+    if env.num_actions is None:
+        raise UserError(f"SymLA chooses among actions, and those of {name} are continuous; choose another environment.")
+    if env.obs_size * env.num_actions > 2**20:
+        raise UserError(f"{name} has {env.obs_size} observations, which are too many; choose a smaller size.")
 
 
 def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "lifetime_steps hidden message_size micro_ticks rnn_size rnn_inputs rnn_outputs meta_steps evaluations chunk"
-    counts += " test_seeds test_steps checkpoint_every"
-    for name in counts.split():
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    for name in ("noise_std", "noise_end", "lr", "obs_gain"):
-        if (number := getattr(args, name)) is not None and not 0 < number < math.inf:
-            raise Mistake(f"--{name.replace('_', '-')} has to be above 0.")
-    if args.population < 2 or args.population % 2:
-        raise Mistake("--population has to be even: half of it are the mirror images of the other half.")
+    if args.population % 2:
+        raise UserError("--population has to be even: half of it are the mirror images of the other half.")
     if args.population // 2 % world:
-        raise Mistake(f"{args.population // 2} pairs of --population cannot be shared evenly by {world} processes.")
-    for name in (*args.envs, *args.test_envs):
-        if make_env(args, name, 1).num_actions is None:
-            raise Mistake(f"SymLA chooses among actions, and those of {name} are continuous; choose another environment.")
+        raise UserError(f"{args.population // 2} pairs of --population cannot be shared evenly by {world} processes.")
     for name in (*args.envs, *args.test_envs):
         if not learners_of(args, name):
-            raise Mistake(f"{args.learner} cannot play {name}; choose another --learner, or other environments.")
+            raise UserError(f"{args.learner} does not fit {name}; choose another --learner, or other environments.")
     for name in args.envs:
         if "rnn" in (args.learner, *args.baselines) and not fits(args, "rnn", name):
-            raise Mistake(f"--rnn-inputs {args.rnn_inputs} and --rnn-outputs {args.rnn_outputs} are too small for {name}.")
+            raise UserError(f"--rnn-inputs {args.rnn_inputs} and --rnn-outputs {args.rnn_outputs} are too small for {name}.")
 
 
 def fits(args: Args, learner: str, name: str) -> bool:
-    """Whether a learner can live in an environment."""
+    """Whether a learner can act in an environment."""
     env = make_env(args, name, 1)
     if learner == "rnn":
         return env.obs_size <= args.rnn_inputs and env.num_actions <= args.rnn_outputs
@@ -1024,7 +903,7 @@ def fits(args: Args, learner: str, name: str) -> bool:
 
 
 def learners_of(args: Args, name: str) -> list[str]:
-    """The learners that can live in an environment."""
+    """The learners that can act in an environment."""
     return [learner for learner in dict.fromkeys([args.learner, *args.baselines]) if fits(args, learner, name)]
 
 
@@ -1071,50 +950,37 @@ def fuse(args: Args) -> dict[str, Any]:
     return {"unroll_reductions_threshold": args.hidden + 1, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
-def load_thetas(args: Args, thetas: dict[str, Tensor], path: Path) -> None:
-    """The parameters of a checkpoint, of the learners that the flags name."""
-    saved = read_checkpoint(path)["state"]["thetas"]
-    for name, theta in thetas.items():
-        if name not in saved:
-            raise Mistake(f"{path} holds no {name}; it has {', '.join(saved)}.")
-        if saved[name].shape != theta.shape:
-            raise Mistake(f"{path} holds a {name} of another size than these flags ask for; leave them out.")
-        theta.copy_(saved[name])
-
-
+@torch.no_grad()
 def main() -> None:
-    args = parse_args()
+    args, checkpoint = parse_args()
     if args.mode == "compare":
         return compare(args)
     args = settled(args)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    run = Run(args, checkpoint)
     names = list(dict.fromkeys([args.learner, *args.baselines]))
-    thetas = {name: LEARNERS[name](args).init(torch.Generator().manual_seed(args.seed)) for name in names}
     trained = [name for name in names if name in META_TRAINED]
+    thetas = {name: LEARNERS[name](args).init(torch.Generator().manual_seed(args.seed)).to(run.device) for name in names}
     if args.mode == "test":
-        load_thetas(args, {name: thetas[name] for name in trained}, args.checkpoint)
+        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"])
     elif args.init and not args.resume:
-        begun = read_checkpoint(args.init)["state"]["thetas"]
-        if not set(trained) & set(begun):
-            raise Mistake(f"{args.init} holds none of the learners that the flags name; it has {', '.join(begun)}.")
-        load_thetas(args, {name: thetas[name] for name in trained if name in begun}, args.init)
-    run = Run(args)
-    thetas = {name: theta.to(run.device) for name, theta in thetas.items()}
+        first = checkpoints.read(Path(args.init), state=dict)["state"]
+        shared = {name: thetas[name] for name in trained if f"['thetas']['{name}']" in first}
+        if not shared:
+            raise UserError(f"{args.init} has parameters of none of the learners that the flags name.")
+        checkpoints.restore({"thetas": shared}, first)
+    run.open_folder()
+
     started = time.time()
-    with torch.no_grad():
-        if args.mode == "train":
-            players = {name: [player(args, name, env, args.evaluations, run, "train") for env in args.envs] for name in trained}
-            meta_train(args, players, {name: thetas[name] for name in trained}, run)
-            torch.compiler.reset()
-        tested = time.time()
-        rows = meta_test(args, thetas, run)
+    if args.mode == "train":
+        players = {name: [player(args, name, env, args.evaluations, run, "train") for env in args.envs] for name in trained}
+        meta_train(args, players, thetas, run)
+        torch.compiler.reset()
+    tested = time.time()
     if run.rank > 0:
-        return
-    for name in args.test_envs:
-        if "rnn" in names and not fits(args, "rnn", name):
-            room = f"{args.rnn_inputs} observations and {args.rnn_outputs} actions"
-            run.say(f"{name} is too large for the in-context RNN, which was made for at most {room}.")
-    draw_lifetimes(run.folder / "lifetimes.png", rows, f"standard deviation over {args.test_seeds} lifetimes")
+        return  # meta-testing takes seconds, one process does it
+    rows = meta_test(args, thetas, run)
+    draw_lifetimes(run.folder, rows)
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     run.finish(rows, seconds=seconds, parameters=thetas[args.learner].numel())
 
