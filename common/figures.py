@@ -66,15 +66,30 @@ def plot(
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    band = "95 % confidence interval of the mean" if confidence else "standard deviation"
+    band = "band: " + ("95 % confidence interval of the mean" if confidence else "standard deviation")
+    wide = max(map(len, handles)) + 8  # of a label and its line, in characters
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=2 * columns, title=f"band: {band}", fontsize="small"
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=max(1, 52 * columns // wide),
+        title=band if any(row["std"] for row in rows) else None,
+        fontsize="small",
     )
     save(figure, path)
 
 
-def matrix(cells: dict[str, dict[tuple[str, str], float]], path: Path, title: str = "", digits: int = 3) -> None:
-    """A heat-map for each name in `cells`, one under the other, of its numbers by (row, column)."""
+def matrix(
+    cells: dict[str, dict[tuple[str, str], float]],
+    path: Path,
+    title: str = "",
+    digits: int = 3,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> None:
+    """A heat-map for each name in `cells`, one under the other, of its numbers by (row, column).
+
+    limits: the numbers at both ends of the colours, the same for all (default: each heat-map's own).
+    """
     columns = list(dict.fromkeys(column for numbers in cells.values() for _, column in numbers))
     heights = [len({row for row, _ in numbers}) for numbers in cells.values()]
     figure, axes = pyplot().subplots(
@@ -90,7 +105,7 @@ def matrix(cells: dict[str, dict[tuple[str, str], float]], path: Path, title: st
         grid = np.full((len(rows), len(columns)), np.nan)
         for (row, column), number in numbers.items():
             grid[rows.index(row), columns.index(column)] = number
-        image = ax.imshow(grid, aspect="auto", cmap="viridis")
+        image = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])
         for (row, column), number in np.ndenumerate(grid):
             dark = image.norm(number) < 0.6
             text = "" if np.isnan(number) else f"{number:.{digits}g}"
