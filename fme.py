@@ -687,7 +687,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
-        base |= {} if typed.resume else {"run_name": None}
+        base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
         if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
