@@ -21,21 +21,18 @@ Axes, everywhere: p populations, each on its own, s solutions executed in parall
 layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
 """
 
-import ctypes
-import json
 import math
 import os
-import pickle
-import shutil
+import signal
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +41,19 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import envs
+from common import checkpoints, envs, machine
+from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.figures import plot, pyplot, save
+from common.flags import Count, FlagError, Seed, check_ranges
+from common.machine import can_compile, keep_memory, lock, unlock
+from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["fme", "no_reward", "hill_climbing", "ssa"]
+Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Args:
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
     """thesis: the thesis' numbers; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
@@ -67,17 +70,17 @@ class Args:
     """Fuse a step of networks and environments with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test"] = "train"
     """train: let solutions evolve, then test the ones that were found; test: only test those of a --checkpoint."""
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     """The checkpoint.pt to test."""
-    resume: Path | None = None
+    resume: str | None = None
     """A run folder to go on with, exactly where it stopped."""
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
@@ -88,39 +91,39 @@ class Args:
 
     envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
     """Environments (section 7.4), one after the other."""
-    populations: int = 5
+    populations: Annotated[int, (1, 1000)] = 5
     """Independent repetitions (Figure 7.3)."""
-    executions: int | None = None
+    executions: Size | None = None
     """Executions, each one self-modification, in a population (not in the thesis; default: see TUNED)."""
-    num_parallel: int | None = 1
+    num_parallel: Size | None = 1
     """Solutions sampled and executed at the same time (Algorithm 12: one after the other; None: see TUNED)."""
-    execution_steps: int = 1000
+    execution_steps: Size = 1000
     """L, environment steps of an execution (Appendix E.1)."""
-    roots: int | None = 1
+    roots: Size | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
     performance: Literal["lineage", "execution"] = "lineage"
     """R/dt of a solution: over its lineage's whole lifetime (section 7.3), or over the last execution."""
-    buckets: int = 100
+    buckets: Size = 100
     """m, equal intervals of performance (Appendix E.1)."""
-    bucket_size: int = 100
+    bucket_size: Size = 100
     """Most recent solutions that a bucket holds (Appendix E.1)."""
-    selection: float = 20.0
+    selection: Annotated[float, (0, 700)] = 20.0
     """The best bucket is e to this power as likely as the worst (Appendix E.1)."""
     greedy: bool = False
     """Always execute the best solution (the special case in section 7.3)."""
-    sigma: float | None = None
+    sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
-    hidden: int = 32
+    hidden: Annotated[int, (1, 2**12)] = 32
     """Units of a layer (Appendix E.1)."""
-    layers: int = 3
+    layers: Annotated[int, (1, 100)] = 3
     """Self-referential layers (Appendix E.1)."""
-    noise_inputs: int = 0
+    noise_inputs: Annotated[int, (0, 2**12)] = 0
     """Inputs of standard normal noise (Appendix E.1: of no use)."""
 
-    test_seeds: int = 25
+    test_seeds: Size = 25
     """Fresh executions of each solution found."""
-    chunk: int = 125
+    chunk: Size = 125
     """Networks executed together; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
 
 
@@ -370,6 +373,21 @@ def fitness_monotonic_execution(population: "Population", number: int) -> None:
     solutions.add(done.phi.nan_to_num(), id, performance, done.reward)  # Phi <- Phi + {phi}
 
 
+def empty_result(args: Args, env: Env) -> dict[str, Any]:
+    """What a job is to find: phi (p, n) and id (p,) of the best solutions, the achieved means of fresh executions on the way
+    (points, p), how many solutions were dropped (p,), and the history of a Population. All zero."""
+    p = args.populations
+    n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
+    ids = args.roots + rounds(args) * args.num_parallel
+    floats = partial(torch.zeros, device=env.device)
+    integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
+    history = {name: floats(p, ids) for name in ("reward", "achieved")}
+    history |= {name: integers(p, ids) for name in ("parent", "root", "depth")}
+    history |= {"rates": floats(p, ids, 4 * args.layers), "moved": floats(p, ids, args.layers)}
+    curve = floats(len(measured_rounds(args)), p)
+    return {"phi": floats(p, n), "id": integers(p), "curve": curve, "dropped": integers(p), "history": history}
+
+
 class Population:
     """p populations of one learner in one environment: their solutions, and the history of all executions by id.
 
@@ -385,15 +403,16 @@ class Population:
             [initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)],
         )
         self.solutions = (SuccessStory if learner == "ssa" else Solutions)(args, self.roots)
-        shape = (args.populations, args.roots + rounds(args) * args.num_parallel)
-        self.history = {what: torch.zeros(shape, device=run.device) for what in ("reward", "achieved")}
-        self.history |= {what: torch.zeros(shape, dtype=torch.int64, device=run.device) for what in ("parent", "root", "depth")}
-        self.history |= {"rates": torch.zeros(*shape, 4 * args.layers, device=run.device)}
-        self.history |= {"moved": torch.zeros(*shape, args.layers, device=run.device)}
+        self.result = empty_result(args, self.env)
+        self.history = self.result["history"]
         self.history["parent"][:, : args.roots] = -1
         self.history["root"][:, : args.roots] = torch.arange(args.roots, device=run.device)
-        self.dropped = torch.zeros(args.populations, dtype=torch.int64, device=run.device)
-        self.curve = torch.zeros(len(measured_rounds(args)), args.populations, device=run.device)
+        self.dropped = self.result["dropped"]
+        self.curve = self.result["curve"]
+
+    def keep(self) -> dict[str, Any]:
+        """What a checkpoint has of a job that is not finished."""
+        return {"solutions": self.solutions, "history": self.history, "dropped": self.dropped, "curve": self.curve}
 
     def generator(self, population: int, *numbers: int) -> torch.Generator:
         """Random numbers decided by the seed, the environment, the population and these numbers alone."""
@@ -537,9 +556,7 @@ class SuccessStory:
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def meta_test(
-    args: Args, found: dict[str, dict[str, Any]], run: "Run"
-) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Tensor]]:
+def meta_test(args: Args, found: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
     """Fresh executions of the solutions found, as they are and with frozen weights: a network that sees its last action and
     reward can adapt without changing a weight, so only what the frozen one lacks is due to self-modification.
 
@@ -547,85 +564,57 @@ def meta_test(
     """
     rows, achieved, after_swap = [], {}, {}
     for job, what in found.items():
-        torch.compiler.reset()  # graphs of other jobs
-        name, learner = job.split()
-        tuned = with_tuned(args, name)
-        population = Population(tuned, name, learner, run)
-        metric = "return" if population.env.episodic else "reward_per_step"
-        for number, values in zip(measured_rounds(tuned)[:-1], what["curve"], strict=False):
-            rows.append(result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values))
-        phi = what["phi"].to(run.device)[:, None].expand(-1, args.test_seeds, -1)
-        for frozen in (True,) if learner == "hill_climbing" else (False, True):
-            fresh = population.execute(phi, TEST, frozen=frozen)
-            label = learner + "_frozen" * (frozen and learner != "hill_climbing")
-            last = rounds(tuned) * tuned.num_parallel
-            rows.append(result_row(label, name, "none", metric, last, fresh.achieved.mean(1)))
-            achieved[f"{name} {label}"] = fresh.achieved.mean(1).tolist()
-            if fresh.after_swap.numel():
-                after_swap[label] = fresh.after_swap.mean(1)
+        parts = run.once(job, partial(measured, args, job, what, run))
+        rows += parts[0]
+        achieved |= parts[1]
+        after_swap |= parts[2]
+    return rows, achieved, after_swap
+
+
+def measured(args: Args, job: str, what: dict[str, Any], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
+    """The three parts of meta_test for one job."""
+    torch.compiler.reset()  # graphs of other jobs
+    name, learner = job.split()
+    tuned = with_tuned(args, name)
+    population = Population(tuned, name, learner, run)
+    metric = "return" if population.env.episodic else "reward_per_step"
+    points = zip(measured_rounds(tuned)[:-1], what["curve"][:-1], strict=True)
+    rows = [result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values) for number, values in points]
+
+    achieved, after_swap = {}, {}
+    phi = what["phi"][:, None].expand(-1, args.test_seeds, -1)
+    last = rounds(tuned) * tuned.num_parallel
+    for frozen in (True,) if learner == "hill_climbing" else (False, True):
+        outcome = population.execute(phi, TEST, frozen=frozen)
+        label = learner + "_frozen" * (frozen and learner != "hill_climbing")
+        rows.append(result_row(label, name, "none", metric, last, outcome.achieved.mean(1)))
+        achieved[f"{name} {label}"] = outcome.achieved.mean(1).tolist()
+        if outcome.after_swap.numel():
+            after_swap[label] = outcome.after_swap.mean(1).cpu()
     return rows, achieved, after_swap
 
 
 LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing", "ssa": "success story"}
-LABELS |= {f"{name}_frozen": f"{label}, then frozen" for name, label in LABELS.items()}
 COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "ssa", "no_reward"))}
 PARTS = ("y", "k", "q", "beta")
 
 
-def figures() -> Any:
-    """matplotlib, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
-    plt, tasks = figures(), list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False, layout="constrained")
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for learner in COLOURS:
-            points = [row for row in rows if row["task"] == task and row["learner"] == learner]
-            if points:
-                steps, mean, std = (np.array([row[what] for row in points]) for what in ("step", "mean", "std"))
-                axis.plot(steps, mean, color=COLOURS[learner], label=LABELS[learner])
-                axis.fill_between(steps, mean - std, mean + std, color=COLOURS[learner], alpha=0.2, linewidth=0)
-        episodic = any(row["metric"] == "return" for row in rows if row["task"] == task)
-        axis.set(
-            title=task,
-            xlabel="self-modifications",
-            ylabel="steps per episode" if episodic else "reward per step",
-            ylim=(0, None),
-        )
-        axis.grid(alpha=0.3)
-    finish_figure(figure, axes[0], path)
+    rows = sorted((row for row in rows if row["learner"] in COLOURS), key=lambda row: list(COLOURS).index(row["learner"]))
+    units = {"return": "steps per episode", "reward_per_step": "reward per step"}
+    titles = {row["task"]: f"{row['task']}, {units[row['metric']]}" for row in rows}
+    plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=COLOURS, ylim=(0, None))
 
 
 def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
     """Figure 7.4: how soon after a swap the other arm is pulled, mean and standard deviation over populations."""
-    plt = figures()
-    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    rows = []
     for label, reward in after_swap.items():
-        colour, pulls = COLOURS[label.removesuffix("_frozen")], range(1, reward.shape[1] + 1)
-        mean, std = reward.mean(0).cpu(), reward.std(0, correction=0).cpu()
-        frozen = label.endswith("_frozen")
-        axis.plot(pulls, mean, "--" if frozen else "-", color=colour, label=LABELS[label])
-        if not frozen:
-            axis.fill_between(pulls, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-    axis.set(title="swapping_bandit", xlabel="pull after a swap", ylabel="reward", ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    finish_figure(figure, [axis], path)
-
-
-def finish_figure(figure: Any, axes: Any, path: Path) -> None:
-    """One legend for all panels, then the file."""
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(1 + len(axes), max(1, len(handles))))
-    figure.savefig(path, dpi=110)
-    figures().close(figure)
+        panel = "swapping_bandit" + ", then frozen" * label.endswith("_frozen")
+        for pull, values in enumerate(reward.unbind(1), 1):
+            rows.append(result_row(label.removesuffix("_frozen"), panel, "none", "reward", pull, values))
+    plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=COLOURS, ylim=(0, 1.02))
 
 
 def lineage(history: dict[str, Tensor], population: int, id: int) -> list[int]:
@@ -640,7 +629,7 @@ def draw_introspection(path: Path, found: dict[str, dict[str, Any]], args: Args)
     """How far the layers of each population's best lineage have moved from its root; how long lineages get; and the learning
     rates beta of the best lineage of all, mean over each of its executions."""
     jobs = [job for job in found if job.split()[1] == "fme"] or list(found)[:1]
-    figure, axes = figures().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
     for (moved, length, rates), job in zip(axes, jobs, strict=True):
         history = {what: value.cpu() for what, value in found[job]["history"].items()}
         roots = with_tuned(args, job.split()[0]).roots
@@ -665,317 +654,207 @@ def draw_introspection(path: Path, found: dict[str, dict[str, Any]], args: Args)
         for axis in (moved, length, rates):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=6, ncols=3 if axis is rates else 1)
-    figure.savefig(path, dpi=110)
-    figures().close(figure)
+    save(figure, path)
 
 
 # ======================================================================================================================
 # The run
 # ======================================================================================================================
-SCRIPT = Path(__file__).stem
-USER_ERRORS = (EnvError,)
+METHOD = "fme"  # in checkpoints and results; a renamed copy of this file reads them too
+USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
 
 
-# ---- the same text in all six scripts: begin ---------------------------------------------------------------------------
-class Mistake(Exception):
-    """Something a user can mend; the message is one sentence that says how."""
+# ---- the same text in all six scripts: begin -----------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one sentence that says how."""
 
 
-def parse_args() -> Args:
-    """The command line over the preset's values, or over those of the run or the checkpoint that it names."""
-    args = tyro.cli(Args)
-    if args.resume:
-        if args.mode == "test" or args.checkpoint:
-            raise Mistake("--resume goes on with meta-training; to meta-test use --mode test --checkpoint FILE alone.")
-        base = saved_args(args.resume / "checkpoint.pt", resume=args.resume, device=args.device)
-        args = tyro.cli(Args, default=base)
-        free = ("resume", "device", "compile", "track", "data_dir", "run_dir", "run_name")
-        changed = [f.name for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(base, f.name)]
-        if changed:
-            raise Mistake(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
-    elif args.mode == "test":
-        if not args.checkpoint:
-            raise Mistake("--mode test needs --checkpoint, the checkpoint.pt of a run.")
-        args = tyro.cli(Args, default=saved_args(args.checkpoint, mode="test", device=args.device, run_name=None))
-    elif args.checkpoint:
-        raise Mistake("--checkpoint is for --mode test; to go on with a run use --resume FOLDER.")
-    else:
-        if args.preset == "auto":
-            args.preset = "thesis" if args.device != "cpu" and torch.cuda.is_available() else "laptop"
-        preset = args.preset
-        args = tyro.cli(Args, default=Args(**PRESETS[preset]))
-        args.preset = preset
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("There is no CUDA device; leave out --device cuda.")
-    return args
+def parse_args() -> tuple[Args, dict[str, Any]]:
+    """The flags over a preset's values, or over those of the checkpoint that they name; and that checkpoint."""
+    typed = tyro.cli(Args)
+    if bool(typed.checkpoint) != (typed.mode == "test") or (typed.checkpoint and typed.resume):
+        raise UserError("--mode test and --checkpoint FILE need each other, and exclude --resume FOLDER.")
+    cuda = torch.cuda.is_available()
+    if typed.device == "cuda" and not cuda:
+        raise UserError("There is no CUDA device; leave out --device cuda.")
+    device = ("cuda" if cuda else "cpu") if typed.device == "auto" else typed.device
+    preset = ("thesis" if device == "cuda" else "laptop") if typed.preset == "auto" else typed.preset
 
-
-def saved_args(path: Path, **changes: Any) -> Args:
-    """The Args of a checkpoint, with changes."""
-    saved = read_checkpoint(path)["args"]
+    checkpoint = {}
+    base = PRESETS[preset] | {"preset": preset}
+    if path := typed.checkpoint or typed.resume:
+        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
+        base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
+        base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
+        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        kinds = {f.name: tuple if "tuple" in str(f.type) else Path if "Path" in str(f.type) else None for f in fields(Args)}
-        return Args(**{k: kinds[k](v) if kinds[k] and v is not None else v for k, v in saved.items()} | changes)
-    except (KeyError, TypeError) as error:
-        raise Mistake(f"{path} was written by another version of {SCRIPT}.py.") from error
+        base = Args(**base | {"device": device})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
+    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this script. Raises Mistake if it is missing, damaged or of another script."""
-    if not path.is_file():
-        raise Mistake(f"There is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path} is damaged or not a checkpoint.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        raise Mistake(f"{path} is not a checkpoint of {SCRIPT}.py.")
-    return checkpoint
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def take_out(keep: Any) -> Any:
-    """The state of nested dicts and lists of tensors and of things with a state_dict, ready to be saved."""
-    if isinstance(keep, dict):
-        return {name: take_out(value) for name, value in keep.items()}
-    if isinstance(keep, (list, tuple)):
-        return [take_out(value) for value in keep]
-    return keep.detach() if isinstance(keep, Tensor) else keep.state_dict()
-
-
-def put_back(keep: Any, state: Any) -> None:
-    """The opposite of take_out, in place."""
-    if isinstance(keep, dict):
-        for name, value in keep.items():
-            put_back(value, state[name])
-    elif isinstance(keep, (list, tuple)):
-        for value, saved in zip(keep, state, strict=True):
-            put_back(value, saved)
-    elif isinstance(keep, Tensor):
-        keep.data.copy_(state)
-    else:
-        keep.load_state_dict(state)
-
-
-def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, with the names that lead to them."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, f"{name} {key}".strip())
-
-
-def keep_memory() -> None:
-    """Ask glibc not to hand freed tensors back to the kernel, which costs page faults: a third of a meta-step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs."""
-    row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
+        if getattr(args, flag) != getattr(base, flag):
+            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    check_ranges(args)
+    if args.track and not find_spec("wandb"):
+        raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
+    return args, checkpoint
 
 
 class Run:
-    """Folder, log, checkpoints and processes of a run. Under torchrun, rank 0 alone writes."""
+    """Device, processes, folder, log and checkpoints of a run. Under torchrun, rank 0 alone writes."""
 
-    def __init__(self, args: Args):
-        self.args, self.started, self.file, self.lines = args, time.time(), None, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: Args, checkpoint: dict[str, Any]):
+        self.args = args
+        self.checkpoint = checkpoint  # of the run that is resumed or meta-tested
+        self.first = checkpoint["step"] if args.resume else 0
+        self.lines: list[tuple[int, dict[str, Tensor]]] = []  # of metrics.csv, not yet written
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        torch.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.resumed = read_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-        self.saved = bool(self.resumed)
-        if self.resumed and (args.resume / "results.json").exists():
-            raise Mistake(f"The run {args.resume} is finished; to meta-test it use --mode test --checkpoint.")
-        words = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
-        words = [word if isinstance(word, str) else "-".join(word) for word in words]
-        name = "-".join([SCRIPT, *words, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        self.folder = args.resume or args.run_dir / (args.run_name or name)
-        self.compiles = args.compile and self.can_compile()
+            dist.init_process_group()
         keep_memory()
-        if self.rank == 0:
-            self.open_folder()
-        if self.world > 1:  # the others wait for the folder, and learn its name, which may hold the time
-            folder = [self.folder]
-            dist.broadcast_object_list(folder)
-            self.folder = folder[0]
+        torch.manual_seed(args.seed)
+        self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if args.compile and not self.compiles:
+            self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
-    def open_folder(self) -> None:
-        if not self.resumed and self.folder.exists():
-            raise Mistake(f"The folder {self.folder} exists; choose another --run-name, or go on with --resume {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            text = json.dumps(self.plain_args(), indent=2) + "\n"
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        else:  # drop what was logged after the checkpoint
-            path = self.folder / "metrics.csv"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) < self.resumed["step"]]
-            write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.folder), purge_step=self.resumed["step"] if self.resumed else None)
-        self.wandb = None
-        if self.args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise Mistake('--track needs Weights & Biases: pip install "cleanmeta[track]".') from error
-            self.wandb = wandb.init(project="cleanmeta", name=self.folder.name, config=self.plain_args())
-        self.say(f"{SCRIPT}: preset {self.args.preset}, device {self.args.device}, run folder {self.folder}")
-
-    def can_compile(self) -> bool:
-        """torch.compile on a CPU needs a C++ compiler and Python's headers."""
-        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if self.args.device == "cuda" or (headers and any(map(shutil.which, ("g++", "clang++", "c++")))):
-            return True
-        self.say("No C++ compiler or no Python headers: running without torch.compile, which is slower.")
-        return False
-
-    def plain_args(self) -> dict[str, Any]:
-        """The Args as JSON has them."""
-        return json.loads(json.dumps(asdict(self.args), default=str))
-
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
 
+    def open_folder(self) -> None:
+        """Make the run's folder, or continue in that of a resumed run. Before this nothing is written."""
+        args = self.args
+        flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
+        words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+        if Path(name).name != name:
+            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        folder = [Path(args.resume or Path(args.run_dir, name))]
+        if self.rank == 0:
+            lock(folder[0])
+            self.write_first(folder[0])
+        if self.world > 1:  # the others wait for the folder, and for its name, which may hold the time
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        path = self.folder / "meta_test.pt"
+        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        self.cache = cache if cache.get("of") == of else {"of": of}
+
+    def write_first(self, folder: Path) -> None:
+        """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
+        files = {path.name for path in folder.iterdir()}
+        if self.args.resume and "results.json" in files:
+            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
+        if not self.args.resume:
+            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
+                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+            checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.metrics = MetricsLog(folder, self.first)
+        self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
+
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
-        """The meta-steps still to do, with a progress bar. Restores `keep` (nested dicts of tensors and of things with a
-        state_dict) from a resumed run's checkpoint, and writes it to checkpoint.pt now and then, and at the end."""
-        first = 0
-        if self.resumed:
-            first = self.resumed["step"]
-            put_back(keep, self.resumed["state"])
-            torch.set_rng_state(self.resumed["rng"]["cpu"])
-            if self.args.device == "cuda" and self.resumed["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(self.resumed["rng"]["cuda"])
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc="meta-train", disable=self.rank > 0)
+        """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.args.resume:
+            checkpoints.restore(keep, self.checkpoint["state"])
+            checkpoints.set_rng_state(self.checkpoint["rng"])
+        else:
+            self.save(0, keep)
+        left = range(self.first, total)
+        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
-            if (step + 1) % self.args.checkpoint_every == 0:
+            if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
                 self.save(step + 1, keep)
-        self.save(max(first, total), keep)
+
+    def save(self, step: int, keep: dict[str, Any]) -> None:
+        """Write checkpoint.pt: everything that the run needs to continue after `step` meta-steps."""
+        self.write_lines()
+        state = checkpoints.state_of(keep)
+        self.refuse(checkpoints.first_not_finite(state), step)
+        if self.rank == 0:
+            parts = {"method": METHOD, "args": asdict(self.args), "step": step, "state": state}
+            checkpoints.write(self.folder / "checkpoint.pt", parts | {"rng": checkpoints.rng_state()})
+
+    def refuse(self, name: str | None, step: int) -> None:
+        """Stop at a number that is not finite, before it is saved."""
+        if name:
+            last = self.folder / "checkpoint.pt"
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """A line of metrics.csv, and TensorBoard. On a GPU lines wait for each other, so that it need not wait for them."""
+        """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
         self.lines.append((step, values))
         if self.args.device == "cpu" or len(self.lines) == 20:
             self.write_lines()
 
     def write_lines(self) -> None:
-        """Raises Mistake at a value that is not finite."""
-        for step, values in self.lines:
+        """Raises UserError at a number that is not finite."""
+        lines, self.lines = self.lines, []
+        for step, values in lines:
             values = {name: float(value) for name, value in values.items()}
-            self.refuse_nan(step, [name for name, value in values.items() if not math.isfinite(value)])
-            if self.rank > 0:
-                continue
-            if self.file is None:
-                self.file = open(self.folder / "metrics.csv", "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-                if self.file.tell() == 0:
-                    self.file.write(",".join(["step", "seconds", *values]) + "\n")
-            self.file.write(",".join(map(repr, [step, round(time.time() - self.started, 3), *values.values()])) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in list(values.items())[:2]}, refresh=False)
-        self.lines = []
+            self.refuse(next((name for name, value in values.items() if not math.isfinite(value)), None), step)
+            if self.rank == 0:
+                self.metrics.write(step, values)
+                self.bar.set_postfix({name: f"{values[name]:.3f}" for name in list(values)[:2]}, refresh=False)
 
-    def refuse_nan(self, step: int, names: list[str]) -> None:
-        if names:
-            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint" if self.saved else "no checkpoint was written"
-            raise Mistake(f"{names[0]} is not finite at meta-step {step}; {good}. Try a smaller learning rate.")
-
-    def save(self, step: int, keep: dict[str, Any]) -> None:
-        """Write checkpoint.pt: everything that the run needs to go on after `step` meta-steps."""
-        self.write_lines()
-        state = take_out(keep)
-        self.refuse_nan(step, [name for name, value in leaves(state) if not value.isfinite().all()])
-        if self.rank == 0:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else []}
-            checkpoint = {"script": SCRIPT, "args": self.plain_args(), "step": step, "state": state, "rng": rng}
-            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = True
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
+        if part not in self.cache:
+            self.cache[part] = measure(), checkpoints.rng_state()
+            if self.rank == 0:
+                checkpoints.write(self.folder / "meta_test.pt", self.cache)
+        value, rng = self.cache[part]
+        checkpoints.set_rng_state(rng)
+        return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json and print the first metric of each task and learner at some steps as a table."""
+        """Write results.json, and print its first and last rows."""
         if self.rank > 0:
             return
-        if self.args.device == "cuda":
-            device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # not on Windows
-
-            device, peak = f"{torch.get_num_threads()} CPU threads", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results = {"script": SCRIPT, "preset": self.args.preset, "args": self.plain_args(), "device": device}
-        results |= {"seconds": seconds, "peak_memory_mb": peak, "parameters": parameters, **more, "results": rows}
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(self.folder / "results.json", lambda file: file.write(text.encode()))
-        self.board.close()
-        first = {row["task"]: row["metric"] for row in reversed(rows)}
-        shown = [row for row in rows if row["metric"] == first[row["task"]]]
-        steps = [step for step in (1, 10, 100, 400, 1000, 10_000) if any(row["step"] == step for row in shown)]
-        table = [["task", "novelty", "learner", *(f"after {step}" for step in steps), "at the end"]]
-        for task, novelty, learner in dict.fromkeys((row["task"], row["novelty"], row["learner"]) for row in shown):
-            these = (row for row in shown if (row["task"], row["novelty"], row["learner"]) == (task, novelty, learner))
-            found = {row["step"]: row for row in these}
-            cells = [found.get(step) for step in steps] + [found[max(found)]]
-            texts = [f"{cell['mean']:.3f} ±{cell['std']:.3f}" if cell else "" for cell in cells]
-            table.append([task, novelty, learner, *texts])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        metrics = ", ".join(sorted(set(first.values())))
-        self.say(f"\n{metrics}: mean ± standard deviation over {rows[0]['seeds']} runs")
-        for line in table:
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        self.say(f"\nWritten to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
+        facts |= machine.facts(self.device) | {"parameters": parameters} | more
+        checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
+        (self.folder / "meta_test.pt").unlink(missing_ok=True)
+        self.metrics.board.close()
+        self.info("\n".join(["", *table(rows), ""]))
+        self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-def run_as_script(main: Any) -> None:
-    """main(), with a user's mistakes said in one sentence and exit code 1."""
+def run_as_script(main: Callable[[], None]) -> None:
+    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (Mistake, *USER_ERRORS) as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    except (UserError, *USER_ERRORS) as error:
+        sys.exit(f"{METHOD}.py: {error}")
+    except OSError as error:
+        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        sys.exit(f"\n{SCRIPT}.py: stopped; a run that has a checkpoint goes on with --resume FOLDER.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- the same text in all six scripts: end -----------------------------------------------------------------------------
+# ---- the same text in all six scripts: end -------------------------------------------------------------------------
 TEST = 2**31  # where random numbers of tests begin
 
 
@@ -1009,25 +888,26 @@ def compiled(args: Args, env: Env, run: "Run", frozen: bool, sees_reward: bool) 
 
 def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
-    counts = "populations execution_steps buckets bucket_size hidden layers test_seeds chunk checkpoint_every"
-    for name in f"{counts} executions num_parallel roots".split():
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise Mistake(f"--{name.replace('_', '-')} has to be at least 1.")
-    if args.sigma is not None and not 0 < args.sigma < math.inf:
-        raise Mistake("--sigma has to be above 0.")
-    if args.noise_inputs < 0 or not math.isfinite(args.selection):
-        raise Mistake("--noise-inputs has to be at least 0, and --selection a number.")
     if not args.envs:
-        raise Mistake("--envs needs at least one environment.")
+        raise UserError("--envs needs at least one environment.")
     for name in args.envs:
         choose = f"choose from {', '.join(TUNED)}."
-        if make_env(name, 1).num_actions is None:
-            raise Mistake(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
+        if name not in TUNED and make_env(name, 1).num_actions is None:
+            raise UserError(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
         if name not in TUNED:
-            raise Mistake(f"There is no setting for {name}, nor a measure of how well it was played; {choose}")
+            raise UserError(f"There is no setting for {name}, nor a measure of how well it was solved; {choose}")
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
-            raise Mistake(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
+            raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
+    if not jobs_of(args):
+        raise UserError("Rewards tell nothing in these environments, so that --learner no_reward is for swapping_bandit.")
+
+
+def jobs_of(args: Args) -> list[str]:
+    """An environment and a learner each: all, but no_reward only where rewards tell something."""
+    learners = dict.fromkeys([args.learner, *args.baselines])
+    changing = {name: not make_env(name, 1).stationary for name in args.envs}
+    return [f"{name} {learner}" for name in changing for learner in learners if learner != "no_reward" or changing[name]]
 
 
 class Evolution:
@@ -1035,11 +915,7 @@ class Evolution:
 
     def __init__(self, args: Args, run: "Run"):
         self.args, self.run, self.found, self.current = args, run, {}, None
-        learners = dict.fromkeys([args.learner, *args.baselines])
-        changing = {name: not make_env(name, 1).stationary for name in args.envs}
-        self.jobs = [
-            f"{name} {learner}" for name in args.envs for learner in learners if learner != "no_reward" or changing[name]
-        ]
+        self.jobs = jobs_of(args)
         lengths = [rounds(with_tuned(args, job.split()[0])) for job in self.jobs]
         self.plan = [(job, number) for job, length in zip(self.jobs, lengths, strict=True) for number in range(length)]
 
@@ -1063,8 +939,7 @@ class Evolution:
             log = self.summary(job, number)
             if number == rounds(population.args) - 1:
                 phi, id = population.solutions.best()
-                kept = {"phi": phi, "id": id, "curve": population.curve, "dropped": population.dropped}
-                self.found[job] = kept | {"history": population.history}
+                self.found[job] = population.result | {"phi": phi, "id": id}
                 self.current = None
             self.run.log(step, log)
 
@@ -1080,50 +955,40 @@ class Evolution:
         return log | {"dropped": population.dropped.sum()}
 
     def state_dict(self) -> dict[str, Any]:
-        population = self.current
-        if population is None:
-            return {"found": take_out(self.found)}
-        keep = {what: getattr(population, what) for what in ("solutions", "history", "dropped", "curve")}
-        return {"found": take_out(self.found), "at": take_out(keep)}
+        """What the finished jobs found, and the state of a job that is not finished."""
+        current = {"at": checkpoints.state_of(self.current.keep())} if self.current else {}
+        return {"found": self.found} | current
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For a checkpoint taken while a job was at work, or between two."""
-        self.found = to_device(state["found"], self.run.device)
-        if "at" in state:
-            self.current = self.begin(self.jobs[len(self.found)])
-            put_back({what: getattr(self.current, what) for what in state["at"]}, state["at"])
-
-    def load_found(self, path: Path) -> None:
-        """What was found, of the environments and learners that the flags name, from a checkpoint."""
-        found = read_checkpoint(path)["state"]["evolution"]["found"]
+        """Of the jobs that the flags name; one that is not finished only where it continues."""
         for job in self.jobs:
-            name, learner = job.split()
-            if job not in found:
-                raise Mistake(f"{path} holds no solutions for {name} by {learner}; it has {', '.join(found) or 'none yet'}.")
-            n = sum(a * (b + 2 * a + 4) for a, b in sizes(self.args, make_env(name, 1)))
-            if found[job]["phi"].shape[1] != n:
-                raise Mistake(f"{path} holds networks of other sizes than these flags ask for; leave them out.")
-        self.found = to_device({job: found[job] for job in self.jobs}, self.run.device)
+            if job in state["found"]:
+                name = job.split()[0]
+                self.found[job] = empty_result(with_tuned(self.args, name), make_env(name, 1, self.run.device))
+                checkpoints.restore(self.found[job], checkpoints.state_of(state["found"][job]))
+        if self.args.resume and "at" in state:
+            self.current = self.begin(self.jobs[len(self.found)])
+            checkpoints.restore(self.current.keep(), state["at"])
 
 
-def to_device(state: Any, device: torch.device) -> Any:
-    """Nested dicts of tensors on a device."""
-    return {name: to_device(value, device) for name, value in state.items()} if isinstance(state, dict) else state.to(device)
-
-
+@torch.no_grad()
 def main() -> None:
-    args = parse_args()
+    args, checkpoint = parse_args()
     check(args)
-    run = Run(args)
-    started = time.time()
+    run = Run(args, checkpoint)
     evolution = Evolution(args, run)
-    with torch.no_grad():
-        if args.mode == "test":
-            evolution.load_found(args.checkpoint)
-        else:
-            evolution.evolve()
-        tested = time.time()
-        rows, achieved, after_swap = meta_test(args, evolution.found, run)
+    if args.mode == "test":
+        checkpoints.restore({"evolution": evolution}, checkpoint["state"])
+        missing = ", ".join(job for job in evolution.jobs if job not in evolution.found)
+        if missing:
+            raise UserError(f"{args.checkpoint} has no solutions for {missing}; choose other --envs, --learner or --baselines.")
+    run.open_folder()
+
+    started = time.time()
+    if args.mode == "train":
+        evolution.evolve()
+    tested = time.time()
+    rows, achieved, after_swap = meta_test(args, evolution.found, run)
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
@@ -1132,7 +997,7 @@ def main() -> None:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
     solved = {job: solved_after(args, job, what["history"]["achieved"]) for job, what in evolution.found.items()}
     for job, executions in solved.items():
-        run.say(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
+        run.info(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
