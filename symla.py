@@ -684,8 +684,9 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args).keys() - {"data_dir", "compile", "track"} if args.resume else ():
-        if getattr(args, flag) != getattr(base, flag):
+    for flag in vars(args) if args.resume else ():
+        free = flag in ("data_dir", "compile", "track", "run_dir")
+        if not free and getattr(args, flag) != getattr(base, flag):
             raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
@@ -726,9 +727,9 @@ class Run:
         args = self.args
         flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
         words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
-        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
-        if Path(name).name != name:
-            raise UserError(f"--run-name {name} is not a name; --run-dir says in which folder runs are made.")
+        name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
+        if name != Path(name).name:
+            raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
         folder = [Path(args.resume or Path(args.run_dir, name))]
         if self.rank == 0:
             lock(folder[0])
@@ -744,11 +745,11 @@ class Run:
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir()}
-        if self.args.resume and "results.json" in files:
-            raise UserError(f"The run {folder} is finished; meta-test it with --mode test --checkpoint.")
-        if not self.args.resume:
-            if files & {"checkpoint.pt", "results.json"} or (files and "args.json" not in files):
-                raise UserError(f"{folder} exists; choose another --run-name, or continue it with --resume {folder}.")
+        new = not self.args.resume
+        if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
+            continues = f"--resume {folder} continues a run that was cut off, --mode test tests a finished one"
+            raise UserError(f"{folder} exists; choose another --run-name ({continues}).")
+        if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         if self.args.track:
             import wandb
@@ -759,6 +760,8 @@ class Run:
 
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
         """The meta-steps to do. Restores `keep`, tensors and what has a state_dict, and saves it at intervals."""
+        if self.first > total:
+            raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
             checkpoints.restore(keep, self.checkpoint["state"])
             checkpoints.set_rng_state(self.checkpoint["rng"])
@@ -832,8 +835,10 @@ def run_as_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, *USER_ERRORS) as error:
         sys.exit(f"{METHOD}.py: {error}")
-    except OSError as error:
-        sys.exit(f"{METHOD}.py: {error.filename or 'A file'}: {error.strerror or error}.")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (sentence := machine.sentence(error)):
+            raise
+        sys.exit(f"{METHOD}.py: {sentence}")
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
