@@ -47,6 +47,8 @@ from tqdm import tqdm
 
 from common import envs
 from common.envs import Env, EnvError
+from common.envs.mujoco import Gymnasium
+from common.envs.wrappers import Scaled, Wrapper
 
 # ======================================================================================================================
 # Args
@@ -431,7 +433,7 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
         "moments": [teacher.obs_moments, teacher.return_moments],
         "returns": returns,
     }
-    if not isinstance(env, envs.Gymnasium):
+    if not isinstance(env, Gymnasium):
         keep |= {"world": world, "obs": obs}
     first = restore(args, env, path, keep)
     lives = room(args, env, path)
@@ -1072,7 +1074,7 @@ def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     env = envs.make(name, count, device, **processes)
     if not env.obs_size:
         raise Mistake(f"GLA projects observations, and {name} has none; choose another environment.")
-    return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
+    return env if isinstance(env, (Gymnasium, Wrapper)) else Scaled(env)
 
 
 def check(args: Args, world: int) -> None:

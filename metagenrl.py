@@ -51,6 +51,8 @@ from tqdm import tqdm
 
 from common import envs, es
 from common.envs import Env, EnvError
+from common.envs.mujoco import Gymnasium
+from common.envs.wrappers import Scaled, Wrapper
 
 # ======================================================================================================================
 # Args
@@ -588,7 +590,7 @@ class Group:
         self.sample_from = fuse(partial(sample, args, self.env))
         noise = [args.noise[i % len(args.noise)] for i in range(args.copies)]
         self.noise = torch.tensor(noise, device=device)[:, None]
-        self.external = isinstance(self.env, envs.Gymnasium)  # what its environments do cannot be saved
+        self.external = isinstance(self.env, Gymnasium)  # what its environments do cannot be saved
         self.pool = ThreadPoolExecutor(1) if self.external else None
         self.sharded = dist.is_initialized() and len(self.own) < self.total
         self.steps = steps // args.copies
@@ -1426,7 +1428,7 @@ def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     env = envs.make(name, count, device, **({"parallel": count > 1} if name[:1].isupper() else {}))
     if env.num_actions is not None:
         raise Mistake(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
-    return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
+    return env if isinstance(env, (Gymnasium, Wrapper)) else Scaled(env)
 
 
 def fuser(run: "Run") -> Callable:

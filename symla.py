@@ -11,7 +11,7 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     Eq. 4.6 to 4.9     -> symla
     Eq. 4.10           -> es_gradient, common/es.py
     Algorithm 14       -> lifetime (the inner loop), meta_train (the outer loop)
-    Section 4.5, C.1   -> common/envs.py (the tasks), meta_test (regret, lifetimes)
+    Section 4.5, C.1   -> common/envs (the tasks), meta_test (regret, lifetimes)
     Figures 4.3 to 4.7 -> draw_lifetimes, compare
 
     python symla.py                                               # bandits with many arms: 5 minutes
@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from common import envs, es
 from common.envs import Env, EnvError
+from common.envs.wrappers import Scaled, Wrapper
 
 # ======================================================================================================================
 # Args
@@ -1032,7 +1033,7 @@ def make_env(args: Args, name: str, count: int, device: torch.device | str = "cp
     """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     env = envs.make(name, count, device, **({option: True} if option and args.sutton_barto_reward else {}))
-    return envs.Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, envs.Wrapper) else env
+    return Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, Wrapper) else env
 
 
 def at_a_time(args: Args, env: Env) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common import envs
+from common.envs.wrappers import Shuffled
 
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -177,7 +178,7 @@ def test_grid_worlds_by_hand():
 
 @pytest.mark.parametrize("name", ["cartpole", "grid_world:3", "independent_bandit:4"])
 def test_a_shuffled_environment_is_the_same_one_in_another_order(name):
-    shuffled = envs.make(f"shuffled_{name}", 6) if "bandit" not in name else envs.Shuffled(envs.make(name, 6))
+    shuffled = envs.make(f"shuffled_{name}", 6) if "bandit" not in name else Shuffled(envs.make(name, 6))
     plain = envs.make(name, 6) if "bandit" in name else envs.make(f"scaled_{name}", 6)
     of_lifetime = torch.rand(6, shuffled.lifetime_draws, generator=DRAWS, dtype=torch.float64)
     state, obs = shuffled.reset(of_lifetime)
