@@ -47,8 +47,6 @@ from tqdm import tqdm
 
 from common import envs
 from common.envs import Env, EnvError
-from common.envs.mujoco import Gymnasium
-from common.envs.wrappers import Scaled, Wrapper
 
 # ======================================================================================================================
 # Args
@@ -433,7 +431,7 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
         "moments": [teacher.obs_moments, teacher.return_moments],
         "returns": returns,
     }
-    if not isinstance(env, Gymnasium):
+    if env.resumable:
         keep |= {"world": world, "obs": obs}
     first = restore(args, env, path, keep)
     lives = room(args, env, path)
@@ -480,7 +478,7 @@ def roll_out(
         action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, teacher.b, device=obs.device))
         world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        last_obs, ended, obs = see(args, teacher, step.last_obs.unflatten(0, shape)), terminated + truncated, step.obs
+        last_obs, ended, obs = see(args, teacher, step.final_obs.unflatten(0, shape)), terminated + truncated, step.obs
         earned.append({"obs": native_obs, "reward": reward})
         if args.normalised:
             returns.copy_(args.discount * returns + reward[..., None])
@@ -1071,10 +1069,10 @@ def run_as_script(main: Any) -> None:
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment; the observations of those that are ours are scaled to about one."""
     processes = {"parallel": 1 < count <= 4 * (os.cpu_count() or 1)} if name[:1].isupper() else {}
-    env = envs.make(name, count, device, **processes)
+    env = envs.make(name, count, device, scaled=True, **processes)
     if not env.obs_size:
         raise Mistake(f"GLA projects observations, and {name} has none; choose another environment.")
-    return env if isinstance(env, (Gymnasium, Wrapper)) else Scaled(env)
+    return env
 
 
 def check(args: Args, world: int) -> None:

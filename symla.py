@@ -47,7 +47,6 @@ from tqdm import tqdm
 
 from common import envs, es
 from common.envs import Env, EnvError
-from common.envs.wrappers import Scaled, Wrapper
 
 # ======================================================================================================================
 # Args
@@ -331,14 +330,14 @@ def one_step(learner: Learner, env: Env, params: dict[str, Tensor], life: Life, 
     state, logits = learner.act(params, life.state, life.obs, life.action, life.reward, life.done)
     policy = logits.softmax(-1)
     chosen = (policy.cumsum(-1) < draws[:, :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
-    payouts = env.payouts(life.env)
+    arms = env.expected_rewards(life.env)
     world, step = env.step(life.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
     expected = best = reward
-    if payouts is not None:
-        payouts = payouts.unflatten(0, (p, e))
-        expected, best = (policy * payouts).sum(-1), payouts.amax(-1)
+    if arms is not None:
+        arms = arms.unflatten(0, (p, e))
+        expected, best = (policy * arms).sum(-1), arms.amax(-1)
     return Life(state, world, seen(step.obs, p), action, reward, done), Outcome(reward, expected, best)
 
 
@@ -517,7 +516,7 @@ def novelty(args: Args, name: str) -> str:
 
 def is_bandit(name: str) -> bool:
     env = envs.make(name, 1)
-    return env.payouts(env.reset(torch.zeros(1, env.lifetime_draws))[0]) is not None
+    return env.expected_rewards(env.reset(torch.zeros(1, env.lifetime_draws))[0]) is not None
 
 
 def beside(name: str) -> list[str]:
@@ -1032,8 +1031,8 @@ def learners_of(args: Args, name: str) -> list[str]:
 def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
-    env = envs.make(name, count, device, **({option: True} if option and args.sutton_barto_reward else {}))
-    return Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, Wrapper) else env
+    options = {option: True} if option and args.sutton_barto_reward else {}
+    return envs.make(name, count, device, scaled=True, **options)
 
 
 def at_a_time(args: Args, env: Env) -> int:

@@ -1,23 +1,27 @@
 """Batched environments on tensors, as pure functions that torch.compile can take.
 
     env = make("cartpole", num_envs=64)
-    state, obs = env.reset(draws)                       # obs (p, a)
-    state, step = env.step(state, action, draws)        # action (p,) int64, or (p, b) where actions are continuous
+    state, obs = env.reset(draws)                  # obs (p, a)
+    state, step = env.step(state, action, draws)   # action (p,) int64, or (p, b) if continuous
 
-An environment keeps nothing: its state is a dict of tensors (p, ...) that goes in and comes out. It has no random numbers of
-its own either: every call takes `draws`, fresh uniform numbers (p, env.num_draws) in [0, 1), so that whoever runs it decides
-what is random, what repeats, and what members of a population share.
+The state is a dict of tensors (p, ...) that is passed in and returned; the environment keeps none.
+It has no random numbers of its own either. `reset` takes uniform numbers (p, env.lifetime_draws) in
+[0, 1), and `step` takes (p, env.num_draws), so the caller decides what is random, what is repeated,
+and what the members of a population share.
 
-A name may carry a size and what is done to the environment: "independent_bandit:8" has eight arms, "grid_world:5" five rows and
-columns; "shuffled_cartpole" permutes observations and actions, "projected_cartpole" maps observations through a random matrix,
-"scaled_cartpole" has observations of about one (so have the other two). A name with a capital, "HalfCheetah-v4", is
-gymnasium's; such an environment does keep what it is doing to itself.
+A name may have a size and a wrapper. "independent_bandit:8" has eight arms, "grid_world:5" five
+rows and columns. "scaled_cartpole" has observations of magnitude one, "shuffled_cartpole" also
+permutes observations and actions, "projected_cartpole" multiplies observations by a random matrix.
+A name with a capital, "HalfCheetah-v4", is gymnasium's; the state of such an environment is inside
+gymnasium.
 
-Environments reset themselves. A step that ends an episode, because it terminated (the task is over) or was truncated (time is
-up), returns that step's reward, the state the action led to as `last_obs`, and as `obs` the first observation of the next
-episode, so that a loop over steps needs no branch. Bootstrap from `last_obs`, act on `obs`; between ends the two are equal.
+Environments reset themselves. A step that ends an episode, because it terminated (the task is over)
+or was truncated (the time is up), returns the reward of that step, in `final_obs` the observation
+of the state that the action led to, and in `obs` the first observation of the next episode. A loop
+over steps then needs no branch: bootstrap from final_obs, act on obs. Between ends the two are
+equal.
 
-Axes: p environments in parallel, a observations, b action dimensions.
+Axes: p environments in parallel, a observations, b actions or action dimensions.
 """
 
 from importlib import import_module
@@ -29,14 +33,14 @@ from common.envs.base import Env, EnvError, State, Step
 
 __all__ = ["ENVS", "Env", "EnvError", "State", "Step", "make"]
 
-ENVS = {  # name: module of this package and class, imported when a name is asked for
+ENVS = {  # name: module and class, imported when the name is asked for
     "bandit": "bandits:Bandit",
     "swapping_bandit": "bandits:SwappingBandit",
     "independent_bandit": "bandits:IndependentBandit",
     "dependent_bandit": "bandits:DependentBandit",
-    "easy_bandit": "bandits:EasyBandit",
-    "medium_bandit": "bandits:MediumBandit",
-    "hard_bandit": "bandits:HardBandit",
+    "easy_bandit": "bandits:DependentBandit",
+    "medium_bandit": "bandits:DependentBandit",
+    "hard_bandit": "bandits:DependentBandit",
     "contextual_bandit": "bandits:ContextualBandit",
     "cartpole": "cartpole:CartPole",
     "upright_cartpole": "cartpole:UprightCartPole",
@@ -49,56 +53,77 @@ ENVS = {  # name: module of this package and class, imported when a name is aske
     "point_mass": "tasks:PointMass",
     "reacher": "tasks:Reacher",
     "grid_world": "grid:GridWorld",
-    "swapped_grid_world": "grid:SwappedGridWorld",
+    "swapped_grid_world": "grid:GridWorld",
     "dense_grid_world": "grid:DenseGridWorld",
     "hidden_goal": "grid:HiddenGoal",
     "heading": "tasks:Heading",
-    "flight": "tasks:Flight",
+    "flight": "tasks:Heading",
     "half_cheetah": "mujoco:HalfCheetah",
     "ant": "mujoco:Ant",
     "dm_cartpole": "mujoco:DMCartPole",
+    "dm_cartpole_swing_up": "mujoco:DMCartPole",
 }
-WRAPPERS = {"scaled": "wrappers:Scaled", "shuffled": "wrappers:Shuffled", "projected": "wrappers:Projected"}
-SMALLEST = {  # of the environments with a size
-    "independent_bandit": 2,
-    "contextual_bandit": 2,
-    "grid_world": 2,
-    "swapped_grid_world": 2,
-    "dense_grid_world": 3,
-    "hidden_goal": 0,
-    "heading": 0,
-    "flight": 0,
-    "ant": 0,
+VARIANTS: dict[str, dict[str, Any]] = {  # options of the names that share a class
+    "easy_bandit": {"better": 0.9},
+    "medium_bandit": {"better": 0.75},
+    "hard_bandit": {"better": 0.6},
+    "swapped_grid_world": {"swapped": True},
+    "flight": {"dims": 3},
+    "dm_cartpole_swing_up": {"swing_up": True},
 }
-
-
-def find(path: str) -> Any:
-    """The class of "module:Class"."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+WRAPPERS = {
+    "scaled": "wrappers:Scaled",
+    "shuffled": "wrappers:Shuffled",
+    "projected": "wrappers:Projected",
+}
 
 
 def make(
-    name: str, num_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+    name: str,
+    num_envs: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    scaled: bool = False,
+    **options: Any,
 ) -> Env:
-    """An environment by its name; options are its own. A name with a capital, such as HalfCheetah-v4, is gymnasium's. Raises
-    EnvError for a name or a size that there is not."""
+    """An environment by its name; `options` are those of its class.
+
+    scaled: observations of magnitude one, also where the name does not say so (of gymnasium's
+    environments the magnitude is not known; they stay as they are).
+    Raises EnvError for a name or a size that does not exist.
+    """
     wrapper, _, inner = name.partition("_")
     if wrapper in WRAPPERS:
         env = make(inner, num_envs, device, dtype, **options)
         if not env.obs_size:
-            raise EnvError(f"There is nothing to be {wrapper} in {inner}, which is not observed.")
-        return find(WRAPPERS[wrapper])(env)
+            raise EnvError(f"There is nothing to be {wrapper} in {inner}: it has no observations.")
+        return load(WRAPPERS[wrapper])(env)
+    env = make_plain(name, num_envs, device, dtype, **options)
+    needs_scaling = any(scale != 1 for scale in env.obs_scale)
+    return load(WRAPPERS["scaled"])(env) if scaled and needs_scaling else env
+
+
+def make_plain(name: str, *args: Any, **options: Any) -> Env:
+    """An environment by its name, without a wrapper."""
     base, colon, size = name.partition(":")
     if base[:1].isupper() and not colon:
-        return find("mujoco:Gymnasium")(name, num_envs, device, dtype, **options)
+        return load("mujoco:Gymnasium")(name, *args, **options)
     if base not in ENVS:
         raise EnvError(f"There is no environment {base}; there are {', '.join(ENVS)}.")
+
+    env_class = load(ENVS[base])
     if colon:
-        smallest = SMALLEST.get(base)
-        if smallest is None:
+        if env_class.min_size is None:
             raise EnvError(f"{base} has no size; leave out :{size}.")
-        if not size.isdecimal() or int(size) < smallest:
-            raise EnvError(f"The size in {name} has to be a number, at least {smallest}.")
+        if not size.isdecimal() or int(size) < env_class.min_size:
+            least = env_class.min_size
+            raise EnvError(f"The size in {name} has to be a number, at least {least}.")
         options["size"] = int(size)
-    return find(ENVS[base])(num_envs, device, dtype, **options)
+    return env_class(*args, **VARIANTS.get(base, {}), **options)
+
+
+def load(path: str) -> Any:
+    """The class that "module:Class" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,105 +1,128 @@
-"""The interface of every environment, auto-reset and time limit."""
+"""The interface of every environment, and what all of them share: time limit and auto-reset.
+
+An environment describes one step of one episode in `reset_env`, `get_obs` and `step_env`, named as
+in gymnax. `Env.reset` and `Env.step` are what a training loop calls.
+
+Axes: p environments in parallel, a observations, b actions or action dimensions.
+"""
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # tensors (p, ...)
 
 
 class EnvError(Exception):
-    """An environment that cannot be had or used as asked; the message is one sentence that says what to do."""
+    """An environment that cannot be made or used. The message is one sentence that says what to
+    do."""
 
 
 class Step(NamedTuple):
-    """What a step returns, for p environments."""
+    """What a step of p environments returns."""
 
-    obs: Tensor  # (p, a), what to act on next
+    obs: Tensor  # (p, a), to act on next: where an episode ended, the first of the next one
     reward: Tensor  # (p,)
-    terminated: Tensor  # (p,) bool
-    truncated: Tensor  # (p,) bool
-    last_obs: Tensor  # (p, a), what the action led to
+    terminated: Tensor  # (p,) bool, the task is over
+    truncated: Tensor  # (p,) bool, the time is up
+    final_obs: Tensor  # (p, a), of the state that the action led to, also where an episode ended
 
 
-def normals(draws: Tensor) -> Tensor:
-    """Standard normal numbers (p, n) of uniform ones (p, 2 n) (Box and Muller 1958)."""
-    u, v = draws.chunk(2, -1)
-    return (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()
+class Env:
+    """Interface of every environment.
 
-
-class Env(ABC):
-    """The face of all."""
+    `reset` starts new lifetimes and `step` takes one step, with a new episode wherever one ended.
+    A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
+    """
 
     obs_size = 0
-    num_actions: int | None = None  # None: continuous actions
-    action_size = 0  # of continuous actions, in [-1, 1]
-    max_steps: int | None = None  # of an episode; None: it has no time limit
-    episodic = True  # False: it never terminates, and what counts is reward per step
-    stationary = True  # False: what is best changes over time
-    begin_draws = 0
-    move_draws = 0
-    obs_scale: tuple[float, ...] = ()  # about how large each observation gets
+    obs_scale: tuple[float, ...] = ()  # typical magnitude of each observation
+    num_actions: int | None = None  # None: actions are continuous
+    action_size = 0  # dimensions of a continuous action, each in [-1, 1]
+    max_steps: int | None = None  # of an episode; None: no time limit
+    episodic = True  # False: there are no episodes, and a policy is judged by its reward per step
+    stationary = True  # False: the best policy changes during a lifetime
+    min_size: int | None = None  # least n of "name:n"; None: the name takes no size
+    compilable = True  # False: it steps outside of PyTorch
+    resumable = True  # False: some of its state is not in `state`, so that it cannot be saved
+    reset_draws = 0  # uniform numbers that reset_env takes for each environment
+    step_draws = 0  # uniform numbers that step_env takes for each environment
 
-    def __init__(self, num_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.num_envs, self.device, self.dtype = num_envs, torch.device(device), dtype
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.num_envs = num_envs
+        self.device = torch.device(device)
+        self.dtype = dtype
 
     @property
     def num_draws(self) -> int:
-        """How many uniform numbers a call of reset or step wants for each environment."""
-        return self.begin_draws + self.move_draws
+        """Uniform numbers that `step` takes for each environment: it may also start an episode."""
+        return self.reset_draws + self.step_draws
 
     @property
     def lifetime_draws(self) -> int:
-        """How many uniform numbers `reset` wants for each environment: more than a step where a lifetime has something of its
-        own that outlives its episodes."""
+        """Uniform numbers that `reset` takes for each environment. More than num_draws where
+        something is drawn once per lifetime and outlasts its episodes."""
         return self.num_draws
 
-    def payouts(self, state: State) -> Tensor | None:
-        """The expected reward of each action (p, b), where it does not depend on what happens afterwards."""
+    def reset_env(self, draws: Tensor) -> State:
+        """The first state of an episode. draws (p, reset_draws)."""
+        raise NotImplementedError
+
+    def get_obs(self, state: State) -> Tensor:
+        """The observations (p, a) of a state."""
+        raise NotImplementedError
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        """The next state, the reward (p,) and whether the episode terminated (p,).
+        action (p,) int64 or (p, b); draws (p, step_draws)."""
+        raise NotImplementedError
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        """The first state and observations (p, a) of new lifetimes. draws (p, lifetime_draws)."""
+        state = self.reset_env(draws[:, : self.reset_draws])
+        state["steps"] = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+        return state, self.get_obs(state)
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        """One step, and the first state of a new episode where one ended.
+        action (p,) int64 or (p, b); draws (p, num_draws)."""
+        moved, reward, terminated = self.step_env(state, action, draws[:, self.reset_draws :])
+        moved["steps"] = state["steps"] + 1
+        final_obs = self.get_obs(moved)
+
+        truncated = torch.zeros_like(terminated)
+        if self.max_steps is not None:
+            truncated = (moved["steps"] >= self.max_steps) & ~terminated
+
+        if self.episodic:
+            ended = terminated | truncated
+            fresh, _ = self.reset(draws)
+            for name, value in moved.items():
+                mask = ended.view(-1, *[1] * (value.ndim - 1))
+                moved[name] = torch.where(mask, fresh[name], value)
+        return moved, Step(self.get_obs(moved), reward, terminated, truncated, final_obs)
+
+    def expected_rewards(self, state: State) -> Tensor | None:
+        """The expected reward (p, b) of each action, for bandits; else None."""
         return None
 
-    def close(self) -> None:  # noqa: B027 (most have none)
-        """End the processes that it runs in, if it does."""
-
-    @abstractmethod
-    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        """New lifetimes everywhere. draws (p, lifetime_draws)."""
-
-    @abstractmethod
-    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        """One step everywhere, and a new episode where one ended. draws (p, num_draws)."""
+    def close(self) -> None:
+        """End the processes and threads of the environment, if it has any."""
 
 
-class Simulated(Env):
-    """What is simulated here: auto-reset and time limit around `begin`, `observe` and `move`."""
+def never(reward: Tensor) -> Tensor:
+    """No episode terminated: (p,) False."""
+    return torch.zeros_like(reward, dtype=torch.bool)
 
-    @abstractmethod
-    def begin(self, draws: Tensor) -> State:
-        """The first state of an episode. draws (p, begin_draws)."""
 
-    @abstractmethod
-    def observe(self, state: State) -> Tensor:
-        """(p, a)."""
-
-    @abstractmethod
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        """The next state, the reward (p,), and whether the episode terminated (p,). draws (p, move_draws)."""
-
-    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        state = self.begin(draws[:, : self.begin_draws]) | {"steps": torch.zeros_like(draws[:, 0], dtype=torch.int64)}
-        return state, self.observe(state)
-
-    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        moved, reward, terminated = self.move(state, action, draws[:, self.begin_draws :])
-        moved["steps"] = state["steps"] + 1
-        out_of_time = moved["steps"] >= self.max_steps if self.max_steps else torch.zeros_like(terminated)
-        truncated = out_of_time & ~terminated
-        last_obs = self.observe(moved)
-        if self.episodic:
-            fresh, _ = self.reset(draws)
-            ended = terminated | truncated
-            moved = {name: torch.where(ended.view(-1, *[1] * (now.ndim - 1)), fresh[name], now) for name, now in moved.items()}
-        return moved, Step(self.observe(moved), reward, terminated, truncated, last_obs)
+def normals(draws: Tensor) -> Tensor:
+    """Standard normal numbers (p, n) from uniform ones (p, 2 n) (Box and Muller 1958)."""
+    u, v = draws.chunk(2, -1)
+    return (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()

@@ -1,4 +1,7 @@
-"""CartPole and its variants."""
+"""CartPole and its relatives. state: physics (p, 4), position, velocity, angle, angular velocity.
+
+Axes: p environments in parallel.
+"""
 
 import math
 from typing import Any
@@ -6,86 +9,120 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Simulated, State
+from common.envs.base import Env, State, never
 
 
-class CartPole(Simulated):
-    """gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983). Actions: push left, push right. Observations: position in m,
-    velocity in m/s, angle in rad, angular velocity in rad/s. Reward: 1 for every step, also the one that ends an episode; with
-    `sutton_barto_reward`, as in gymnasium, -1 for a failure and 0 for all other steps, which tells more per step."""
+class CartPole(Env):
+    """gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983). Actions: push left, push right.
 
-    obs_size, num_actions, max_steps = 4, 2, 500
-    begin_draws = 4
+    Observations: position in m, velocity in m/s, angle in rad, angular velocity in rad/s. Reward: 1
+    for every step, also for the one that ends an episode. With `sutton_barto_reward`, as in
+    gymnasium, -1 for a failure and 0 for all other steps: then lifetimes of one length differ.
+    """
+
+    obs_size = 4
     obs_scale = (2.4, 2.0, 0.21, 2.0)
-    gravity, cart_mass, pole_mass, half_length, force, seconds = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
-    largest_position, largest_angle = 2.4, 12 * 2 * math.pi / 360
+    num_actions = 2
+    max_steps = 500
+    reset_draws = 4
+    gravity = 9.8  # m/s^2
+    cart_mass = 1.0  # kg
+    pole_mass = 0.1  # kg
+    half_length = 0.5  # m, of the pole
+    force = 10.0  # N
+    seconds = 0.02  # of a step
+    max_position = 2.4  # m
+    max_angle = 12 * 2 * math.pi / 360  # rad
 
     def __init__(self, *args: Any, sutton_barto_reward: bool = False):
         super().__init__(*args)
         self.sutton_barto_reward = sutton_barto_reward
 
-    def begin(self, draws: Tensor) -> State:
+    def reset_env(self, draws: Tensor) -> State:
         return {"physics": (draws.to(self.dtype) - 0.5) / 10}
 
-    def observe(self, state: State) -> Tensor:
+    def get_obs(self, state: State) -> Tensor:
         return state["physics"]
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        x, velocity, angle, spin = state["physics"].unbind(-1)
-        mass, moment = self.cart_mass + self.pole_mass, self.pole_mass * self.half_length
-        push = self.force * (2 * action - 1).to(self.dtype)
-        cos, sin = angle.cos(), angle.sin()
-        pull = (push + moment * spin**2 * sin) / mass
-        turn = (self.gravity * sin - cos * pull) / (self.half_length * (4 / 3 - self.pole_mass * cos**2 / mass))
-        thrust = pull - moment * turn * cos / mass
-        dt = self.seconds
-        x, velocity, angle, spin = x + dt * velocity, velocity + dt * thrust, angle + dt * spin, spin + dt * turn
-        terminated = (x.abs() > self.largest_position) | (angle.abs() > self.largest_angle)
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        """action (p,): from 0, the full force to the left, to 1, the full force to the right."""
+        x, x_dot, theta, theta_dot = state["physics"].unbind(-1)
+        force = self.force * (2 * action - 1).to(self.dtype)
+        cos = theta.cos()
+        sin = theta.sin()
+
+        mass = self.cart_mass + self.pole_mass
+        moment = self.pole_mass * self.half_length
+        push = (force + moment * theta_dot**2 * sin) / mass
+        length = self.half_length * (4 / 3 - self.pole_mass * cos**2 / mass)
+        theta_acc = (self.gravity * sin - cos * push) / length
+        x_acc = push - moment * theta_acc * cos / mass
+
+        x = x + self.seconds * x_dot
+        x_dot = x_dot + self.seconds * x_acc
+        theta = theta + self.seconds * theta_dot
+        theta_dot = theta_dot + self.seconds * theta_acc
+
+        terminated = (x.abs() > self.max_position) | (theta.abs() > self.max_angle)
         reward = -terminated.to(self.dtype) if self.sutton_barto_reward else torch.ones_like(x)
-        return {"physics": torch.stack([x, velocity, angle, spin], -1)}, reward, terminated
+        return {"physics": torch.stack([x, x_dot, theta, theta_dot], -1)}, reward, terminated
 
 
 class UprightCartPole(CartPole):
-    """CartPole that pays for being upright and centred (thesis, section 4.5.5): one minus the angle, times one minus the
-    position, each as a share of what ends the episode. 1 in the middle, 0 at the end of an episode."""
+    """CartPole with a reward for being upright and centred (thesis, section 4.5.5): one minus the
+    angle, times one minus the position, each relative to what ends an episode. It is 1 in the
+    middle and 0 where an episode ends."""
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        moved, _, terminated = super().move(state, action, draws)
-        x, _, angle, _ = moved["physics"].unbind(-1)
-        off = (x.abs() / self.largest_position).clamp(max=1), (angle.abs() / self.largest_angle).clamp(max=1)
-        return moved, (1 - off[0]) * (1 - off[1]), terminated
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _, terminated = super().step_env(state, action, draws)
+        x, _, theta, _ = moved["physics"].unbind(-1)
+        centred = 1 - (x.abs() / self.max_position).clamp(max=1)
+        upright = 1 - (theta.abs() / self.max_angle).clamp(max=1)
+        return moved, centred * upright, terminated
 
 
 class ContinuousCartPole(CartPole):
-    """CartPole pushed with any force between the two: one continuous action, in units of 10 N. All else as in CartPole."""
+    """CartPole with one continuous action, the force in units of 10 N. All else as in CartPole."""
 
-    num_actions, action_size = None, 1
+    num_actions = None
+    action_size = 1
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        return super().move(state, (action[:, 0].clamp(-1, 1) + 1) / 2, draws)
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        return super().step_env(state, (action[:, 0].clamp(-1, 1) + 1) / 2, draws)
 
 
-class CartSwingUp(CartPole):
-    """CartPole from any angle to standing: steps of 0.04 s, walls that stop the cart, 100 steps, no failure. One continuous
-    action, in units of 10 N. Observations: position, velocity, cos and sin of the angle, angular velocity. Reward: 1 for a pole
-    that stands, 0 for one that hangs, minus a tenth of the distance from the centre as a share of the rail."""
+class CartSwingUp(ContinuousCartPole):
+    """A pole that starts at any angle and has to be brought upright, in 100 steps of 0.04 s. Walls
+    stop the cart, and nothing ends an episode early. One continuous action, the force in units of
+    10 N.
 
-    obs_size, num_actions, action_size, max_steps = 5, None, 1, 100
+    Observations: position, velocity, cos and sin of the angle, angular velocity. Reward: 1 for an
+    upright pole, 0 for a hanging one, minus a tenth of the distance from the centre relative to the
+    rail.
+    """
+
+    obs_size = 5
     obs_scale = (2.4, 3.0, 1.0, 1.0, 6.0)
-    seconds, largest_angle = 0.04, math.inf
+    max_steps = 100
+    seconds = 0.04
+    max_angle = math.inf
 
-    def begin(self, draws: Tensor) -> State:
-        spread = torch.tensor([0.2, 0.2, 2 * math.pi, 0.2], dtype=self.dtype, device=self.device)
-        return {"physics": spread * (draws.to(self.dtype) - 0.5)}
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        spread = [0.2, 0.2, 2 * math.pi, 0.2]
+        self.spread = torch.tensor(spread, dtype=self.dtype, device=self.device)
 
-    def observe(self, state: State) -> Tensor:
-        x, velocity, angle, spin = state["physics"].unbind(-1)
-        return torch.stack([x, velocity, angle.cos(), angle.sin(), spin], -1)
+    def reset_env(self, draws: Tensor) -> State:
+        return {"physics": self.spread * (draws.to(self.dtype) - 0.5)}
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        moved, _, _ = super().move(state, (action[:, 0].clamp(-1, 1) + 1) / 2, draws)
-        x, velocity, angle, spin = moved["physics"].unbind(-1)
-        wall = x.abs() >= self.largest_position
-        x, velocity = x.clamp(-self.largest_position, self.largest_position), torch.where(wall, 0.0, velocity)
-        reward = (1 + angle.cos()) / 2 - 0.1 * x.abs() / self.largest_position
-        return {"physics": torch.stack([x, velocity, angle, spin], -1)}, reward, torch.zeros_like(wall)
+    def get_obs(self, state: State) -> Tensor:
+        x, x_dot, theta, theta_dot = state["physics"].unbind(-1)
+        return torch.stack([x, x_dot, theta.cos(), theta.sin(), theta_dot], -1)
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _, _ = super().step_env(state, action, draws)
+        x, x_dot, theta, theta_dot = moved["physics"].unbind(-1)
+        x_dot = torch.where(x.abs() >= self.max_position, 0.0, x_dot)
+        x = x.clamp(-self.max_position, self.max_position)
+        reward = (1 + theta.cos()) / 2 - 0.1 * x.abs() / self.max_position
+        return {"physics": torch.stack([x, x_dot, theta, theta_dot], -1)}, reward, never(reward)

@@ -1,4 +1,8 @@
-"""Families of small continuous control tasks."""
+"""Small continuous control: a point mass and an arm with targets, and motion in an unknown
+direction.
+
+Axes: p environments in parallel.
+"""
 
 import math
 from typing import Any
@@ -6,113 +10,132 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Simulated, State
+from common.envs.base import Env, State, never
 
 
-class PointMass(Simulated):
-    """A point between four walls that two forces bring to a target. Observations: position, velocity, the way to the target
-    (two numbers each). Reward: minus its length. 100 steps of 0.1 s, some friction. state: physics (p, 6)."""
+class PointMass(Env):
+    """A point between four walls, which two forces move to a target. 100 steps of 0.1 s, with
+    friction.
 
-    obs_size, action_size, max_steps = 6, 2, 100
-    begin_draws = 4
+    Observations: position, velocity, and the vector to the target (two numbers each).
+    Reward: minus the distance to the target. state: physics (p, 6), position, velocity, target.
+    """
+
+    obs_size = 6
     obs_scale = (1.0,) * 6
-    seconds, force, friction = 0.1, 2.0, 1.0
+    action_size = 2
+    max_steps = 100
+    reset_draws = 4
+    seconds = 0.1  # of a step
+    force = 2.0
+    friction = 1.0
 
-    def begin(self, draws: Tensor) -> State:
-        place, target = (2 * draws.to(self.dtype) - 1).chunk(2, -1)
-        return {"physics": torch.cat([place, torch.zeros_like(place), target], -1)}
+    def reset_env(self, draws: Tensor) -> State:
+        position, target = (2 * draws.to(self.dtype) - 1).chunk(2, -1)
+        return {"physics": torch.cat([position, torch.zeros_like(position), target], -1)}
 
-    def observe(self, state: State) -> Tensor:
-        place, velocity, target = state["physics"].chunk(3, -1)
-        return torch.cat([place, velocity, target - place], -1)
+    def get_obs(self, state: State) -> Tensor:
+        position, velocity, target = state["physics"].chunk(3, -1)
+        return torch.cat([position, velocity, target - position], -1)
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        place, velocity, target = state["physics"].chunk(3, -1)
-        velocity = velocity + self.seconds * (self.force * action.clamp(-1, 1) - self.friction * velocity)
-        place = (place + self.seconds * velocity).clamp(-1, 1)
-        reward = -(target - place).norm(dim=-1)
-        return {"physics": torch.cat([place, velocity, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        position, velocity, target = state["physics"].chunk(3, -1)
+        acceleration = self.force * action.clamp(-1, 1) - self.friction * velocity
+        velocity = velocity + self.seconds * acceleration
+        position = (position + self.seconds * velocity).clamp(-1, 1)
+        reward = -(target - position).norm(dim=-1)
+        return {"physics": torch.cat([position, velocity, target], -1)}, reward, never(reward)
 
 
-class Reacher(Simulated):
-    """An arm of two links of half a metre each, in the plane, whose tip two torques bring to a target. The joints have friction
-    and do not feel each other's motion. Observations: cos and sin of both angles, angular velocities, the way from the tip to
-    the target. Reward: minus its length. 100 steps of 0.05 s. state: physics (p, 6), angles, velocities, target."""
+class Reacher(Env):
+    """An arm in the plane with two links of half a metre, whose tip two torques move to a target.
+    The joints have friction, and neither feels the motion of the other. 100 steps of 0.05 s.
 
-    obs_size, action_size, max_steps = 8, 2, 100
-    begin_draws = 4
+    Observations: cos and sin of both angles, angular velocities, the vector from the tip to the
+    target. Reward: minus its length. state: physics (p, 6), angles, angular velocities, target.
+    """
+
+    obs_size = 8
     obs_scale = (1.0, 1.0, 1.0, 1.0, 4.0, 4.0, 1.0, 1.0)
-    seconds, torque, friction, link = 0.05, 8.0, 2.0, 0.5
+    action_size = 2
+    max_steps = 100
+    reset_draws = 4
+    seconds = 0.05  # of a step
+    torque = 8.0
+    friction = 2.0
+    link = 0.5  # m
 
-    def begin(self, draws: Tensor) -> State:
+    def reset_env(self, draws: Tensor) -> State:
         draws = draws.to(self.dtype)
-        angles, turn, far = math.pi * (2 * draws[:, :2] - 1), 2 * math.pi * draws[:, 2], 0.9 * draws[:, 3].sqrt()
-        target = torch.stack([far * turn.cos(), far * turn.sin()], -1)
+        angles = math.pi * (2 * draws[:, :2] - 1)
+        direction = 2 * math.pi * draws[:, 2]
+        distance = 0.9 * draws[:, 3].sqrt()  # uniform in a disk
+        target = torch.stack([distance * direction.cos(), distance * direction.sin()], -1)
         return {"physics": torch.cat([angles, torch.zeros_like(angles), target], -1)}
 
-    def way(self, angles: Tensor, target: Tensor) -> Tensor:
-        """From the tip to the target (p, 2)."""
-        one, both = angles[:, 0], angles.sum(-1)
-        tip = torch.stack([one.cos() + both.cos(), one.sin() + both.sin()], -1)
+    def to_target(self, angles: Tensor, target: Tensor) -> Tensor:
+        """The vector (p, 2) from the tip to the target."""
+        first = angles[:, 0]
+        second = angles.sum(-1)
+        tip = torch.stack([first.cos() + second.cos(), first.sin() + second.sin()], -1)
         return target - self.link * tip
 
-    def observe(self, state: State) -> Tensor:
+    def get_obs(self, state: State) -> Tensor:
         angles, speeds, target = state["physics"].chunk(3, -1)
-        return torch.cat([angles.cos(), angles.sin(), speeds, self.way(angles, target)], -1)
+        return torch.cat([angles.cos(), angles.sin(), speeds, self.to_target(angles, target)], -1)
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
         angles, speeds, target = state["physics"].chunk(3, -1)
-        speeds = speeds + self.seconds * (self.torque * action.clamp(-1, 1) - self.friction * speeds)
+        acceleration = self.torque * action.clamp(-1, 1) - self.friction * speeds
+        speeds = speeds + self.seconds * acceleration
         angles = angles + self.seconds * speeds
-        reward = -self.way(angles, target).norm(dim=-1)
-        return {"physics": torch.cat([angles, speeds, target], -1)}, reward, torch.zeros_like(reward, dtype=torch.bool)
+        reward = -self.to_target(angles, target).norm(dim=-1)
+        return {"physics": torch.cat([angles, speeds, target], -1)}, reward, never(reward)
 
 
-class Heading(Simulated):
-    """Run in a direction that is not shown: a force changes a velocity in the plane, of which there is friction; what pays is
-    the velocity along the direction, 1 at most in the long run. No episodes. The direction is the task, in degrees: heading:0
-    to heading:359. state: velocity (p, 2)."""
+class Heading(Env):
+    """Motion in a direction that is not observed: a force changes a velocity in the plane, or with
+    three `dims` in space, against a drag. No episodes.
 
-    obs_size, action_size, episodic = 2, 2, False
-    begin_draws = 2
-    obs_scale = (1.0, 1.0)
-    friction = 0.2
+    The drag grows with the speed in the plane and with its square in space. The size is the
+    direction in degrees, in space 30 degrees above the horizon, and defines the task: heading:0 to
+    heading:359, flight:0 to flight:359. Observations: the velocity. Reward: the velocity along the
+    direction, in the long run at most 1. state: velocity (p, dims).
+    """
 
-    def __init__(self, *args: Any, size: int = 0):
+    episodic = False
+    min_size = 0
+    drag = 0.2
+    climb = math.radians(30)
+
+    def __init__(self, *args: Any, size: int = 0, dims: int = 2):
         super().__init__(*args)
-        turn = math.radians(size)
-        self.direction = torch.tensor([math.cos(turn), math.sin(turn)], dtype=self.dtype, device=self.device)
+        self.dims = dims
+        self.obs_size = dims
+        self.obs_scale = (1.0,) * dims
+        self.action_size = dims
+        self.reset_draws = dims
+        angle = math.radians(size)
+        plane = [math.cos(angle), math.sin(angle)]
+        self.direction = torch.tensor(plane, dtype=self.dtype, device=self.device)
+        if dims == 3:
+            self.direction = math.cos(self.climb) * self.direction
+            self.direction = torch.nn.functional.pad(
+                self.direction, (0, 1), value=math.sin(self.climb)
+            )
 
-    def begin(self, draws: Tensor) -> State:
+    def reset_env(self, draws: Tensor) -> State:
         return {"velocity": (2 * draws.to(self.dtype) - 1) / 10}
 
-    def observe(self, state: State) -> Tensor:
+    def get_obs(self, state: State) -> Tensor:
         return state["velocity"]
 
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        action = action / action.norm(dim=-1, keepdim=True).clamp(min=1)
-        velocity = state["velocity"] + self.friction * (action - state["velocity"])
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        velocity = state["velocity"]
+        force = action / action.norm(dim=-1, keepdim=True).clamp(min=1)
+        resistance = velocity
+        if self.dims == 3:
+            resistance = velocity * velocity.norm(dim=-1, keepdim=True)
+        velocity = velocity + self.drag * (force - resistance)
         reward = velocity @ self.direction
-        return {"velocity": velocity}, reward, torch.zeros_like(reward, dtype=torch.bool)
-
-
-class Flight(Heading):
-    """Fly in a direction that is not shown: as Heading, with three forces in space and a drag that grows with the square of the
-    speed. The direction, in degrees around the vertical and 30 above the horizon, is the task: flight:0 to flight:359.
-    state: velocity (p, 3)."""
-
-    obs_size, action_size = 3, 3
-    begin_draws = 3
-    obs_scale = (1.0, 1.0, 1.0)
-    drag, climb = 0.2, math.radians(30)
-
-    def __init__(self, *args: Any, size: int = 0):
-        super().__init__(*args, size=size)
-        upwards = torch.full((1,), math.sin(self.climb), dtype=self.dtype, device=self.device)
-        self.direction = torch.cat([math.cos(self.climb) * self.direction, upwards])
-
-    def move(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
-        velocity, force = state["velocity"], action / action.norm(dim=-1, keepdim=True).clamp(min=1)
-        velocity = velocity + self.drag * (force - velocity * velocity.norm(dim=-1, keepdim=True))
-        reward = velocity @ self.direction
-        return {"velocity": velocity}, reward, torch.zeros_like(reward, dtype=torch.bool)
+        return {"velocity": velocity}, reward, never(reward)

@@ -1,7 +1,11 @@
-"""Environments seen through a scaling, a permutation or a projection."""
+"""Environments whose observations or actions are scaled, permuted or projected.
+
+What a wrapper draws is drawn once per lifetime and outlasts its episodes.
+
+Axes: p environments in parallel, a observations, b actions.
+"""
 
 import math
-from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,66 +14,77 @@ from common.envs.base import Env, EnvError, State, Step, normals
 
 
 class Wrapper(Env):
-    """An environment seen through something that is drawn once per lifetime and outlives its episodes."""
+    """An environment of which a subclass maps the observations (`map_obs`), the actions
+    (`map_action`), or both."""
 
-    own_draws = 0
+    own_draws = 0  # uniform numbers that init_state takes for each environment
 
     def __init__(self, env: Env):
         super().__init__(env.num_envs, env.device, env.dtype)
         self.env = env
-        self.obs_size, self.num_actions, self.action_size = env.obs_size, env.num_actions, env.action_size
-        self.max_steps, self.episodic, self.stationary = env.max_steps, env.episodic, env.stationary
-        self.begin_draws, self.move_draws, self.obs_scale = env.begin_draws, env.move_draws, env.obs_scale
+        self.obs_size = env.obs_size
+        self.obs_scale = env.obs_scale
+        self.num_actions = env.num_actions
+        self.action_size = env.action_size
+        self.max_steps = env.max_steps
+        self.episodic = env.episodic
+        self.stationary = env.stationary
+        self.compilable = env.compilable
+        self.resumable = env.resumable
+        self.reset_draws = env.reset_draws
+        self.step_draws = env.step_draws
 
     @property
     def lifetime_draws(self) -> int:
         return self.env.lifetime_draws + self.own_draws
 
-    def close(self) -> None:
-        self.env.close()
+    def init_state(self, draws: Tensor) -> State:
+        """The wrapper's own state of a lifetime. draws (p, own_draws)."""
+        return {}
 
-    @abstractmethod
-    def own(self, draws: Tensor) -> State:
-        """What is drawn once per lifetime. draws (p, own_draws)."""
-
-    def see(self, state: State, obs: Tensor) -> Tensor:
-        """What an observation of the environment looks like (p, a)."""
+    def map_obs(self, state: State, obs: Tensor) -> Tensor:
+        """The observations (p, a) of the wrapper, from those of the environment."""
         return obs
 
-    def act(self, state: State, action: Tensor) -> Tensor:
-        """What an action is to the environment (p,)."""
+    def map_action(self, state: State, action: Tensor) -> Tensor:
+        """The actions of the environment, from those of the wrapper."""
         return action
-
-    def payouts(self, state: State) -> Tensor | None:
-        return self.env.payouts(state)
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         state, obs = self.env.reset(draws[:, : self.env.lifetime_draws])
-        own = self.own(draws[:, self.env.lifetime_draws :])
-        return state | own, self.see(own, obs)
+        own = self.init_state(draws[:, self.env.lifetime_draws :])
+        return state | own, self.map_obs(own, obs)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        moved, step = self.env.step(state, self.act(state, action), draws)
+        moved, step = self.env.step(state, self.map_action(state, action), draws)
+        obs = self.map_obs(state, step.obs)
+        final_obs = self.map_obs(state, step.final_obs)
         own = {name: value for name, value in state.items() if name not in moved}
-        return moved | own, step._replace(obs=self.see(own, step.obs), last_obs=self.see(own, step.last_obs))
+        return moved | own, step._replace(obs=obs, final_obs=final_obs)
+
+    def expected_rewards(self, state: State) -> Tensor | None:
+        return self.env.expected_rewards(state)
+
+    def close(self) -> None:
+        self.env.close()
 
 
 class Scaled(Wrapper):
-    """Observations of about one."""
+    """Observations divided by their typical magnitude."""
 
     def __init__(self, env: Env):
         super().__init__(env)
-        self.scale, self.obs_scale = torch.tensor(env.obs_scale, dtype=env.dtype, device=env.device), (1.0,) * env.obs_size
+        self.scale = torch.tensor(env.obs_scale, dtype=env.dtype, device=env.device)
+        self.obs_scale = (1.0,) * env.obs_size
 
-    def own(self, draws: Tensor) -> State:
-        return {}
-
-    def see(self, state: State, obs: Tensor) -> Tensor:
+    def map_obs(self, state: State, obs: Tensor) -> Tensor:
         return obs / self.scale
 
 
 class Shuffled(Scaled):
-    """Observations, scaled to about one, and actions in an order of the lifetime's own (thesis, section 4.5.3)."""
+    """Scaled, with observations and actions in an order that is drawn for each lifetime (thesis,
+    section 4.5.3). state: obs_order (p, a), action_order (p, b). Raises EnvError for continuous
+    actions."""
 
     def __init__(self, env: Env):
         super().__init__(env)
@@ -77,32 +92,35 @@ class Shuffled(Scaled):
             raise EnvError("Only discrete actions can be shuffled.")
         self.own_draws = env.obs_size + env.num_actions
 
-    def own(self, draws: Tensor) -> State:
-        of_obs, of_actions = draws.split([self.obs_size, self.num_actions], -1)
-        return {"obs_order": of_obs.argsort(-1), "action_order": of_actions.argsort(-1)}
+    def init_state(self, draws: Tensor) -> State:
+        obs_draws, action_draws = draws.split([self.obs_size, self.num_actions], -1)
+        return {"obs_order": obs_draws.argsort(-1), "action_order": action_draws.argsort(-1)}
 
-    def see(self, state: State, obs: Tensor) -> Tensor:
-        return super().see(state, obs).gather(1, state["obs_order"])
+    def map_obs(self, state: State, obs: Tensor) -> Tensor:
+        return super().map_obs(state, obs).gather(1, state["obs_order"])
 
-    def act(self, state: State, action: Tensor) -> Tensor:
+    def map_action(self, state: State, action: Tensor) -> Tensor:
         return state["action_order"].gather(1, action[:, None])[:, 0]
 
-    def payouts(self, state: State) -> Tensor | None:
-        payouts = self.env.payouts(state)
-        return None if payouts is None else payouts.gather(1, state["action_order"])
+    def expected_rewards(self, state: State) -> Tensor | None:
+        rewards = self.env.expected_rewards(state)
+        return None if rewards is None else rewards.gather(1, state["action_order"])
 
 
 class Projected(Scaled):
-    """Observations, scaled to about one, through a Glorot-normal matrix of the lifetime's own to 16 numbers (C.2.3)."""
+    """Scaled, with observations multiplied by a Glorot-normal matrix to 16 numbers that is drawn
+    for each lifetime (thesis, appendix C.2.3). state: projection (p, a, 16)."""
 
     def __init__(self, env: Env):
         super().__init__(env)
-        self.obs_size, self.obs_scale = 16, (1.0,) * 16
+        self.obs_size = 16
+        self.obs_scale = (1.0,) * 16
         self.own_draws = 2 * env.obs_size * self.obs_size
 
-    def own(self, draws: Tensor) -> State:
+    def init_state(self, draws: Tensor) -> State:
         std = math.sqrt(2 / (self.env.obs_size + self.obs_size))
-        return {"projection": std * normals(draws.to(self.dtype)).view(-1, self.env.obs_size, self.obs_size)}
+        noise = normals(draws.to(self.dtype))
+        return {"projection": std * noise.view(-1, self.env.obs_size, self.obs_size)}
 
-    def see(self, state: State, obs: Tensor) -> Tensor:
-        return (super().see(state, obs)[:, None] @ state["projection"])[:, 0]
+    def map_obs(self, state: State, obs: Tensor) -> Tensor:
+        return (super().map_obs(state, obs)[:, None] @ state["projection"])[:, 0]
