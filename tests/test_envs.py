@@ -13,6 +13,36 @@ from common.envs.wrappers import Shuffled
 DRAWS = torch.Generator().manual_seed(0)
 
 
+class Recorder(gymnasium.Env):
+    """Records its actions; its spaces and its reward are options."""
+
+    def __init__(self, actions=gymnasium.spaces.Discrete(2), obs=gymnasium.spaces.Box(-1, 1, (2,)), reward=0.0):
+        self.action_space = actions
+        self.observation_space = obs
+        self.reward = reward
+        self.taken = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.taken.append(action)
+        return self.observation_space.sample(), self.reward, False, False, {}
+
+
+gymnasium.register("Recorder-v0", Recorder, disable_env_checker=True)
+
+
+def recorded(sequence, **options):
+    """What a Recorder receives for a sequence of actions (t, ...)."""
+    env = envs.make("Recorder-v0", 1, **options)
+    state, _ = env.reset(torch.zeros(1, 1))
+    for action in sequence:
+        state, _ = env.step(state, action[None], torch.zeros(1, 1))
+    return env.envs.envs[0].unwrapped.taken
+
+
 def draws(env, count):
     return torch.rand(count, env.num_draws, generator=DRAWS, dtype=torch.float64)
 
@@ -374,6 +404,12 @@ def test_gymnasiums_environments():
     assert (discrete.num_actions, discrete.action_size) == (2, 0)
     with pytest.raises(envs.EnvError, match="gymnasium cannot make Hoper-v4"):
         envs.make("Hoper-v4", 1)
+
+
+def test_discrete_actions_of_gymnasium_start_where_their_space_does():
+    space = gymnasium.spaces.Discrete(3, start=5)
+    taken = recorded(torch.tensor([0, 2, 1]), actions=space)
+    assert taken == [5, 7, 6] and all(map(space.contains, taken))
 
 
 def test_hidden_goal():

@@ -60,6 +60,7 @@ class Gymnasium(Env):
         action = self.envs.single_action_space
         if isinstance(action, gym.spaces.Discrete):
             self.num_actions = int(action.n)
+            self.first_action = int(action.start)
         elif isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded():
             self.action_size = action.shape[0]
             self.low = torch.tensor(action.low)
@@ -77,17 +78,19 @@ class Gymnasium(Env):
         """An array (p, ...) of gymnasium's as a tensor (p, a)."""
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.device, self.dtype)
 
+    def native(self, action: Tensor) -> Tensor:
+        """Actions as gymnasium takes them."""
+        if self.num_actions is not None:
+            return action + self.first_action
+        return self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
         steps = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         return {"steps": steps}, self.tensor(obs)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        action = action.cpu()
-        if self.num_actions is None:
-            action = self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
-        obs, reward, terminated, truncated, info = self.envs.step(action.numpy())
-
+        obs, reward, terminated, truncated, info = self.envs.step(self.native(action.cpu()).numpy())
         obs = self.tensor(obs)
         final_obs = obs
         if "final_obs" in info:
