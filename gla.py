@@ -714,7 +714,7 @@ def uniform_player(args: Args, env: Env, steps: int, generator: torch.Generator)
 
 def base(name: str) -> str:
     """An environment without its task."""
-    return name.partition(":")[0]
+    return envs.base_name(name)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], known: tuple[str, ...], gap: int) -> None:
@@ -1068,8 +1068,7 @@ def run_as_script(main: Any) -> None:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment; the observations of those that are ours are scaled to about one."""
-    processes = {"parallel": 1 < count <= 4 * (os.cpu_count() or 1)} if name[:1].isupper() else {}
-    env = envs.make(name, count, device, scaled=True, **processes)
+    env = envs.make(name, count, device, scaled=True, parallel=1 < count <= 4 * (os.cpu_count() or 1))
     if not env.obs_size:
         raise Mistake(f"GLA projects observations, and {name} has none; choose another environment.")
     return env

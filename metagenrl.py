@@ -1423,7 +1423,7 @@ def run_as_script(main: Any) -> None:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment with continuous actions; the observations of those that are ours are scaled to about one."""
-    env = envs.make(name, count, device, scaled=True, **({"parallel": count > 1} if name[:1].isupper() else {}))
+    env = envs.make(name, count, device, scaled=True, parallel=count > 1)
     if env.num_actions is not None:
         raise Mistake(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
     return env

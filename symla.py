@@ -504,9 +504,7 @@ def plotted_steps(steps: int) -> list[int]:
 
 def base(name: str) -> str:
     """An environment without its size and what was done to it."""
-    for prefix in ("shuffled_", "projected_", "swapped_"):
-        name = name.removeprefix(prefix)
-    return name.partition(":")[0]
+    return envs.base_name(name).removeprefix("swapped_")
 
 
 def novelty(args: Args, name: str) -> str:

@@ -1,11 +1,16 @@
 """Environments: dynamics against gymnasium, what happens when an episode ends, and bandits whose best reward is known."""
 
 import math
+import os
 
+import conftest
 import gymnasium
 import numpy as np
 import pytest
+import test_gla
+import test_metagenrl
 import torch
+from conftest import PYTHON, ROOT, rows, run_script
 
 from common import envs
 from common.envs.wrappers import Shuffled
@@ -263,6 +268,11 @@ def test_projected_environments():
         ("shuffled_bandit", "There is nothing to be shuffled in bandit"),
         ("shuffled_pendulum", "Only discrete actions can be shuffled"),
         ("projected_cartpol", "There is no environment cartpol"),
+        ("cartpol:3", "There is no environment cartpol:3; .* and those of gymnasium, such as"),
+        ("highway-v0", "gymnasium cannot make highway-v0: .* is named package.module:Name-v0"),
+        ("myspace/MyEnv-v0", "gymnasium cannot make myspace/MyEnv-v0: Namespace myspace not found"),
+        ("nowhere:MyEnv-v0", "The module of nowhere:MyEnv-v0 cannot be imported: No module named 'nowhere'"),
+        (":MyEnv-v0", "The module of :MyEnv-v0 cannot be imported"),
     ],
 )
 def test_a_name_that_does_not_exist_raises_one_sentence(name, sentence):
@@ -410,6 +420,44 @@ def test_discrete_actions_of_gymnasium_start_where_their_space_does():
     space = gymnasium.spaces.Discrete(3, start=5)
     taken = recorded(torch.tensor([0, 2, 1]), actions=space)
     assert taken == [5, 7, 6] and all(map(space.contains, taken))
+
+
+PACKAGE = """
+import gymnasium, numpy
+
+class MyEnv(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Box(-2, 2, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 3).astype(numpy.float32), {}
+
+    def step(self, action):
+        return self.reset()[0], float(action[0]), False, False, {}
+
+for name in ("MyEnv-v0", "MyEnv-v1", "myspace/my-env-v0"):
+    gymnasium.register(name, "mypackage.tasks:MyEnv", max_episode_steps=5)
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of the user on PYTHONPATH, whose module `tasks` registers environments."""
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "__init__.py").touch()
+    (tmp_path / "mypackage" / "tasks.py").write_text(PACKAGE)
+    monkeypatch.setitem(conftest.ENV, "PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+
+
+@pytest.mark.parametrize("tests", [test_metagenrl, test_gla], ids=["metagenrl", "gla"])
+def test_a_users_environment_on_the_command_line(package, tests, tmp_path):
+    """By its name, without a version, and in a namespace and lower case."""
+    names = [f"mypackage.tasks:{name}" for name in ("MyEnv-v0", "MyEnv", "myspace/my-env-v0")]
+    flags = f"{tests.TINY} --run-name mine --envs {names[0]} {names[1]} --test-envs {names[2]}"
+    done = run_script(f"{tests.__name__[5:]}.py", tmp_path, flags, PYTHON)
+    assert done.returncode == 0, done.stderr
+    assert {row["task"] for row in rows(tmp_path / "mine")} >= {*names}
 
 
 def test_hidden_goal():

@@ -12,8 +12,9 @@ and what the members of a population share.
 A name may have a size and a wrapper. "independent_bandit:8" has eight arms, "grid_world:5" five
 rows and columns. "scaled_cartpole" has observations of magnitude one, "shuffled_cartpole" also
 permutes observations and actions, "projected_cartpole" multiplies observations by a random matrix.
-A name with a capital, "HalfCheetah-v4", is gymnasium's; the state of such an environment is inside
-gymnasium.
+An environment of gymnasium has the name that gymnasium gives it: "HalfCheetah-v4", "HalfCheetah" for
+its newest version, "package.module:Name-v0" if importing that module registers it. The state of such
+an environment is inside gymnasium.
 
 Environments reset themselves. A step that ends an episode, because it terminated (the task is over)
 or was truncated (the time is up), returns the reward of that step, in `final_obs` the observation
@@ -24,6 +25,7 @@ equal.
 Axes: p environments in parallel, a observations, b actions or action dimensions.
 """
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +33,7 @@ import torch
 
 from common.envs.base import Env, EnvError, State, Step
 
-__all__ = ["ENVS", "Env", "EnvError", "State", "Step", "make"]
+__all__ = ["ENVS", "Env", "EnvError", "State", "Step", "base_name", "make"]
 
 ENVS = {  # name: module and class, imported when the name is asked for
     "bandit": "bandits:Bandit",
@@ -85,42 +87,60 @@ def make(
     dtype: torch.dtype = torch.float32,
     *,
     scaled: bool = False,
+    parallel: bool = False,
     **options: Any,
 ) -> Env:
     """An environment by its name; `options` are those of its class.
 
     scaled: observations of magnitude one, also where the name does not say so (of gymnasium's
     environments the magnitude is not known; they stay as they are).
+    parallel: each copy of a gymnasium environment in a process of its own.
     Raises EnvError for a name or a size that does not exist.
     """
     wrapper, _, inner = name.partition("_")
+    base, colon, size = name.partition(":")
+
     if wrapper in WRAPPERS:
-        env = make(inner, num_envs, device, dtype, **options)
+        env = make(inner, num_envs, device, dtype, parallel=parallel, **options)
         if not env.obs_size:
             raise EnvError(f"There is nothing to be {wrapper} in {inner}: it has no observations.")
-        return load(WRAPPERS[wrapper])(env)
-    env = make_plain(name, num_envs, device, dtype, **options)
-    needs_scaling = any(scale != 1 for scale in env.obs_scale)
-    return load(WRAPPERS["scaled"])(env) if scaled and needs_scaling else env
+        env = load(WRAPPERS[wrapper])(env)
+    elif base in ENVS:
+        env_class = load(ENVS[base])
+        if colon:
+            options["size"] = checked_size(name, env_class.min_size)
+        env = env_class(num_envs, device, dtype, **VARIANTS.get(base, {}), **options)
+    elif re.search(r"[A-Z/]|:\D|-v\d+$", name):
+        gymnasium = load("mujoco:Gymnasium")
+        env = gymnasium(name, num_envs, device, dtype, parallel=parallel, **options)
+    else:
+        raise EnvError(
+            f"There is no environment {name}; there are {', '.join(ENVS)}, and those of gymnasium, "
+            "such as HalfCheetah-v4 or package.module:Name-v0."
+        )
+
+    if scaled and any(scale != 1 for scale in env.obs_scale):
+        env = load(WRAPPERS["scaled"])(env)
+    return env
 
 
-def make_plain(name: str, *args: Any, **options: Any) -> Env:
-    """An environment by its name, without a wrapper."""
-    base, colon, size = name.partition(":")
-    if base[:1].isupper() and not colon:
-        return load("mujoco:Gymnasium")(name, *args, **options)
-    if base not in ENVS:
-        raise EnvError(f"There is no environment {base}; there are {', '.join(ENVS)}.")
+def base_name(name: str) -> str:
+    """A name without wrappers and size. Names that share it are variants of one task."""
+    wrapper, _, inner = name.partition("_")
+    if wrapper in WRAPPERS:
+        return base_name(inner)
+    base = name.partition(":")[0]
+    return base if base in ENVS else name
 
-    env_class = load(ENVS[base])
-    if colon:
-        if env_class.min_size is None:
-            raise EnvError(f"{base} has no size; leave out :{size}.")
-        if not size.isdecimal() or int(size) < env_class.min_size:
-            least = env_class.min_size
-            raise EnvError(f"The size in {name} has to be a number, at least {least}.")
-        options["size"] = int(size)
-    return env_class(*args, **VARIANTS.get(base, {}), **options)
+
+def checked_size(name: str, least: int | None) -> int:
+    """The size in "name:size". Raises EnvError if it is not a number from `least` on."""
+    base, _, size = name.partition(":")
+    if least is None:
+        raise EnvError(f"{base} has no size; leave out :{size}.")
+    if not size.isdecimal() or int(size) < least:
+        raise EnvError(f"The size in {name} has to be a number, at least {least}.")
+    return int(size)
 
 
 def load(path: str) -> Any:

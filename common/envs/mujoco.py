@@ -5,6 +5,7 @@ Axes: p environments in parallel, a observations, b action dimensions.
 
 import math
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from common.envs.base import Env, EnvError, State, Step, never, normals
 
 
 class Gymnasium(Env):
-    """Any environment that gymnasium has under `name`, each copy in a process of its own
-    (`parallel`) or all of them in this one. Continuous actions are rescaled to [-1, 1];
-    observations are flat.
+    """Any environment that gymnasium has under `name`, or has after it imported the module in
+    "module:name". Each copy is in a process of its own (`parallel`), or all of them are in this one.
+    Continuous actions are rescaled to [-1, 1]; observations are flat.
 
     Its state is inside gymnasium and not in `state`, so it cannot be saved: to resume, `reset`. The
     episodes that a step starts are seeded by the last reset. Raises EnvError where gymnasium has no
@@ -32,13 +33,11 @@ class Gymnasium(Env):
         super().__init__(*args)
         import gymnasium as gym
 
-        specs = [spec for spec in gym.registry.values() if spec.name == name]
-        versions = [spec.version for spec in specs if spec.version is not None]
-        name = f"{name}-v{max(versions)}" if versions else name  # the newest, where none is named
+        id = registered_id(name)
         try:
-            spec = gym.spec(name)
+            self.max_steps = gym.spec(id).max_episode_steps
             self.envs = gym.make_vec(
-                name,
+                id,
                 self.num_envs,
                 vectorization_mode="async" if parallel else "sync",
                 vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
@@ -46,9 +45,10 @@ class Gymnasium(Env):
             )
         except gym.error.Error as error:
             message = " ".join(str(error).split())
+            if isinstance(error, gym.error.UnregisteredEnv):
+                message += " An environment of your own is named package.module:Name-v0."
             raise EnvError(f"gymnasium cannot make {name}: {message}") from error
 
-        self.max_steps = spec.max_episode_steps
         obs = self.envs.single_observation_space
         if not isinstance(obs, gym.spaces.Box):
             raise EnvError(
@@ -104,6 +104,25 @@ class Gymnasium(Env):
         truncated = torch.as_tensor(truncated).to(self.device) & ~terminated
         steps = torch.where(terminated | truncated, 0, state["steps"] + 1)
         return {"steps": steps}, Step(obs, reward, terminated, truncated, final_obs)
+
+
+def registered_id(name: str) -> str:
+    """The id that gymnasium's registry has for a name, after importing the module of "module:id".
+    Without a version it is the newest one. Raises EnvError if there is no such module."""
+    import gymnasium
+
+    module, colon, id = name.rpartition(":")
+    try:
+        if colon:
+            import_module(module)
+    except (ImportError, TypeError, ValueError) as error:
+        raise EnvError(
+            f"The module of {name} cannot be imported: {error}; install it, or add its folder to "
+            "PYTHONPATH."
+        ) from error
+    specs = gymnasium.registry.values()
+    versions = [spec.version for spec in specs if spec.id == f"{id}-v{spec.version}"]
+    return f"{id}-v{max(versions)}" if versions else id
 
 
 class MuJoCo(Env):
