@@ -272,6 +272,7 @@ def test_projected_environments():
         ("highway-v0", "gymnasium cannot make highway-v0: .* is named package.module:Name-v0"),
         ("myspace/MyEnv-v0", "gymnasium cannot make myspace/MyEnv-v0: Namespace myspace not found"),
         ("nowhere:MyEnv-v0", "The module of nowhere:MyEnv-v0 cannot be imported: No module named 'nowhere'"),
+        ("HalfCheetah-v2", "gymnasium cannot make HalfCheetah-v2: "),
         (":MyEnv-v0", "The module of :MyEnv-v0 cannot be imported"),
     ],
 )

@@ -43,7 +43,7 @@ class Gymnasium(Env):
                 vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
                 **options,
             )
-        except gym.error.Error as error:
+        except (gym.error.Error, ImportError) as error:
             message = " ".join(str(error).split())
             if isinstance(error, gym.error.UnregisteredEnv):
                 message += " An environment of your own is named package.module:Name-v0."
