@@ -649,7 +649,7 @@ class Group:
         before, action, step = self.sent
         world, step = step()
         e, capacity = self.args.copies, self.state["buffer"].shape[2]
-        time = before["steps"] / ((self.env.max_steps or 1000) - 1)
+        time = before["steps"] / max(1, (self.env.max_steps or 1000) - 1)
         ended = step.terminated | step.truncated
         rest = torch.stack([step.reward, step.terminated, time, ended], -1)
         noted = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.final_obs], -1)
