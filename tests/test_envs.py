@@ -423,6 +423,21 @@ def test_discrete_actions_of_gymnasium_start_where_their_space_does():
     assert taken == [5, 7, 6] and all(map(space.contains, taken))
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "float32", "float64"])
+def test_actions_of_gymnasium_are_rescaled_to_their_box(dtype):
+    space = gymnasium.spaces.Box(np.array([0, 2], dtype), np.array([10, 6], dtype), dtype=dtype)
+    taken = recorded(torch.tensor([[-1, 1], [1.0, -1], [0.03, 0.5], [9, -9]]), actions=space)
+    assert all(map(space.contains, taken))
+    middle = [5, 5] if "int" in dtype else [5.15, 5]
+    np.testing.assert_allclose(taken, [[0, 6], [10, 2], middle, [10, 2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bound", [np.inf, 3.4e38, np.finfo(np.float32).max])
+def test_actions_without_bounds_are_refused(bound):
+    with pytest.raises(envs.EnvError, match="neither one choice nor a bounded vector"):
+        envs.make("Recorder-v0", 1, actions=gymnasium.spaces.Box(-bound, bound, (1,)))
+
+
 PACKAGE = """
 import gymnasium, numpy
 

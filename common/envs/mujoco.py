@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +62,12 @@ class Gymnasium(Env):
         if isinstance(action, gym.spaces.Discrete):
             self.num_actions = int(action.n)
             self.first_action = int(action.start)
-        elif isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded():
+        elif isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and is_bounded(action):
             self.action_size = action.shape[0]
-            self.low = torch.tensor(action.low)
-            self.high = torch.tensor(action.high)
+            self.whole = action.dtype.kind in "iu"
+            dtype = torch.float64 if self.whole else None
+            self.low = torch.tensor(action.low, dtype=dtype)
+            self.high = torch.tensor(action.high, dtype=dtype)
         else:
             raise EnvError(
                 f"Actions of {name} are neither one choice nor a bounded vector; "
@@ -78,11 +81,15 @@ class Gymnasium(Env):
         """An array (p, ...) of gymnasium's as a tensor (p, a)."""
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.device, self.dtype)
 
-    def native(self, action: Tensor) -> Tensor:
-        """Actions as gymnasium takes them."""
+    def native(self, action: Tensor) -> np.ndarray:
+        """Actions as gymnasium takes them: choices from their first number on, vectors between their
+        bounds, rounded where they are integers."""
         if self.num_actions is not None:
-            return action + self.first_action
-        return self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+            return (action + self.first_action).numpy()
+        action = self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+        if self.whole:
+            action = action.round()
+        return action.numpy().astype(self.envs.single_action_space.dtype)
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
@@ -90,7 +97,7 @@ class Gymnasium(Env):
         return {"steps": steps}, self.tensor(obs)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        obs, reward, terminated, truncated, info = self.envs.step(self.native(action.cpu()).numpy())
+        obs, reward, terminated, truncated, info = self.envs.step(self.native(action.cpu()))
         obs = self.tensor(obs)
         final_obs = obs
         if "final_obs" in info:
@@ -104,6 +111,12 @@ class Gymnasium(Env):
         truncated = torch.as_tensor(truncated).to(self.device) & ~terminated
         steps = torch.where(terminated | truncated, 0, state["steps"] + 1)
         return {"steps": steps}, Step(obs, reward, terminated, truncated, final_obs)
+
+
+def is_bounded(space: Any) -> bool:
+    """Whether a Box has bounds. The largest numbers of a type are no bounds."""
+    width = space.high.astype(np.float64) - space.low.astype(np.float64)
+    return bool((width < np.finfo(np.float32).max).all())
 
 
 def registered_id(name: str) -> str:
