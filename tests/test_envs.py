@@ -438,6 +438,12 @@ def test_actions_without_bounds_are_refused(bound):
         envs.make("Recorder-v0", 1, actions=gymnasium.spaces.Box(-bound, bound, (1,)))
 
 
+def test_images_are_refused():
+    image = gymnasium.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    with pytest.raises(envs.EnvError, match="Observations of Recorder-v0 are images"):
+        envs.make("Recorder-v0", 1, obs=image)
+
+
 PACKAGE = """
 import gymnasium, numpy
 

@@ -55,6 +55,11 @@ class Gymnasium(Env):
             raise EnvError(
                 f"Observations of {name} are not numbers of one shape; choose another environment."
             )
+        if obs.dtype == np.uint8 and len(obs.shape) > 1:
+            raise EnvError(
+                f"Observations of {name} are images, which these networks do not process; choose "
+                "another environment."
+            )
         self.obs_size = math.prod(obs.shape)
         self.obs_scale = (1.0,) * self.obs_size
 
