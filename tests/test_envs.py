@@ -444,6 +444,24 @@ def test_images_are_refused():
         envs.make("Recorder-v0", 1, obs=image)
 
 
+def test_a_reward_or_an_observation_that_is_not_finite_is_the_environments_fault():
+    push, draw = torch.tensor([[0.5]]), torch.zeros(1, 1)
+    bounded = gymnasium.spaces.Box(-1, 1, (1,))
+    env = envs.make("Recorder-v0", 1, actions=bounded, reward=math.nan)
+    state, _ = env.reset(draw)
+    with pytest.raises(envs.EnvError, match="Recorder-v0 returned rewards that are not finite"):
+        env.step(state, push, draw)
+    env.step(state, push * math.nan, draw)  # the fault of a policy
+
+    env = envs.make("Recorder-v0", 1, actions=bounded)
+    state, _ = env.reset(draw)
+    env.envs.envs[0].unwrapped.observation_space.sample = lambda: np.full(2, math.inf, np.float32)
+    with pytest.raises(envs.EnvError, match="Recorder-v0 returned observations that are not finite"):
+        env.step(state, push, draw)
+    with pytest.raises(envs.EnvError, match="Recorder-v0 returned observations that are not finite"):
+        env.reset(draw)
+
+
 PACKAGE = """
 import gymnasium, numpy
 

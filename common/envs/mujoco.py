@@ -34,6 +34,8 @@ class Gymnasium(Env):
         super().__init__(*args)
         import gymnasium as gym
 
+        self.name = name
+        self.finite_actions = True
         id = registered_id(name)
         try:
             self.max_steps = gym.spec(id).max_episode_steps
@@ -82,10 +84,6 @@ class Gymnasium(Env):
     def close(self) -> None:
         self.envs.close()
 
-    def tensor(self, array: Any) -> Tensor:
-        """An array (p, ...) of gymnasium's as a tensor (p, a)."""
-        return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.device, self.dtype)
-
     def native(self, action: Tensor) -> np.ndarray:
         """Actions as gymnasium takes them: choices from their first number on, vectors between their
         bounds, rounded where they are integers."""
@@ -96,26 +94,50 @@ class Gymnasium(Env):
             action = action.round()
         return action.numpy().astype(self.envs.single_action_space.dtype)
 
+    def tensor(self, array: Any) -> Tensor:
+        """An array (p, ...) of gymnasium's as a CPU tensor (p, a)."""
+        return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.dtype)
+
+    def check_finite(self, what: str, values: Tensor) -> None:
+        """Raise EnvError if values are not finite, unless an action was not: then it is no fault of
+        the environment."""
+        if self.finite_actions and not values.isfinite().all():
+            raise EnvError(
+                f"{self.name} returned {what} that are not finite numbers; correct it, or choose "
+                "another environment."
+            )
+
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        """As of every environment. Raises EnvError if observations are not finite."""
         obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
+        obs = self.tensor(obs)
+        self.finite_actions = True
+        self.check_finite("observations", obs)
         steps = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        return {"steps": steps}, self.tensor(obs)
+        return {"steps": steps}, obs.to(self.device)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        obs, reward, terminated, truncated, info = self.envs.step(self.native(action.cpu()))
+        """As of every environment. Raises EnvError if rewards or observations are not finite."""
+        action = action.cpu()
+        self.finite_actions = self.finite_actions and bool(action.isfinite().all())
+        obs, reward, terminated, truncated, info = self.envs.step(self.native(action))
+
         obs = self.tensor(obs)
         final_obs = obs
         if "final_obs" in info:
             final_obs = obs.clone()
             for index in info["_final_obs"].nonzero()[0].tolist():
-                final = torch.as_tensor(info["final_obs"][index])
-                final_obs[index] = final.reshape(-1).to(self.device, self.dtype)
-
+                final_obs[index] = torch.as_tensor(info["final_obs"][index]).reshape(-1)
         reward = self.tensor(reward)[:, 0]
-        terminated = torch.as_tensor(terminated).to(self.device)
-        truncated = torch.as_tensor(truncated).to(self.device) & ~terminated
-        steps = torch.where(terminated | truncated, 0, state["steps"] + 1)
-        return {"steps": steps}, Step(obs, reward, terminated, truncated, final_obs)
+        self.check_finite("rewards", reward)
+        self.check_finite("observations", torch.cat([obs, final_obs]))
+
+        terminated = torch.as_tensor(terminated)
+        truncated = torch.as_tensor(truncated) & ~terminated
+        step = Step(obs, reward, terminated, truncated, final_obs)
+        step = Step(*(x.to(self.device) for x in step))
+        steps = torch.where(step.terminated | step.truncated, 0, state["steps"] + 1)
+        return {"steps": steps}, step
 
 
 def is_bounded(space: Any) -> bool:
