@@ -480,7 +480,7 @@ def meta_test(args: Args, thetas: dict[str, Tensor], run: "Run") -> list[dict[st
         env = make_env(args, name, args.test_seeds, run.device)
         draws = luck(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
         for learner_name in learners_of(args, name):
-            learner, live, _ = player(args, learner_name, name, args.test_seeds, run, "test")
+            learner, live, env = player(args, learner_name, name, args.test_seeds, run, "test")
             theta, together = thetas[learner_name][None], at_a_time(args, env)
             parts = zip(draws[0].split(together), draws[1].split(together, dim=1), strict=True)
             outcomes = [lifetime(learner, live, env, theta, part) for part in parts]
@@ -1052,7 +1052,7 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
     """
     env = make_env(args, name, count, run.device)
     anew = use == "train" and len(args.envs) <= 8
-    if run.compiles and anew and args.device == "cpu" and learner != "rnn":
+    if run.compiles and anew and args.device == "cpu" and learner != "rnn" and env.compilable:
         env.step = torch.compile(env.step, dynamic=False)
     if learner == "symla" and run.compiles and args.device == "cpu":
         small = args.hidden <= 32
@@ -1061,7 +1061,8 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
         return made, partial(one_step, made, env), env
     made = LEARNERS[learner](args)
     step = partial(one_step, made, env)
-    return made, torch.compile(step, dynamic=False) if run.compiles and anew and learner in META_TRAINED else step, env
+    compiled = run.compiles and anew and learner in META_TRAINED and env.compilable
+    return made, torch.compile(step, dynamic=False) if compiled else step, env
 
 
 def fuse(args: Args) -> dict[str, Any]:

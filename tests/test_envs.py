@@ -462,6 +462,17 @@ def test_a_reward_or_an_observation_that_is_not_finite_is_the_environments_fault
         env.reset(draw)
 
 
+def test_gymnasium_has_as_many_copies_as_the_reset_has_draws():
+    """Copies with the same draws are the same environment: what a population shares."""
+    env = envs.make("shuffled_CartPole-v1", 2)
+    two = torch.rand(2, env.lifetime_draws, generator=DRAWS)
+    state, obs = env.reset(two.repeat(3, 1))
+    for _ in range(60):
+        assert obs.shape == (6, 4) and torch.equal(obs, obs[:2].repeat(3, 1))
+        state, step = env.step(state, torch.arange(2).repeat(3), torch.zeros(6, env.num_draws))
+        obs = step.obs
+
+
 PACKAGE = """
 import gymnasium, numpy
 

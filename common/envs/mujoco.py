@@ -5,6 +5,7 @@ Axes: p environments in parallel, a observations, b action dimensions.
 
 import math
 import os
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,14 @@ class Gymnasium(Env):
         id = registered_id(name)
         try:
             self.max_steps = gym.spec(id).max_episode_steps
-            self.envs = gym.make_vec(
+            self.make_envs = partial(
+                gym.make_vec,
                 id,
-                self.num_envs,
                 vectorization_mode="async" if parallel else "sync",
                 vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
                 **options,
             )
+            self.envs = self.make_envs(self.num_envs)
         except (gym.error.Error, ImportError) as error:
             message = " ".join(str(error).split())
             if isinstance(error, gym.error.UnregisteredEnv):
@@ -108,7 +110,12 @@ class Gymnasium(Env):
             )
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        """As of every environment. Raises EnvError if observations are not finite."""
+        """As of every environment, with as many copies as there are draws (p, 1). Raises EnvError if
+        observations are not finite."""
+        if len(draws) != self.num_envs:
+            self.close()
+            self.num_envs = len(draws)
+            self.envs = self.make_envs(self.num_envs)
         obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
         obs = self.tensor(obs)
         self.finite_actions = True
