@@ -28,9 +28,12 @@ def directions(pairs: int, size: int, seed: int, generation: int, device: torch.
 
 
 def centred_ranks(losses: Tensor) -> Tensor:
-    """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al., section 2.1)."""
-    ranks = torch.empty_like(losses)
-    ranks.view(-1)[losses.flatten().argsort()] = torch.arange(losses.numel(), dtype=losses.dtype, device=losses.device)
+    """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al., section
+    2.1). Equal losses share their mean rank, so that a constant loss has gradient 0."""
+    ordered = losses.flatten().sort().values
+    first = torch.searchsorted(ordered, losses)
+    last = torch.searchsorted(ordered, losses, right=True) - 1
+    ranks = (first + last).to(losses.dtype) / 2
     return ranks / max(losses.numel() - 1, 1) - 0.5
 
 

@@ -57,6 +57,17 @@ def test_rank_shaping_ignores_the_scale_of_the_losses():
     assert torch.equal(ranks.flatten().argsort(), losses.flatten().argsort())
 
 
+def test_equal_losses_share_their_mean_rank():
+    ranks = es.centred_ranks(torch.tensor([[3.0, 1, 1], [7, 1, 3]]))
+    assert torch.equal(ranks, torch.tensor([[3.5, 1, 1], [5, 1, 3.5]]) / 5 - 0.5)
+
+
+def test_a_constant_loss_has_no_gradient():
+    options = dict(pairs=32, sigma=0.1, seed=0, generation=0, rank_shaping=True)
+    grad, _ = es.gradient(THETA, lambda population, ids: torch.ones(len(population)), **options)
+    assert (grad == 0).all()
+
+
 def one_of_two(rank, file, path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.save(generation(pairs=64, chunk=10), f"{path}/{rank}")
