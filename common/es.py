@@ -21,10 +21,13 @@ from torch import Tensor
 
 
 def directions(pairs: int, size: int, seed: int, generation: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal search directions, shape (pairs, size): a pure function of (seed, generation), equal on every
-    rank. They are drawn on the CPU, so that a run on a GPU walks the same path."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + generation) % 2**63)
-    return torch.randn(pairs, size, generator=generator).to(device)
+    """Standard normal search directions (pairs, size), a pure function of (seed, generation).
+
+    They are drawn on `device`, so that a GPU does not wait for the CPU. Ranks on devices of one kind
+    draw the same ones; a CPU and a GPU draw different ones, and their runs take different paths.
+    """
+    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + generation) % 2**63)
+    return torch.randn(pairs, size, generator=generator, device=device)
 
 
 def centred_ranks(losses: Tensor) -> Tensor:
