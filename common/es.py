@@ -53,10 +53,20 @@ def estimate(noise: Tensor, losses: Tensor, sigma: float, rank_shaping: bool = F
 
 def share(pairs: int) -> range:
     """The pairs that this rank evaluates. Raises ValueError if the ranks cannot share them evenly."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if pairs % world:
         raise ValueError(f"A population of {pairs} pairs cannot be shared evenly by {world} processes.")
     return range(rank * pairs // world, (rank + 1) * pairs // world)
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of a tensor of one shape over all processes; without torch.distributed the tensor."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 @torch.no_grad()
@@ -80,10 +90,11 @@ def gradient(
     """
     noise = directions(pairs, theta.numel(), seed, generation, theta.device)
     losses = torch.zeros(2, pairs, device=theta.device)
-    mine = torch.tensor(share(pairs), device=theta.device)
-    for ids in mine.split(chunk or len(mine)):
+    mine = share(pairs)
+    for ids in torch.arange(mine.start, mine.stop, device=theta.device).split(chunk or len(mine)):
         step = sigma * noise[ids]
-        losses[:, ids] = evaluate(torch.cat([theta + step, theta - step]), ids.repeat(2)).view(2, -1).float()
+        population = torch.cat([theta + step, theta - step])
+        losses[:, ids] = evaluate(population, ids.repeat(2)).view(2, -1).float()
     if dist.is_initialized():
         dist.all_reduce(losses)  # every entry was written by one rank and is zero on the others
     return estimate(noise, losses, sigma, rank_shaping), losses

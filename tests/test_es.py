@@ -73,7 +73,13 @@ def one_of_two(rank, file, path):
     torch.save(generation(pairs=64, chunk=10), f"{path}/{rank}")
     with pytest.raises(ValueError, match="cannot be shared evenly"):
         generation(pairs=63)
+    value = torch.tensor([float(rank), 3.0])
+    assert es.all_reduce_mean(value).tolist() == [0.5, 3.0] and value[0] == rank
     torch.distributed.destroy_process_group()
+
+
+def test_the_mean_over_one_process_is_the_value():
+    assert es.all_reduce_mean(THETA) is THETA
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
