@@ -1,4 +1,5 @@
-"""Environments: dynamics against gymnasium, what happens when an episode ends, and bandits whose best reward is known."""
+"""Environments: dynamics against gymnasium, what happens when an episode ends, and bandits whose
+best reward is known."""
 
 import math
 import os
@@ -21,7 +22,12 @@ DRAWS = torch.Generator().manual_seed(0)
 class Recorder(gymnasium.Env):
     """Records its actions; its spaces and its reward are options."""
 
-    def __init__(self, actions=gymnasium.spaces.Discrete(2), obs=gymnasium.spaces.Box(-1, 1, (2,)), reward=0.0):
+    def __init__(
+        self,
+        actions=gymnasium.spaces.Discrete(2),
+        obs=gymnasium.spaces.Box(-1, 1, (2,)),
+        reward=0.0,
+    ):
         self.action_space = actions
         self.observation_space = obs
         self.reward = reward
@@ -57,18 +63,25 @@ def balance(physics):
     return (physics[:, 2] + 0.2 * physics[:, 3] + 0.02 * physics[:, 0] > 0).long()
 
 
-@pytest.mark.parametrize("controller, failure_costs", [("random", False), ("random", True), ("balance", False)])
+@pytest.mark.parametrize(
+    "controller, failure_costs", [("random", False), ("random", True), ("balance", False)]
+)
 def test_cartpole_is_gymnasiums(controller, failure_costs):
-    """States to 1e-9, rewards and ends exactly, over ten thousand steps and whatever episodes they make."""
+    """States to 1e-9, rewards and ends exactly, over ten thousand steps and whatever episodes they
+    make."""
     env = envs.make("cartpole", 4, dtype=torch.float64, sutton_barto_reward=failure_costs)
-    theirs = [gymnasium.make("CartPole-v1", sutton_barto_reward=failure_costs).unwrapped for _ in range(4)]
+    theirs = [
+        gymnasium.make("CartPole-v1", sutton_barto_reward=failure_costs).unwrapped for _ in range(4)
+    ]
     state, obs = env.reset(draws(env, 4))
     ends = truncations = 0
     for other, first in zip(theirs, obs, strict=True):
         other.reset(seed=0)
         other.state = first.numpy().copy()
     for _ in range(2500):
-        action = balance(obs) if controller == "balance" else torch.randint(2, (4,), generator=DRAWS)
+        action = (
+            balance(obs) if controller == "balance" else torch.randint(2, (4,), generator=DRAWS)
+        )
         state, step = env.step(state, action, draws(env, 4))
         for index, other in enumerate(theirs):
             _, reward, terminated, _, _ = other.step(int(action[index]))
@@ -90,7 +103,9 @@ def test_pendulum_is_gymnasiums():
         other.reset(seed=0)
         other.state = np.array([state["angle"][index], state["speed"][index]])
     for _ in range(199):
-        action = 2.4 * torch.rand(3, 1, generator=DRAWS, dtype=torch.float64) - 1.2  # too large ones are cut
+        action = (
+            2.4 * torch.rand(3, 1, generator=DRAWS, dtype=torch.float64) - 1.2
+        )  # too large ones are cut
         state, step = env.step(state, action, draws(env, 3))
         for index, other in enumerate(theirs):
             obs, reward, terminated, _, _ = other.step(2 * action[index].numpy())
@@ -101,9 +116,13 @@ def test_pendulum_is_gymnasiums():
     assert step.truncated.all() and not step.terminated.any()
 
 
-@pytest.mark.parametrize("name, theirs, steps", [("mountain_car", "MountainCar-v0", 3000), ("acrobot", "Acrobot-v1", 2000)])
+@pytest.mark.parametrize(
+    "name, theirs, steps",
+    [("mountain_car", "MountainCar-v0", 3000), ("acrobot", "Acrobot-v1", 2000)],
+)
 def test_mountain_car_and_acrobot_are_gymnasiums(name, theirs, steps):
-    """States, rewards and ends, under a policy that reaches the goals: push the way it moves, with the second link."""
+    """States, rewards and ends, under a policy that reaches the goals: push the way it moves, with
+    the second link."""
     env = envs.make(name, 4, dtype=torch.float64)
     others = [gymnasium.make(theirs).unwrapped for _ in range(4)]
     state, obs = env.reset(draws(env, 4))
@@ -122,7 +141,9 @@ def test_mountain_car_and_acrobot_are_gymnasiums(name, theirs, steps):
             if terminated or step.truncated[index]:
                 ends += int(terminated)
                 other.reset(seed=0)
-            other.state = state["physics"][index].numpy().copy()  # theirs rounds in other places; Acrobot is chaotic
+            other.state = (
+                state["physics"][index].numpy().copy()
+            )  # theirs rounds in other places; Acrobot is chaotic
         obs = step.obs
     assert ends > 10
 
@@ -140,10 +161,17 @@ def test_the_reward_of_upright_cartpole():
     state, _ = env.reset(draws(env, 3))
     state["physics"] = torch.tensor([[0.0, 0, 0, 0], [1.2, 0, 0, 0], [0, 0, env.max_angle / 2, 0]])
     _, step = env.step(state, torch.tensor([1, 1, 1]), draws(env, 3))
-    torch.testing.assert_close(step.reward, torch.tensor([1, 0.5, 0.5]))  # positions change with the next step only
+    torch.testing.assert_close(
+        step.reward, torch.tensor([1, 0.5, 0.5])
+    )  # positions change with the next step only
 
 
-BANDITS = {"dependent_bandit": (0, 1), "easy_bandit": (0.1, 0.9), "medium_bandit": (0.25, 0.75), "hard_bandit": (0.4, 0.6)}
+BANDITS = {
+    "dependent_bandit": (0, 1),
+    "easy_bandit": (0.1, 0.9),
+    "medium_bandit": (0.25, 0.75),
+    "hard_bandit": (0.4, 0.6),
+}
 
 
 @pytest.mark.parametrize("name", BANDITS)
@@ -156,7 +184,9 @@ def test_bandits_of_appendix_c_1(name):
     if name == "dependent_bandit":
         assert chances.min() < 0.01 and abs(chances[:, 0].mean() - 0.5) < 0.03
     else:
-        torch.testing.assert_close(chances.sort(1).values, torch.tensor([[low, high]]).repeat(4000, 1))
+        torch.testing.assert_close(
+            chances.sort(1).values, torch.tensor([[low, high]]).repeat(4000, 1)
+        )
     mean = torch.zeros(4000)
     for _ in range(50):
         state, step = env.step(state, torch.ones(4000, dtype=torch.int64), draws(env, 4000))
@@ -190,16 +220,37 @@ def test_grid_worlds_by_hand():
     for name, sign in (("grid_world:3", 1), ("swapped_grid_world:3", -1)):
         env = envs.make(name, 4)
         state, _ = env.reset(draws(env, 4))
-        state["cells"] = torch.tensor([[4, 1, 0], [4, 0, 3], [4, 0, 1], [6, 0, 1]])  # agent, heart, trap
-        moved, step = env.step(state, torch.tensor([0, 2, 3, 1]), draws(env, 4))  # up, left, right, down into the wall
-        assert step.reward.tolist() == [sign, -sign, 0, 0] and step.terminated.tolist() == [True, True, False, False]
-        assert moved["cells"][2:, 0].tolist() == [5, 6] and (moved["steps"] == torch.tensor([0, 0, 1, 1])).all()
+        state["cells"] = torch.tensor(
+            [[4, 1, 0], [4, 0, 3], [4, 0, 1], [6, 0, 1]]
+        )  # agent, heart, trap
+        moved, step = env.step(
+            state, torch.tensor([0, 2, 3, 1]), draws(env, 4)
+        )  # up, left, right, down into the wall
+        assert step.reward.tolist() == [sign, -sign, 0, 0] and step.terminated.tolist() == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        assert (
+            moved["cells"][2:, 0].tolist() == [5, 6]
+            and (moved["steps"] == torch.tensor([0, 0, 1, 1])).all()
+        )
     env = envs.make("dense_grid_world:3", 4)
     state, obs = env.reset(draws(env, 4))
     assert obs.shape == (4, 27)
-    state["cells"] = torch.tensor([[4, 2, 8], [4, 2, 1], [1, 2, 8], [0, 8, 3]])  # agent, target, obstacle
-    moved, step = env.step(state, torch.tensor([0, 0, 3, 2]), draws(env, 4))  # nearer; an obstacle; the target; a wall
-    assert step.reward.tolist() == [1, 0, 1, 0] and step.terminated.tolist() == [False, False, True, False]
+    state["cells"] = torch.tensor(
+        [[4, 2, 8], [4, 2, 1], [1, 2, 8], [0, 8, 3]]
+    )  # agent, target, obstacle
+    moved, step = env.step(
+        state, torch.tensor([0, 0, 3, 2]), draws(env, 4)
+    )  # nearer; an obstacle; the target; a wall
+    assert step.reward.tolist() == [1, 0, 1, 0] and step.terminated.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
     assert moved["cells"][:2, 0].tolist() == [1, 4]
     _, step = env.step(moved, torch.tensor([1, 1, 0, 0]), draws(env, 4))
     assert step.reward[0] == -1  # back again
@@ -213,7 +264,9 @@ def test_grid_worlds_by_hand():
 
 @pytest.mark.parametrize("name", ["cartpole", "grid_world:3", "independent_bandit:4"])
 def test_shuffled_environments(name):
-    shuffled = envs.make(f"shuffled_{name}", 6) if "bandit" not in name else Shuffled(envs.make(name, 6))
+    shuffled = (
+        envs.make(f"shuffled_{name}", 6) if "bandit" not in name else Shuffled(envs.make(name, 6))
+    )
     plain = envs.make(name, 6) if "bandit" in name else envs.make(f"scaled_{name}", 6)
     of_lifetime = torch.rand(6, shuffled.lifetime_draws, generator=DRAWS, dtype=torch.float64)
     state, obs = shuffled.reset(of_lifetime)
@@ -223,12 +276,16 @@ def test_shuffled_environments(name):
     for _ in range(60):
         torch.testing.assert_close(obs, theirs.gather(1, state["obs_order"]), rtol=0, atol=0)
         if (rewards := plain.expected_rewards(other)) is not None:
-            assert torch.equal(shuffled.expected_rewards(state), rewards.gather(1, state["action_order"]))
+            assert torch.equal(
+                shuffled.expected_rewards(state), rewards.gather(1, state["action_order"])
+            )
         action, fresh = torch.randint(plain.num_actions, (6,), generator=DRAWS), draws(plain, 6)
         order = state["action_order"]
         state, step = shuffled.step(state, action, fresh)
         other, same = plain.step(other, order.gather(1, action[:, None])[:, 0], fresh)
-        assert torch.equal(step.reward, same.reward) and torch.equal(step.terminated, same.terminated)
+        assert torch.equal(step.reward, same.reward) and torch.equal(
+            step.terminated, same.terminated
+        )
         assert torch.equal(order, state["action_order"])  # for the whole lifetime
         obs, theirs, ends = step.obs, same.obs, ends + int(step.terminated.sum())
     assert ends or "bandit" in name
@@ -251,9 +308,14 @@ def test_projected_environments():
     state, obs = env.reset(torch.rand(500, env.lifetime_draws, generator=DRAWS))
     assert obs.shape == (500, 16) and env.num_draws == 4
     weight = state["projection"]
-    assert weight.std().item() == pytest.approx((2 / 20) ** 0.5, rel=0.02) and abs(weight.mean()) < 0.005
+    assert (
+        weight.std().item() == pytest.approx((2 / 20) ** 0.5, rel=0.02)
+        and abs(weight.mean()) < 0.005
+    )
     moved, step = env.step(state, torch.zeros(500, dtype=torch.int64), draws(env, 500))
-    projected = torch.einsum("pa,pab->pb", moved["physics"] / torch.tensor(env.env.obs_scale), weight)
+    projected = torch.einsum(
+        "pa,pab->pb", moved["physics"] / torch.tensor(env.env.obs_scale), weight
+    )
     torch.testing.assert_close(step.obs, projected)
     assert torch.equal(moved["projection"], weight)
 
@@ -271,7 +333,10 @@ def test_projected_environments():
         ("cartpol:3", "There is no environment cartpol:3; .* and those of gymnasium, such as"),
         ("highway-v0", "gymnasium cannot make highway-v0: .* is named package.module:Name-v0"),
         ("myspace/MyEnv-v0", "gymnasium cannot make myspace/MyEnv-v0: Namespace myspace not found"),
-        ("nowhere:MyEnv-v0", "The module of nowhere:MyEnv-v0 cannot be imported: No module named 'nowhere'"),
+        (
+            "nowhere:MyEnv-v0",
+            "The module of nowhere:MyEnv-v0 cannot be imported: No module named 'nowhere'",
+        ),
         ("HalfCheetah-v2", "gymnasium cannot make HalfCheetah-v2: "),
         (":MyEnv-v0", "The module of :MyEnv-v0 cannot be imported"),
     ],
@@ -291,7 +356,9 @@ def test_auto_reset():
         ended = step.terminated
         assert torch.equal(step.obs[~ended], step.final_obs[~ended])
         assert (step.obs[ended].abs() <= 0.05).all() and (state["steps"][ended] == 0).all()
-        beyond = (step.final_obs[:, 0].abs() > 2.4) | (step.final_obs[:, 2].abs() > 12 * np.pi / 180)
+        beyond = (step.final_obs[:, 0].abs() > 2.4) | (
+            step.final_obs[:, 2].abs() > 12 * np.pi / 180
+        )
         assert torch.equal(beyond, ended) and (step.reward == 1).all()
         ends += int(ended.sum())
     assert ends >= 8
@@ -304,7 +371,9 @@ def test_the_time_limit_of_cartpole_truncates():
     for number in range(500):
         state, step = env.step(state, balance(obs), draws(env, 64))
         obs = step.obs
-        assert not (step.truncated & step.terminated).any() and (number == 499 or not step.truncated.any())
+        assert not (step.truncated & step.terminated).any() and (
+            number == 499 or not step.truncated.any()
+        )
         truncated.append(step.truncated)
     assert truncated[-1].any() and (state["steps"][truncated[-1]] == 0).all()
 
@@ -318,20 +387,29 @@ def test_continuous_mountain_car_is_gymnasiums():
         other.state = first.numpy().copy()
     ends = 0
     for _ in range(1500):
-        push = 1.3 * torch.sign(obs[:, 1:]) + 0.4 * torch.randn(4, 1, generator=DRAWS, dtype=torch.float64)
+        push = 1.3 * torch.sign(obs[:, 1:]) + 0.4 * torch.randn(
+            4, 1, generator=DRAWS, dtype=torch.float64
+        )
         state, step = env.step(state, push, draws(env, 4))
         for index, other in enumerate(theirs):
             _, reward, terminated, _, _ = other.step(push[index].numpy())
-            np.testing.assert_allclose(step.final_obs[index], other.state, atol=1e-5)  # theirs are single precision
+            np.testing.assert_allclose(
+                step.final_obs[index], other.state, atol=1e-5
+            )  # theirs are single precision
             other.state = step.obs[index].numpy().copy()
-            assert float(step.reward[index]) == pytest.approx(reward, abs=1e-9) and terminated == step.terminated[index]
+            assert (
+                float(step.reward[index]) == pytest.approx(reward, abs=1e-9)
+                and terminated == step.terminated[index]
+            )
             ends += int(terminated)
         obs = step.obs
     assert ends > 10
 
 
 def test_continuous_cartpole_is_cartpole_at_full_force():
-    ours, plain = (envs.make(name, 8, dtype=torch.float64) for name in ("continuous_cartpole", "cartpole"))
+    ours, plain = (
+        envs.make(name, 8, dtype=torch.float64) for name in ("continuous_cartpole", "cartpole")
+    )
     first = draws(plain, 8)
     (one, _), (other, _) = ours.reset(first), plain.reset(first)
     for _ in range(300):
@@ -339,7 +417,11 @@ def test_continuous_cartpole_is_cartpole_at_full_force():
         one, mine = ours.step(one, 5.0 * (2 * action[:, None] - 1), noise)
         other, theirs = plain.step(other, action, noise)
         torch.testing.assert_close(mine, theirs)
-    still, _, _ = ours.step_env({"physics": torch.zeros(1, 4, dtype=torch.float64)}, torch.zeros(1, 1, dtype=torch.float64), None)
+    still, _, _ = ours.step_env(
+        {"physics": torch.zeros(1, 4, dtype=torch.float64)},
+        torch.zeros(1, 1, dtype=torch.float64),
+        None,
+    )
     assert (still["physics"] == 0).all()
 
 
@@ -358,15 +440,20 @@ def test_cart_swing_up_is_cartpole_between_walls():
         walls += int((~inside).sum())
         torch.testing.assert_close(step.final_obs[inside, 1], velocity[inside])
         assert (step.final_obs[~inside, 1] == 0).all() and (step.final_obs[:, 0].abs() <= 2.4).all()
-        torch.testing.assert_close(step.final_obs[:, 2:], torch.stack([angle.cos(), angle.sin(), spin], -1))
-        torch.testing.assert_close(step.reward, (1 + angle.cos()) / 2 - 0.1 * (x.abs() / 2.4).clamp(max=1))
+        torch.testing.assert_close(
+            step.final_obs[:, 2:], torch.stack([angle.cos(), angle.sin(), spin], -1)
+        )
+        torch.testing.assert_close(
+            step.reward, (1 + angle.cos()) / 2 - 0.1 * (x.abs() / 2.4).clamp(max=1)
+        )
         assert step.truncated.all() == (number == 99) and not step.terminated.any()
     assert walls > 0
 
 
 @pytest.mark.parametrize("name", ["point_mass", "reacher"])
 def test_a_controller_reaches_the_target(name):
-    """Reward is minus the distance that the next observation shows; a hand-made controller brings it close to zero."""
+    """Reward is minus the distance that the next observation shows; a hand-made controller brings
+    it close to zero."""
     env = envs.make(name, 32, dtype=torch.float64)
     state, obs = env.reset(draws(env, 32))
     first = None
@@ -391,12 +478,15 @@ def test_a_controller_reaches_the_target(name):
 
 
 def test_gymnasiums_environments():
-    """Observations, rescaled actions, rewards and ends as gymnasium gives them, and what the last step of an episode led to."""
+    """Observations, rescaled actions, rewards and ends as gymnasium gives them, and what the last
+    step of an episode led to."""
     env = envs.make("LunarLanderContinuous", 2)
     assert (env.obs_size, env.action_size, env.num_actions, env.max_steps) == (8, 2, None, 1000)
     seeds = torch.tensor([[0.25], [0.5]])
     theirs = [gymnasium.make("LunarLanderContinuous-v3").unwrapped for _ in range(2)]
-    first = [other.reset(seed=int(seed * 2**31))[0] for other, seed in zip(theirs, seeds, strict=True)]
+    first = [
+        other.reset(seed=int(seed * 2**31))[0] for other, seed in zip(theirs, seeds, strict=True)
+    ]
     state, obs = env.reset(seeds)
     np.testing.assert_array_equal(obs, np.stack(first))
     ended = [False, False]
@@ -407,7 +497,10 @@ def test_gymnasiums_environments():
             if not ended[index]:
                 last, reward, terminated, _, _ = other.step(action[index].numpy())
                 np.testing.assert_array_equal(step.final_obs[index], last)
-                assert step.reward[index] == pytest.approx(reward, rel=1e-5) and step.terminated[index] == terminated
+                assert (
+                    step.reward[index] == pytest.approx(reward, rel=1e-5)
+                    and step.terminated[index] == terminated
+                )
                 assert torch.equal(step.obs[index], step.final_obs[index]) != terminated
                 ended[index] = terminated
     assert all(ended)
@@ -456,9 +549,13 @@ def test_a_reward_or_an_observation_that_is_not_finite_is_the_environments_fault
     env = envs.make("Recorder-v0", 1, actions=bounded)
     state, _ = env.reset(draw)
     env.envs.envs[0].unwrapped.observation_space.sample = lambda: np.full(2, math.inf, np.float32)
-    with pytest.raises(envs.EnvError, match="Recorder-v0 returned observations that are not finite"):
+    with pytest.raises(
+        envs.EnvError, match="Recorder-v0 returned observations that are not finite"
+    ):
         env.step(state, push, draw)
-    with pytest.raises(envs.EnvError, match="Recorder-v0 returned observations that are not finite"):
+    with pytest.raises(
+        envs.EnvError, match="Recorder-v0 returned observations that are not finite"
+    ):
         env.reset(draw)
 
 
@@ -514,14 +611,18 @@ def test_a_users_environment_on_the_command_line(package, tests, tmp_path):
 def test_hidden_goal():
     env = envs.make("hidden_goal:5", 2000)
     state, obs = env.reset(draws(env, 2000))
-    assert (obs.sum(-1) == 1).all() and (obs.sum(0) > 180).tolist() == [True] * 5 + [False] + [True] * 3
+    assert (obs.sum(-1) == 1).all() and (obs.sum(0) > 180).tolist() == [True] * 5 + [False] + [
+        True
+    ] * 3
     towards = torch.tensor([1, 1, 1, 3, 3, 0, 0, 0, 0])  # down, to the right, up
     towards[[2, 8]] = torch.tensor([1, 0])
     rewards = []
     for _ in range(60):
         before = obs.argmax(-1)
         state, step = env.step(state, towards[before], draws(env, 2000))
-        assert torch.equal(step.final_obs.argmax(-1) == 5, step.terminated) and torch.equal(step.reward, step.terminated.float())
+        assert torch.equal(step.final_obs.argmax(-1) == 5, step.terminated) and torch.equal(
+            step.reward, step.terminated.float()
+        )
         assert not (step.obs.argmax(-1) == 5).any()
         rewards.append(step.reward.mean())
         obs = step.obs
@@ -533,8 +634,8 @@ def test_hidden_goal():
 
 @pytest.mark.parametrize("name, theirs", [("half_cheetah", "HalfCheetah-v4"), ("ant:0", "Ant-v4")])
 def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
-    """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before MuJoCo's last step, so its
-    rewards are late; their sums agree."""
+    """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before
+    MuJoCo's last step, so its rewards are late; their sums agree."""
     env, other = envs.make(name, 3, dtype=torch.float64), gymnasium.make(theirs).unwrapped
     state, obs = env.reset(draws(env, 3))
     other.reset(seed=0)
@@ -542,7 +643,9 @@ def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
     np.testing.assert_allclose(obs[1], other._get_obs(), atol=1e-12)
     late, steps = 0, 0
     for _ in range(30):  # contacts make small differences grow
-        action = 2.4 * torch.rand(3, env.action_size, generator=DRAWS, dtype=torch.float64) - 1.2  # some beyond what is allowed
+        action = (
+            2.4 * torch.rand(3, env.action_size, generator=DRAWS, dtype=torch.float64) - 1.2
+        )  # some beyond what is allowed
         state, step = env.step(state, action, draws(env, 3))
         expected, reward, terminated, _, _ = other.step(action[1].clamp(-1, 1).numpy())
         np.testing.assert_allclose(step.final_obs[1], expected, atol=1e-5)
@@ -567,12 +670,17 @@ def test_the_direction_of_an_ant():
 
 @pytest.mark.parametrize("name", ["dm_cartpole", "dm_cartpole_swing_up"])
 def test_deepmind_controls_cartpole(name):
-    """The first states; energy, conserved without a push but for a little friction; the largest reward."""
+    """The first states; energy, conserved without a push but for a little friction; the largest
+    reward."""
     env = envs.make(name, 64, dtype=torch.float64)
     state, obs = env.reset(draws(env, 64))
     x, angle, *speeds = state["physics"].unbind(-1)
     off = (angle - math.pi) if name == "dm_cartpole_swing_up" else angle
-    assert x.abs().max() < 0.1 and off.abs().max() < 0.05 and max(speed.abs().max() for speed in speeds) < 0.05
+    assert (
+        x.abs().max() < 0.1
+        and off.abs().max() < 0.05
+        and max(speed.abs().max() for speed in speeds) < 0.05
+    )
     torch.testing.assert_close(obs, torch.stack([x, angle.cos(), angle.sin(), *speeds], -1))
 
     m, r = 0.1, 0.045  # a rod of 1 m with round ends, which turns about the middle of one of them
@@ -581,7 +689,9 @@ def test_deepmind_controls_cartpole(name):
 
     def energy(state):
         _, angle, velocity, spin = state["physics"].unbind(-1)
-        moving = 1.1 / 2 * velocity**2 + m / 2 * velocity * spin * angle.cos() + inertia / 2 * spin**2
+        moving = (
+            1.1 / 2 * velocity**2 + m / 2 * velocity * spin * angle.cos() + inertia / 2 * spin**2
+        )
         return moving + m * 9.81 / 2 * angle.cos()
 
     before = energy(state)
@@ -589,14 +699,20 @@ def test_deepmind_controls_cartpole(name):
         state, _ = env.step(state, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))
     torch.testing.assert_close(energy(state), before, rtol=0, atol=2e-3)
     pushed, _ = env.step(state, torch.full((64, 1), 9.0, dtype=torch.float64), draws(env, 64))
-    torch.testing.assert_close(pushed["physics"][:, 2] > state["physics"][:, 2], torch.ones(64, dtype=torch.bool))
+    torch.testing.assert_close(
+        pushed["physics"][:, 2] > state["physics"][:, 2], torch.ones(64, dtype=torch.bool)
+    )
     still = {"physics": torch.zeros(64, 4, dtype=torch.float64), "steps": torch.full((64,), 998)}
     still, best = env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))
     torch.testing.assert_close(best.reward, torch.ones(64, dtype=torch.float64))
-    assert env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))[1].truncated.all()
+    assert env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))[
+        1
+    ].truncated.all()
 
 
-@pytest.mark.parametrize("task, name", [("balance", "dm_cartpole"), ("swingup", "dm_cartpole_swing_up")])
+@pytest.mark.parametrize(
+    "task, name", [("balance", "dm_cartpole"), ("swingup", "dm_cartpole_swing_up")]
+)
 def test_deepmind_controls_cartpole_against_dm_control(task, name):
     suite = pytest.importorskip("dm_control.suite")
     other = suite.load("cartpole", task, task_kwargs={"random": 0})
@@ -604,12 +720,20 @@ def test_deepmind_controls_cartpole_against_dm_control(task, name):
     state, _ = env.reset(draws(env, 2))
     other.reset()
     with other.physics.reset_context():
-        other.physics.data.qpos[:], other.physics.data.qvel[:] = state["physics"][0].view(2, 2).numpy()
+        other.physics.data.qpos[:], other.physics.data.qvel[:] = (
+            state["physics"][0].view(2, 2).numpy()
+        )
     for step in range(400):  # at first pushed at random, then against the rail's end
-        action = 2 * torch.rand(2, 1, generator=DRAWS, dtype=torch.float64) - 1 if step < 200 else torch.ones(2, 1)
+        action = (
+            2 * torch.rand(2, 1, generator=DRAWS, dtype=torch.float64) - 1
+            if step < 200
+            else torch.ones(2, 1)
+        )
         state, ours = env.step(state, action, draws(env, 2))
         theirs = other.step(action[0].numpy())
-        np.testing.assert_allclose(ours.obs[0], np.concatenate(list(theirs.observation.values())), atol=1e-4)
+        np.testing.assert_allclose(
+            ours.obs[0], np.concatenate(list(theirs.observation.values())), atol=1e-4
+        )
         assert ours.reward[0].item() == pytest.approx(theirs.reward, abs=1e-5)
 
 
@@ -628,9 +752,13 @@ def test_a_flight_pays_one_along_its_direction():
     state, _ = env.reset(draws(env, 3))
     up = math.sqrt(3) / 2
     for _ in range(100):
-        action = torch.tensor([[0.0, 5 * up, 2.5], [0.0, 0.5, -up], [0.0, -up / 4, -0.125]], dtype=torch.float64)
+        action = torch.tensor(
+            [[0.0, 5 * up, 2.5], [0.0, 0.5, -up], [0.0, -up / 4, -0.125]], dtype=torch.float64
+        )
         state, step = env.step(state, action, draws(env, 3))
-    torch.testing.assert_close(step.reward, torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        step.reward, torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64), atol=1e-6, rtol=0
+    )
     assert step.obs.shape == (3, 3) and not (step.terminated | step.truncated).any()
 
 
@@ -657,7 +785,9 @@ def test_the_optimum_of_bandits():
     assert play("bandit", stay, 1000) > 0.998
     assert play("swapping_bandit", lambda state, *_: state["good"], 100) == 1
     assert play("swapping_bandit", stay) == pytest.approx(0.95, abs=0.005)
-    assert play("swapping_bandit", lambda state, action, reward: torch.zeros_like(action)) == pytest.approx(0.5, abs=0.03)
+    assert play(
+        "swapping_bandit", lambda state, action, reward: torch.zeros_like(action)
+    ) == pytest.approx(0.5, abs=0.03)
 
 
 def test_contextual_bandits():
@@ -668,13 +798,17 @@ def test_contextual_bandits():
     for step in range(6):
         assert torch.equal(obs.argmax(-1), state["context"]) and (obs.sum(-1) == 1).all()
         shown += obs.mean(0) / 6
-        good, bad = (state[name].gather(1, state["context"][:, None])[:, 0] for name in ("good", "bad"))
+        good, bad = (
+            state[name].gather(1, state["context"][:, None])[:, 0] for name in ("good", "bad")
+        )
         neither = torch.where((good + 1) % 5 == bad, good + 2, good + 1) % 5
         action, pay = ((good, 1), (bad, -1), (neither, 0))[step % 3]
         state, now = env.step(state, action, draws(env, 2000))
         assert (now.reward == pay).all()
         obs = now.obs
-    assert torch.equal(state["good"], first["good"]) and not torch.equal(state["context"], first["context"])
+    assert torch.equal(state["good"], first["good"]) and not torch.equal(
+        state["context"], first["context"]
+    )
     torch.testing.assert_close(shown, torch.full((5,), 0.2), atol=0.02, rtol=0)
 
 
@@ -689,4 +823,8 @@ def test_arms_swap_after_10_to_30_pulls():
         assert torch.equal(swapped, state["since"] == 0)
         lengths += (before["since"][swapped] + 1).tolist()
     lengths = np.bincount(lengths, minlength=32)
-    assert lengths[:10].sum() == 0 and lengths[31:].sum() == 0 and lengths[10:31].min() > 0.7 * lengths[10:31].mean()
+    assert (
+        lengths[:10].sum() == 0
+        and lengths[31:].sum() == 0
+        and lengths[10:31].min() > 0.7 * lengths[10:31].mean()
+    )

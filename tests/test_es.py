@@ -12,7 +12,8 @@ THETA = torch.linspace(-1, 1, SIZE)
 
 
 def quadratic(population, ids):
-    """0.5 theta' H theta plus a term that only the pair decides, which antithetic pairs must cancel."""
+    """0.5 theta' H theta plus a term that only the pair decides, which antithetic pairs must
+    cancel."""
     return 0.5 * ((population @ HESSIAN) * population).sum(-1) + 10 * ids
 
 
@@ -51,7 +52,9 @@ def test_each_generation_and_seed_has_its_own_directions():
 def test_rank_shaping_ignores_the_scale_of_the_losses():
     noise, losses = torch.randn(50, SIZE), torch.randn(2, 50)
     shaped = es.estimate(noise, losses, 0.1, rank_shaping=True)
-    torch.testing.assert_close(shaped, es.estimate(noise, losses.exp() * 1000, 0.1, rank_shaping=True))
+    torch.testing.assert_close(
+        shaped, es.estimate(noise, losses.exp() * 1000, 0.1, rank_shaping=True)
+    )
     ranks = es.centred_ranks(losses)
     assert ranks.min() == -0.5 and ranks.max() == 0.5
     assert torch.equal(ranks.flatten().argsort(), losses.flatten().argsort())
@@ -69,7 +72,9 @@ def test_a_constant_loss_has_no_gradient():
 
 
 def one_of_two(rank, file, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     torch.save(generation(pairs=64, chunk=10), f"{path}/{rank}")
     with pytest.raises(ValueError, match="cannot be shared evenly"):
         generation(pairs=63)
@@ -86,5 +91,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     mp.spawn(one_of_two, (tmp_path / "rendezvous", tmp_path), nprocs=2)
     alone = generation(pairs=64, chunk=10)
     for rank in (0, 1):
-        for mine, theirs in zip(alone, torch.load(tmp_path / str(rank), weights_only=True), strict=True):
+        for mine, theirs in zip(
+            alone, torch.load(tmp_path / str(rank), weights_only=True), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)

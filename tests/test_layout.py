@@ -1,4 +1,5 @@
-"""The agreement between the files: who imports whom, and the plumbing that all scripts share to the letter."""
+"""The agreement between the files: who imports whom, and the plumbing that all scripts share to the
+letter."""
 
 import ast
 from pathlib import Path

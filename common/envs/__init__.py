@@ -12,9 +12,9 @@ and what the members of a population share.
 A name may have a size and a wrapper. "independent_bandit:8" has eight arms, "grid_world:5" five
 rows and columns. "scaled_cartpole" has observations of magnitude one, "shuffled_cartpole" also
 permutes observations and actions, "projected_cartpole" multiplies observations by a random matrix.
-An environment of gymnasium has the name that gymnasium gives it: "HalfCheetah-v4", "HalfCheetah" for
-its newest version, "package.module:Name-v0" if importing that module registers it. The state of such
-an environment is inside gymnasium.
+An environment of gymnasium has the name that gymnasium gives it: "HalfCheetah-v4", "HalfCheetah"
+for its newest version, "package.module:Name-v0" if importing that module registers it. The state of
+such an environment is inside gymnasium.
 
 Environments reset themselves. A step that ends an episode, because it terminated (the task is over)
 or was truncated (the time is up), returns the reward of that step, in `final_obs` the observation
@@ -98,7 +98,7 @@ def make(
     Raises EnvError for a name or a size that does not exist.
     """
     wrapper, _, inner = name.partition("_")
-    base, colon, size = name.partition(":")
+    base, colon, _ = name.partition(":")
 
     if wrapper in WRAPPERS:
         env = make(inner, num_envs, device, dtype, parallel=parallel, **options)

@@ -19,8 +19,8 @@ from common.envs.base import Env, EnvError, State, Step, never, normals
 
 class Gymnasium(Env):
     """Any environment that gymnasium has under `name`, or has after it imported the module in
-    "module:name". Each copy is in a process of its own (`parallel`), or all of them are in this one.
-    Continuous actions are rescaled to [-1, 1]; observations are flat.
+    "module:name". Each copy is in a process of its own (`parallel`), or all of them are in this
+    one. Continuous actions are rescaled to [-1, 1]; observations are flat.
 
     Its state is inside gymnasium and not in `state`, so it cannot be saved: to resume, `reset`. The
     episodes that a step starts are seeded by the last reset. Raises EnvError where gymnasium has no
@@ -87,8 +87,8 @@ class Gymnasium(Env):
         self.envs.close()
 
     def native(self, action: Tensor) -> np.ndarray:
-        """Actions as gymnasium takes them: choices from their first number on, vectors between their
-        bounds, rounded where they are integers."""
+        """Actions as gymnasium takes them: choices from their first number on, vectors between
+        their bounds, rounded where they are integers."""
         if self.num_actions is not None:
             return (action + self.first_action).numpy()
         action = self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
@@ -110,8 +110,8 @@ class Gymnasium(Env):
             )
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        """As of every environment, with as many copies as there are draws (p, 1). Raises EnvError if
-        observations are not finite."""
+        """As of every environment, with as many copies as there are draws (p, 1). Raises EnvError
+        if observations are not finite."""
         if len(draws) != self.num_envs:
             self.close()
             self.num_envs = len(draws)
