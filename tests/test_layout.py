@@ -2,6 +2,8 @@
 letter."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,15 @@ def test_a_script_imports_no_script_and_shares_its_plumbing(path):
 def test_a_common_module_stands_alone_but_for_the_base_of_environments(name):
     allowed = {"common.envs.base"} if name.startswith("common.envs") else set()
     assert imported(COMMON[name]) <= allowed
+
+
+LAZY = {"torch._dynamo", "torchvision", "gymnasium", "mujoco", "matplotlib", "sklearn", "tensorboard"}
+
+
+def test_scripts_import_what_is_slow_only_when_it_is_used():
+    """Which decides how long --help takes. The modules of environments but MuJoCo's are light, too."""
+    families = [name for name in COMMON if name.startswith("common.envs.")]
+    names = ", ".join([*NAMES, *families])
+    code = f"import sys, {names}; print(*{LAZY} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == []

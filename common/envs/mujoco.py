@@ -193,6 +193,7 @@ class MuJoCo(Env):
         self.scratch = [mujoco.MjData(self.model) for _ in range(threads)]
         self.pool = Rollout(nthread=threads)
         self.start = torch.tensor(self.model.qpos0, device=self.device)
+        self.simulate = torch.compiler.disable(self.simulate)  # a decorator would slow every import
 
     def close(self) -> None:
         self.pool.close()
@@ -204,7 +205,6 @@ class MuJoCo(Env):
         positions = self.start + position * (2 * uniform - 1)
         return {"physics": torch.cat([positions, velocity * normals(normal)], -1)}
 
-    @torch.compiler.disable
     def simulate(self, physics: Tensor, action: Tensor) -> Tensor:
         """Positions and velocities (p, ...) after `skip` of MuJoCo's steps with one action (p,
         b)."""
