@@ -1026,11 +1026,11 @@ def learners_of(args: Args, name: str) -> list[str]:
     return [learner for learner in dict.fromkeys([args.learner, *args.baselines]) if fits(args, learner, name)]
 
 
-def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
+def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu", compile: bool = False) -> Env:
     """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     options = {option: True} if option and args.sutton_barto_reward else {}
-    return envs.make(name, count, device, scaled=True, **options)
+    return envs.make(name, count, device, scaled=True, compile=compile, **options)
 
 
 def at_a_time(args: Args, env: Env) -> int:
@@ -1050,10 +1050,9 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
     Meta-training compiles anew for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
     it, written out for small states; a GPU wants the whole step, and products as products.
     """
-    env = make_env(args, name, count, run.device)
     anew = use == "train" and len(args.envs) <= 8
-    if run.compiles and anew and args.device == "cpu" and learner != "rnn" and env.compilable:
-        env.step = torch.compile(env.step, dynamic=False)
+    compiled = run.compiles and anew and args.device == "cpu" and learner != "rnn"
+    env = make_env(args, name, count, run.device, compile=compiled)
     if learner == "symla" and run.compiles and args.device == "cpu":
         small = args.hidden <= 32
         options = dict(options=fuse(args)) if small else {}

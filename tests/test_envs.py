@@ -3,6 +3,7 @@ best reward is known."""
 
 import math
 import os
+import shutil
 
 import conftest
 import gymnasium
@@ -344,6 +345,27 @@ def test_projected_environments():
 def test_a_name_that_does_not_exist_raises_one_sentence(name, sentence):
     with pytest.raises(envs.EnvError, match=sentence):
         envs.make(name, 1)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no compiler")
+@pytest.mark.parametrize("name", ["cartpole", "acrobot", "pendulum"])
+def test_a_compiled_step_is_the_eager_one(name):
+    eager = envs.make(name, 16, scaled=True)
+    compiled = envs.make(name, 16, scaled=True, compile=True)
+    state, _ = eager.reset(torch.rand(16, eager.lifetime_draws, generator=DRAWS))
+    for _ in range(50):
+        action = torch.randint(eager.num_actions or 1, (16,), generator=DRAWS)
+        if eager.num_actions is None:
+            action = 2 * torch.rand(16, eager.action_size, generator=DRAWS) - 1
+        noise = torch.rand(16, eager.num_draws, generator=DRAWS)
+        other = compiled.step(state, action, noise)
+        state, step = eager.step(state, action, noise)
+        torch.testing.assert_close(other, (state, step), rtol=1e-6, atol=1e-6)
+
+
+def test_compile_leaves_environments_alone_that_are_not_made_of_tensor_operations():
+    for name in ("Pendulum-v1", "scaled_dm_cartpole"):
+        assert "step" not in vars(envs.make(name, 1, compile=True))
 
 
 def test_auto_reset():

@@ -88,6 +88,7 @@ def make(
     *,
     scaled: bool = False,
     parallel: bool = False,
+    compile: bool = False,
     **options: Any,
 ) -> Env:
     """An environment by its name; `options` are those of its class.
@@ -95,6 +96,9 @@ def make(
     scaled: observations of magnitude one, also where the name does not say so (of gymnasium's
     environments the magnitude is not known; they stay as they are).
     parallel: each copy of a gymnasium environment in a process of its own.
+    compile: a step that torch.compile made, 2 to 10 times as fast on a CPU. It takes seconds for each
+    environment and number of copies, and a C++ compiler; PyTorch keeps 8 of them in a process.
+    Environments that are not made of tensor operations stay as they are.
     Raises EnvError for a name or a size that does not exist.
     """
     wrapper, _, inner = name.partition("_")
@@ -121,6 +125,8 @@ def make(
 
     if scaled and any(scale != 1 for scale in env.obs_scale):
         env = load(WRAPPERS["scaled"])(env)
+    if compile and env.compilable:
+        env.step = torch.compile(env.step, dynamic=False)
     return env
 
 
