@@ -10,7 +10,7 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     Eq. 7.1 to 7.4 -> self_referential_layer
     Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
     Appendix E.1   -> Solutions (the buffer), initialise (truncated normals)
-    Section 7.4    -> hill_climbing (the baseline), common/envs.py (the tasks)
+    Section 7.4    -> hill_climbing (the baseline), common/envs (the tasks)
     Section 7.5    -> SuccessStory
 
     python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
@@ -44,6 +44,7 @@ from tqdm import tqdm
 from common import checkpoints, envs, machine
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.envs.bandits import SwappingBandit
 from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Seed, check_ranges
 from common.machine import can_compile, keep_memory, lock, unlock
@@ -269,7 +270,7 @@ def execute(args: Args, env: Env, live: Any, phi: Tensor, draws: Tensor) -> Outc
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
     """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
     reward, since = torch.stack(rewards), torch.stack(since)
-    at = [since == pull for pull in range(envs.SwappingBandit.shortest)]
+    at = [since == pull for pull in range(SwappingBandit.shortest)]
     return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
 
 
@@ -457,7 +458,7 @@ class Population:
         frozen = self.learner == "hill_climbing" if frozen is None else frozen
         draws = self.draws((args.execution_steps + 1, s, 1 + args.noise_inputs + self.env.num_draws), *numbers)
         draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
-        widths = (n, 1, 1, 4 * args.layers, envs.SwappingBandit.shortest * isinstance(self.env, envs.SwappingBandit))
+        widths = (n, 1, 1, 4 * args.layers, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
         everything = torch.zeros(p * s, sum(widths), device=phi.device)
         for mine in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
             parts = execute(args, self.env, self.live[frozen], phi[mine], draws[:, mine])

@@ -439,7 +439,7 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
         "moments": [teacher.obs_moments, teacher.return_moments],
         "returns": returns,
     }
-    if not isinstance(env, envs.Gymnasium):
+    if env.resumable:
         keep |= {"world": world, "obs": obs}
     first = restore_collection(path, keep)
     stored = time.time()
@@ -488,7 +488,7 @@ def roll_out(
         action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, teacher.b, device=obs.device))
         world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        last_obs, ended, obs = see(args, teacher, step.last_obs.unflatten(0, shape)), terminated + truncated, step.obs
+        last_obs, ended, obs = see(args, teacher, step.final_obs.unflatten(0, shape)), terminated + truncated, step.obs
         earned.append({"obs": native_obs, "reward": reward})
         if args.normalised:
             returns.copy_(args.discount * returns + reward[..., None])
@@ -743,7 +743,7 @@ def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
 
 def base(name: str) -> str:
     """An environment without its task."""
-    return name.partition(":")[0]
+    return envs.base_name(name)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
@@ -974,11 +974,10 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment; the observations of those that are ours are scaled to about one."""
-    processes = {"parallel": 1 < count <= 4 * (os.cpu_count() or 1)} if name[:1].isupper() else {}
-    env = envs.make(name, count, device, **processes)
+    env = envs.make(name, count, device, scaled=True, parallel=1 < count <= 4 * (os.cpu_count() or 1))
     if not env.obs_size:
         raise UserError(f"GLA projects observations, and {name} has none; choose another environment.")
-    return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
+    return env
 
 
 def check(args: Args, world: int) -> None:

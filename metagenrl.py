@@ -593,7 +593,7 @@ class Group:
         self.sample_from = fuse(partial(sample, args, self.env))
         noise = [args.noise[i % len(args.noise)] for i in range(args.copies)]
         self.noise = torch.tensor(noise, device=device)[:, None]
-        self.external = isinstance(self.env, envs.Gymnasium)  # what its environments do cannot be saved
+        self.external = not self.env.resumable
         self.pool = ThreadPoolExecutor(1) if self.external else None
         self.sharded = dist.is_initialized() and len(self.own) < self.total
         self.steps = steps // args.copies
@@ -655,10 +655,10 @@ class Group:
         before, action, step = self.sent
         world, step = step()
         e, capacity = self.args.copies, self.state["buffer"].shape[2]
-        time = before["steps"] / ((self.env.max_steps or 1000) - 1)
+        time = before["steps"] / max(1, (self.env.max_steps or 1000) - 1)
         ended = step.terminated | step.truncated
         rest = torch.stack([step.reward, step.terminated, time, ended], -1)
-        noted = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.last_obs], -1)
+        noted = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.final_obs], -1)
         self.state["buffer"][:, :, now % capacity] = noted.unflatten(0, (-1, e))
         self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
         self.state["age"] = self.state["age"] + e
@@ -1313,10 +1313,10 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment with continuous actions; the observations of those that are ours are scaled to about one."""
-    env = envs.make(name, count, device, **({"parallel": count > 1} if name[:1].isupper() else {}))
+    env = envs.make(name, count, device, scaled=True, parallel=count > 1)
     if env.num_actions is not None:
         raise UserError(f"MetaGenRL's agents act continuously, and {name} has discrete actions; choose another environment.")
-    return env if isinstance(env, (envs.Gymnasium, envs.Wrapper)) else envs.Scaled(env)
+    return env
 
 
 def fuser(run: "Run") -> Callable:

@@ -11,7 +11,7 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     Eq. 4.6 to 4.9     -> symla
     Eq. 4.10           -> es_gradient, common/es.py
     Algorithm 14       -> lifetime (the inner loop), meta_train (the outer loop)
-    Section 4.5, C.1   -> common/envs.py (the tasks), meta_test (regret, lifetimes)
+    Section 4.5, C.1   -> common/envs (the tasks), meta_test (regret, lifetimes)
     Figures 4.3 to 4.7 -> draw_lifetimes, compare
 
     python symla.py                                               # bandits with many arms: 5 minutes
@@ -335,14 +335,14 @@ def one_step(learner: Learner, env: Env, params: dict[str, Tensor], life: Life, 
     state, logits = learner.act(params, life.state, life.obs, life.action, life.reward, life.done)
     policy = logits.softmax(-1)
     chosen = (policy.cumsum(-1) < draws[:, :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
-    payouts = env.payouts(life.env)
+    arms = env.expected_rewards(life.env)
     world, step = env.step(life.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
     expected = best = reward
-    if payouts is not None:
-        payouts = payouts.unflatten(0, (p, e))
-        expected, best = (policy * payouts).sum(-1), payouts.amax(-1)
+    if arms is not None:
+        arms = arms.unflatten(0, (p, e))
+        expected, best = (policy * arms).sum(-1), arms.amax(-1)
     return Life(state, world, seen(step.obs, p), action, reward, done), Outcome(reward, expected, best)
 
 
@@ -523,9 +523,7 @@ def plotted_steps(steps: int) -> list[int]:
 
 def base(name: str) -> str:
     """An environment without its size and what was done to it."""
-    for prefix in ("shuffled_", "projected_", "swapped_"):
-        name = name.removeprefix(prefix)
-    return name.partition(":")[0]
+    return envs.base_name(name).removeprefix("swapped_")
 
 
 def novelty(args: Args, name: str) -> str:
@@ -535,7 +533,7 @@ def novelty(args: Args, name: str) -> str:
 
 def is_bandit(name: str) -> bool:
     env = envs.make(name, 1)
-    return env.payouts(env.reset(torch.zeros(1, env.lifetime_draws))[0]) is not None
+    return env.expected_rewards(env.reset(torch.zeros(1, env.lifetime_draws))[0]) is not None
 
 
 def beside(name: str) -> list[str]:
@@ -912,11 +910,11 @@ def learners_of(args: Args, name: str) -> list[str]:
     return [learner for learner in dict.fromkeys([args.learner, *args.baselines]) if fits(args, learner, name)]
 
 
-def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
+def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu", compile: bool = False) -> Env:
     """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
-    env = envs.make(name, count, device, **({option: True} if option and args.sutton_barto_reward else {}))
-    return envs.Scaled(env) if env.obs_size and env.num_actions and not isinstance(env, envs.Wrapper) else env
+    options = {option: True} if option and args.sutton_barto_reward else {}
+    return envs.make(name, count, device, scaled=True, compile=compile, **options)
 
 
 def at_a_time(args: Args, env: Env) -> int:
@@ -936,10 +934,9 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
     Meta-training compiles anew for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
     it, written out for small states; a GPU wants the whole step, and products as products.
     """
-    env = make_env(args, name, count, run.device)
     anew = use == "train" and len(args.envs) <= 8
-    if run.compiles and anew and args.device == "cpu" and learner != "rnn":
-        env.step = torch.compile(env.step, dynamic=False)
+    compiled = run.compiles and anew and args.device == "cpu" and learner != "rnn"
+    env = make_env(args, name, count, run.device, compile=compiled)
     if learner == "symla" and run.compiles and args.device == "cpu":
         small = args.hidden <= 32
         options = dict(options=fuse(args)) if small else {}
@@ -947,7 +944,8 @@ def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) 
         return made, partial(one_step, made, env), env
     made = LEARNERS[learner](args)
     step = partial(one_step, made, env)
-    return made, torch.compile(step, dynamic=False) if run.compiles and anew and learner in META_TRAINED else step, env
+    compiled = run.compiles and anew and learner in META_TRAINED and env.compilable
+    return made, torch.compile(step, dynamic=False) if compiled else step, env
 
 
 def fuse(args: Args) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Antithetic evolution strategies on a flat parameter vector.
 
-Salimans et al. (2017), as used by VSML (thesis, section B.3.2) and SymLA (Eq. 4.10). One generation draws `pairs`
-Gaussian directions, evaluates the parameters a step of `sigma` forwards and backwards along each, and estimates the
-gradient of the smoothed loss from the differences. The optimiser (Adam in the thesis) stays outside:
+Salimans et al. (2017), as used by VSML (thesis, section B.3.2) and SymLA (Eq. 4.10). One generation
+draws `pairs` Gaussian directions, evaluates the parameters a step of `sigma` forwards and backwards
+along each, and estimates the gradient of the smoothed loss from the differences. The optimiser
+(Adam in the thesis) stays outside:
 
-    theta.grad, losses = es.gradient(theta, evaluate, pairs=1024, sigma=0.05, seed=seed, generation=step)
+    settings = dict(pairs=1024, sigma=0.05, seed=seed)
+    theta.grad, losses = es.gradient(theta, evaluate, generation=step, **settings)
     adam.step()
 
-Under torch.distributed every rank evaluates its share of the pairs and only their losses travel. The directions are
-redrawn everywhere from (seed, generation), so N ranks return what one rank returns, to float rounding.
+Under torch.distributed every rank evaluates its share of the pairs and only their losses travel.
+The directions are redrawn everywhere from (seed, generation), so N ranks return what one rank
+returns, to float rounding.
 
-Axes: p population (the members of one batch: all + directions, then all - directions), d parameters.
+Axes: p members of a batch (all + directions, then all - directions), d parameters.
 """
 
 from collections.abc import Callable
@@ -20,25 +23,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def directions(pairs: int, size: int, seed: int, generation: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal search directions, shape (pairs, size): a pure function of (seed, generation), equal on every
-    rank. They are drawn on the CPU, so that a run on a GPU walks the same path."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + generation) % 2**63)
-    return torch.randn(pairs, size, generator=generator).to(device)
+def directions(
+    pairs: int, size: int, seed: int, generation: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal search directions (pairs, size), a pure function of (seed, generation).
+
+    They are drawn on `device`, so that a GPU does not wait for the CPU. Ranks on devices of one
+    kind draw the same numbers. A CPU and a GPU draw different ones: their runs differ.
+    """
+    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + generation) % 2**63)
+    return torch.randn(pairs, size, generator=generator, device=device)
 
 
 def centred_ranks(losses: Tensor) -> Tensor:
-    """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al., section 2.1)."""
-    ranks = torch.empty_like(losses)
-    ranks.view(-1)[losses.flatten().argsort()] = torch.arange(losses.numel(), dtype=losses.dtype, device=losses.device)
+    """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al.,
+    section 2.1). Equal losses share their mean rank, so that a constant loss has gradient 0."""
+    ordered = losses.flatten().sort().values
+    first = torch.searchsorted(ordered, losses)
+    last = torch.searchsorted(ordered, losses, right=True) - 1
+    ranks = (first + last).to(losses.dtype) / 2
     return ranks / max(losses.numel() - 1, 1) - 0.5
 
 
 def estimate(noise: Tensor, losses: Tensor, sigma: float, rank_shaping: bool = False) -> Tensor:
     """The gradient of E[loss(theta + sigma * noise)] with respect to theta from antithetic pairs.
 
-    noise: (pairs, d) standard normals; losses: (2, pairs), row 0 at theta + sigma * noise, row 1 at theta - sigma * noise.
-    Returns (d,). With rank shaping the losses' scale is lost, and with it the gradient's length.
+    noise: (pairs, d) standard normals; losses: (2, pairs), row 0 at theta + sigma * noise, row 1 at
+    theta - sigma * noise. Returns (d,). With rank shaping the losses' scale is lost, and with it
+    the gradient's length.
     """
     if rank_shaping:
         losses = centred_ranks(losses)
@@ -46,11 +58,23 @@ def estimate(noise: Tensor, losses: Tensor, sigma: float, rank_shaping: bool = F
 
 
 def share(pairs: int) -> range:
-    """The pairs that this rank evaluates. Raises ValueError if the ranks cannot share them evenly."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """The pairs that this rank evaluates. Raises ValueError if ranks cannot share them evenly."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if pairs % world:
-        raise ValueError(f"A population of {pairs} pairs cannot be shared evenly by {world} processes.")
+        raise ValueError(
+            f"A population of {pairs} pairs cannot be shared evenly by {world} processes."
+        )
     return range(rank * pairs // world, (rank + 1) * pairs // world)
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean over all processes of tensors of one shape; without torch.distributed `value`."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 @torch.no_grad()
@@ -67,25 +91,21 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """One generation: the estimated gradient (d,) and all losses (2, pairs).
 
-    theta: (d,). evaluate(population, ids) -> losses (p,) with population (p, d) and ids (p,) the number of the pair that
-    each member belongs to: both members of a pair have the same id and should see the same data (common random numbers).
-    chunk: how many pairs one call of `evaluate` gets at most, which bounds its memory (default: this rank's share).
-    Raises ValueError if the pairs cannot be shared evenly by the ranks.
+    theta: (d,).
+    evaluate(population, ids): losses (p,) of a population (p, d). ids (p,) are the numbers of the
+        pairs. Both members of a pair have the same id and should see the same data (common random
+        numbers).
+    chunk: the most pairs in one call of `evaluate`, which bounds its memory (default: all pairs of
+        this rank).
+    Raises ValueError if the ranks cannot share the pairs evenly.
     """
     noise = directions(pairs, theta.numel(), seed, generation, theta.device)
     losses = torch.zeros(2, pairs, device=theta.device)
-    mine = torch.tensor(share(pairs), device=theta.device)
-    for ids in mine.split(chunk or len(mine)):
+    mine = share(pairs)
+    for ids in torch.arange(mine.start, mine.stop, device=theta.device).split(chunk or len(mine)):
         step = sigma * noise[ids]
-        losses[:, ids] = evaluate(torch.cat([theta + step, theta - step]), ids.repeat(2)).view(2, -1).float()
+        population = torch.cat([theta + step, theta - step])
+        losses[:, ids] = evaluate(population, ids.repeat(2)).view(2, -1).float()
     if dist.is_initialized():
         dist.all_reduce(losses)  # every entry was written by one rank and is zero on the others
     return estimate(noise, losses, sigma, rank_shaping), losses
-
-
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes; the value itself without torch.distributed."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value

@@ -12,7 +12,8 @@ THETA = torch.linspace(-1, 1, SIZE)
 
 
 def quadratic(population, ids):
-    """0.5 theta' H theta plus a term that only the pair decides, which antithetic pairs must cancel."""
+    """0.5 theta' H theta plus a term that only the pair decides, which antithetic pairs must
+    cancel."""
     return 0.5 * ((population @ HESSIAN) * population).sum(-1) + 10 * ids
 
 
@@ -51,23 +52,46 @@ def test_each_generation_and_seed_has_its_own_directions():
 def test_rank_shaping_ignores_the_scale_of_the_losses():
     noise, losses = torch.randn(50, SIZE), torch.randn(2, 50)
     shaped = es.estimate(noise, losses, 0.1, rank_shaping=True)
-    torch.testing.assert_close(shaped, es.estimate(noise, losses.exp() * 1000, 0.1, rank_shaping=True))
+    torch.testing.assert_close(
+        shaped, es.estimate(noise, losses.exp() * 1000, 0.1, rank_shaping=True)
+    )
     ranks = es.centred_ranks(losses)
     assert ranks.min() == -0.5 and ranks.max() == 0.5
     assert torch.equal(ranks.flatten().argsort(), losses.flatten().argsort())
 
 
+def test_equal_losses_share_their_mean_rank():
+    ranks = es.centred_ranks(torch.tensor([[3.0, 1, 1], [7, 1, 3]]))
+    assert torch.equal(ranks, torch.tensor([[3.5, 1, 1], [5, 1, 3.5]]) / 5 - 0.5)
+
+
+def test_a_constant_loss_has_no_gradient():
+    options = dict(pairs=32, sigma=0.1, seed=0, generation=0, rank_shaping=True)
+    grad, _ = es.gradient(THETA, lambda population, ids: torch.ones(len(population)), **options)
+    assert (grad == 0).all()
+
+
 def one_of_two(rank, file, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     torch.save(generation(pairs=64, chunk=10), f"{path}/{rank}")
     with pytest.raises(ValueError, match="cannot be shared evenly"):
         generation(pairs=63)
+    value = torch.tensor([float(rank), 3.0])
+    assert es.all_reduce_mean(value).tolist() == [0.5, 3.0] and value[0] == rank
     torch.distributed.destroy_process_group()
+
+
+def test_the_mean_over_one_process_is_the_value():
+    assert es.all_reduce_mean(THETA) is THETA
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
     mp.spawn(one_of_two, (tmp_path / "rendezvous", tmp_path), nprocs=2)
     alone = generation(pairs=64, chunk=10)
     for rank in (0, 1):
-        for mine, theirs in zip(alone, torch.load(tmp_path / str(rank), weights_only=True), strict=True):
+        for mine, theirs in zip(
+            alone, torch.load(tmp_path / str(rank), weights_only=True), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)

@@ -1,6 +1,9 @@
-"""The agreement between the files: who imports whom, and the plumbing that all scripts share to the letter."""
+"""The agreement between the files: who imports whom, and the plumbing that all scripts share to the
+letter."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAMES = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
 SCRIPTS = [path for name in NAMES if (path := ROOT / f"{name}.py").exists()]
-MODULES = sorted(path for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
+COMMON = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "common").rglob("*.py"))
+}  # by the names that are imported
 BEGIN, END = ("# ---- the same text in all six scripts: " + word for word in ("begin", "end"))
 
 
@@ -20,7 +26,7 @@ def imported(path):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names & ({script.stem for script in SCRIPTS} | {f"common.{module.stem}" for module in MODULES})
+    return names & ({script.stem for script in SCRIPTS} | COMMON.keys())
 
 
 def plumbing(path):
@@ -31,10 +37,23 @@ def plumbing(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_imports_no_script_and_shares_its_plumbing(path):
-    assert not {name for name in imported(path) if not name.startswith("common.")}
+    assert not {name for name in imported(path) if not name.startswith("common")}
     assert plumbing(path) == plumbing(ROOT / "vsml.py")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
-def test_a_common_module_stands_alone(path):
-    assert not imported(path)
+@pytest.mark.parametrize("name", COMMON)
+def test_a_common_module_stands_alone_but_for_the_base_of_environments(name):
+    allowed = {"common.envs.base"} if name.startswith("common.envs") else set()
+    assert imported(COMMON[name]) <= allowed
+
+
+LAZY = {"torch._dynamo", "torchvision", "gymnasium", "mujoco", "matplotlib", "sklearn", "tensorboard"}
+
+
+def test_scripts_import_what_is_slow_only_when_it_is_used():
+    """Which decides how long --help takes. The modules of environments but MuJoCo's are light, too."""
+    families = [name for name in COMMON if name.startswith("common.envs.")]
+    names = ", ".join([*NAMES, *families])
+    code = f"import sys, {names}; print(*{LAZY} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == []

@@ -298,6 +298,16 @@ def test_sub_trajectories_stay_within_an_episode_and_the_buffer(capacity):
     assert lengths == set(range(1, 6))
 
 
+def test_episodes_of_one_step_are_at_time_zero():
+    agents = group()
+    agents.env.max_steps = agents.env.env.max_steps = 1
+    for step in range(4):
+        agents.send()
+        agents.receive(step)
+    batch, ended = agents.latest(4, 4)
+    assert ended.all() and (batch.time == 0).all()
+
+
 def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
     agents = group()
     with torch.no_grad():

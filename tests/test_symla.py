@@ -408,6 +408,15 @@ def test_control_shuffled_and_projected_environments_and_their_comparison(tmp_pa
     assert {path.name for path in tmp_path.glob("*.png")} == {"matrix.png", "reward_per_step.png"}
 
 
+def test_environments_of_gymnasium(tmp_path):
+    """CartPole-v1 pays 1 for each of the 10 steps of a lifetime."""
+    tiny = TINY.replace("independent_bandit:3", "CartPole-v1").replace("independent_bandit:2", "shuffled_CartPole-v1")
+    done = command(tmp_path, "--run-name gym", tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    returns = {(row["task"], row["mean"]) for row in rows(tmp_path / "gym") if (row["metric"], row["step"]) == ("return", 10)}
+    assert returns == {("CartPole-v1", 10.0), ("shuffled_CartPole-v1", 10.0)}
+
+
 MISTAKES = {
     "--envs pendulum": "those of pendulum are continuous",
     "--envs cartpol": "There is no environment cartpol",

@@ -1,0 +1,128 @@
+"""The interface of every environment, and what all of them share: time limit and auto-reset.
+
+An environment describes one step of one episode in `reset_env`, `get_obs` and `step_env`, named as
+in gymnax. `Env.reset` and `Env.step` are what a training loop calls.
+
+Axes: p environments in parallel, a observations, b actions or action dimensions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]  # tensors (p, ...)
+
+
+class EnvError(Exception):
+    """An environment that cannot be made or used. The message is one sentence that says what to
+    do."""
+
+
+class Step(NamedTuple):
+    """What a step of p environments returns."""
+
+    obs: Tensor  # (p, a), to act on next: where an episode ended, the first of the next one
+    reward: Tensor  # (p,)
+    terminated: Tensor  # (p,) bool, the task is over
+    truncated: Tensor  # (p,) bool, the time is up
+    final_obs: Tensor  # (p, a), of the state that the action led to, also where an episode ended
+
+
+class Env:
+    """Interface of every environment.
+
+    `reset` starts new lifetimes and `step` takes one step, with a new episode wherever one ended.
+    A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
+    """
+
+    obs_size = 0
+    obs_scale: tuple[float, ...] = ()  # typical magnitude of each observation
+    num_actions: int | None = None  # None: actions are continuous
+    action_size = 0  # dimensions of a continuous action, each in [-1, 1]
+    max_steps: int | None = None  # of an episode; None: no time limit
+    episodic = True  # False: there are no episodes, and a policy is judged by its reward per step
+    stationary = True  # False: the best policy changes during a lifetime
+    min_size: int | None = None  # least n of "name:n"; None: the name takes no size
+    compilable = True  # False: it steps outside of PyTorch
+    resumable = True  # False: some of its state is not in `state`, so that it cannot be saved
+    reset_draws = 0  # uniform numbers that reset_env takes for each environment
+    step_draws = 0  # uniform numbers that step_env takes for each environment
+
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.num_envs = num_envs
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that `step` takes for each environment: it may also start an episode."""
+        return self.reset_draws + self.step_draws
+
+    @property
+    def lifetime_draws(self) -> int:
+        """Uniform numbers that `reset` takes for each environment. More than num_draws where
+        something is drawn once per lifetime and outlasts its episodes."""
+        return self.num_draws
+
+    def reset_env(self, draws: Tensor) -> State:
+        """The first state of an episode. draws (p, reset_draws)."""
+        raise NotImplementedError
+
+    def get_obs(self, state: State) -> Tensor:
+        """The observations (p, a) of a state."""
+        raise NotImplementedError
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        """The next state, the reward (p,) and whether the episode terminated (p,).
+        action (p,) int64 or (p, b); draws (p, step_draws)."""
+        raise NotImplementedError
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        """The first state and observations (p, a) of new lifetimes. draws (p, lifetime_draws)."""
+        state = self.reset_env(draws[:, : self.reset_draws])
+        state["steps"] = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+        return state, self.get_obs(state)
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        """One step, and the first state of a new episode where one ended.
+        action (p,) int64 or (p, b); draws (p, num_draws)."""
+        moved, reward, terminated = self.step_env(state, action, draws[:, self.reset_draws :])
+        moved["steps"] = state["steps"] + 1
+        final_obs = self.get_obs(moved)
+
+        truncated = torch.zeros_like(terminated)
+        if self.max_steps is not None:
+            truncated = (moved["steps"] >= self.max_steps) & ~terminated
+
+        if self.episodic:
+            ended = terminated | truncated
+            fresh, _ = self.reset(draws)
+            for name, value in moved.items():
+                mask = ended.view(-1, *[1] * (value.ndim - 1))
+                moved[name] = torch.where(mask, fresh[name], value)
+        return moved, Step(self.get_obs(moved), reward, terminated, truncated, final_obs)
+
+    def expected_rewards(self, state: State) -> Tensor | None:
+        """The expected reward (p, b) of each action, for bandits; else None."""
+        return None
+
+    def close(self) -> None:
+        """End the processes and threads of the environment, if it has any."""
+
+
+def never(reward: Tensor) -> Tensor:
+    """No episode terminated: (p,) False."""
+    return torch.zeros_like(reward, dtype=torch.bool)
+
+
+def normals(draws: Tensor) -> Tensor:
+    """Standard normal numbers (p, n) from uniform ones (p, 2 n) (Box and Muller 1958)."""
+    u, v = draws.chunk(2, -1)
+    return (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()
