@@ -1484,8 +1484,8 @@ def experiment(args: Args) -> None:
         if missing:
             raise Mistake(f"{args.checkpoint} holds no learner {missing[0]}; choose from {', '.join(learners)}.")
     run = Run(args)
-    if run.compiles:
-        compile_draws()
+    if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
+        compile_draws()  # fewer tasks save less time than compiling takes
     started = time.time()
     if args.mode == "test":
         learners = {name: learners[name].to(run.device) for name in names}

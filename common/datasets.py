@@ -123,9 +123,17 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     position: (...) int64 in [0, n); n and key (..., 2) broadcast against it. Returns (...) int64.
     """
     shifts, keys = _round_keys(key, n, rounds)
-    for four in zip(shifts.split(4, -1), keys.split(4, -2), strict=True):
-        position = _swap_rounds(position, n, *map(Tensor.clone, four))  # a view is compiled anew
-    return position
+    shape = position.shape
+
+    def flat(x: Tensor, *last: int) -> Tensor:
+        """One form whatever the shapes, and no view: torch.compile compiles each form anew."""
+        return x.expand(*shape, *last).reshape(-1, *last).clone()
+
+    position = flat(position)
+    n = flat(n) if isinstance(n, Tensor) else torch.full_like(position, n)
+    for shift, key in zip(shifts.split(4, -1), keys.split(4, -2), strict=True):
+        position = _swap_rounds(position, n, flat(shift, 4), flat(key, 4, 2))
+    return position.view(shape)
 
 
 def _round_keys(key: Tensor, n: Tensor | int, rounds: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +143,8 @@ def _round_keys(key: Tensor, n: Tensor | int, rounds: int) -> tuple[Tensor, Tens
     return shifts, fold(key[..., None, :], index + 1)
 
 
-def _swap_rounds(position: Tensor, n: Tensor | int, shifts: Tensor, keys: Tensor) -> Tensor:
-    """Some rounds of `shuffle`, with shifts (..., rounds) and keys (..., rounds, 2)."""
+def _swap_rounds(position: Tensor, n: Tensor, shifts: Tensor, keys: Tensor) -> Tensor:
+    """Some rounds of `shuffle` for N positions (N,), with shifts (N, rounds), keys (N, rounds, 2)."""
     for shift, key in zip(shifts.unbind(-1), keys.unbind(-2), strict=True):
         partner = (shift - position) % n
         swap = bits(key, torch.maximum(position, partner)) & 1
@@ -147,13 +155,13 @@ def _swap_rounds(position: Tensor, n: Tensor | int, shifts: Tensor, keys: Tensor
 def compile_draws() -> None:
     """From now on torch.compile makes normals and rounds of `shuffle`, the largest costs of Tasks.
 
-    The numbers are the same to rounding, and five times faster on a CPU. (To compile Tasks.sample
-    as a whole takes minutes: 24 rounds make long kernels.)
+    The numbers are the same to rounding. On a CPU a batch of tasks takes half of the time, and each
+    of the two functions is compiled once, in seconds. (`_round_keys` as well would take ten seconds
+    more and gain little; Tasks.sample as a whole takes minutes.)
     """
-    global normal, _round_keys, _swap_rounds
+    global normal, _swap_rounds
     if not hasattr(normal, "_torchdynamo_orig_callable"):
-        normal = torch.compile(normal)
-        _round_keys = torch.compile(_round_keys, dynamic=True)  # n and shapes vary
+        normal = torch.compile(normal, dynamic=True)  # one compilation for all shapes
         _swap_rounds = torch.compile(_swap_rounds, dynamic=True)
 
 

@@ -7,6 +7,7 @@ import socket
 import struct
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,19 +96,39 @@ def test_shuffle_reaches_all_permutations_equally_often():
     assert ((count - 1000.0) ** 2 / 1000).sum() < 49.7  # chi-squared with 23 degrees of freedom, p = 0.001
 
 
-@pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
-def test_compiled_draws_are_the_same_numbers(digits, monkeypatch):
-    for name in ("normal", "_round_keys", "_swap_rounds"):
+@pytest.fixture
+def compilable(monkeypatch):
+    for name in ("normal", "_swap_rounds"):
         monkeypatch.setattr(datasets, name, getattr(datasets, name))  # put back afterwards
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
+def test_compiled_draws_are_the_same_numbers(digits, compilable):
     tasks = Tasks(digits, projection="gaussian", projected=1.0, permuted_labels=0.5)
     plain = tasks.sample(IDS, IDS, 30)
     datasets.compile_draws()
-    datasets.compile_draws()  # twice does no harm
-    assert datasets.normal is not normal
-    for _ in range(2):
-        x, y = tasks.sample(IDS, IDS, 30)
-        torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
-        assert torch.equal(y, plain[1])
+    compiled = datasets.normal
+    datasets.compile_draws()  # a second time does nothing
+    assert datasets.normal is compiled
+    x, y = tasks.sample(IDS, IDS, 30)
+    torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(y, plain[1])
+
+
+def test_draws_are_compiled_once_for_all_shapes(digits, compilable, monkeypatch):
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    datasets.compile_draws()
+    for data in (digits, load("wine"), load("random"), digits.resize(14)):
+        for batch, length in ((32, 40), (64, 40), (7, 12)):
+            tasks = Tasks(data, "gaussian", 1.0, projection_size=20, permuted_inputs=0.5, permuted_labels=0.5)
+            tasks.sample(torch.arange(batch), torch.arange(batch), length)
+    assert len(compiled) == 2  # normal and _swap_rounds
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------
