@@ -668,16 +668,13 @@ def sweep_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[
 # ======================================================================================================================
 def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     """A split of a dataset as all learners of a run see it: at one size with the same channels, or as features."""
-    dataset = load(name, split, args.data_dir, device, None if args.features != "none" else args.size)
     if args.features != "none":
-        return embed(dataset, args.features, args.data_dir)
+        return embed(load(name, split, args.data_dir, device), args.features, args.data_dir)
+    dataset = load(name, split, args.data_dir, device, args.size, args.channels)
     if name == "random":  # ten points, repeated (Appendix D.5)
         shape = (args.channels, args.size, args.size)
         return replace(dataset, shape=shape, make=MAKERS[name](shape, points=10))
-    if len(dataset.shape) != 3 or dataset.x is None or dataset.shape[0] == args.channels:
-        return dataset
-    x = dataset.x.repeat(1, 3, 1, 1) if args.channels == 3 else dataset.x.float().mean(1, keepdim=True).round().byte()
-    return replace(dataset, x=x, shape=tuple(x.shape[1:]))
+    return dataset
 
 
 def embed(dataset: Dataset, network: str, data_dir: Path) -> Dataset:

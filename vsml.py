@@ -996,8 +996,7 @@ def meta_test(
                 run.say(f"{label} is left out on {task}: {error}")
                 continue
             if in_batches:
-                side = tasks.dataset.shape[1] if len(tasks.dataset.shape) == 3 else None
-                train = load(tasks.dataset.name, "train", args.data_dir, run.device, side)
+                train = tasks.dataset.reload(split="train")
                 found = batch_metrics(args, learner, thetas[label], fitting, replace(fitting, dataset=train))
             else:
                 found = online_metrics(args, learner, thetas[label], fitting, at_a_time(args, tasks, label))

@@ -16,11 +16,11 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ BUNDLED = ("digits", "wine", "breast_cancer")
 DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "omniglot")
 GENERATED = ("random", "sum_sign")
 NAMES = BUNDLED + DOWNLOADED + GENERATED
+CLASSES = {"random": 10, "sum_sign": 2}
 
 # Mean and standard deviation of all pixels, scaled to 0..1, of the train split.
 STATISTICS = {
@@ -105,7 +106,7 @@ def uniform(key: Tensor, size: int) -> Tensor:
 
 
 def normal(key: Tensor, size: int, divisor: float = 1.0) -> Tensor:
-    """Standard normal numbers (Box and Muller 1958) over `divisor`, (..., size) for keys (..., 2)."""
+    """Standard normals (Box and Muller 1958) over `divisor`, (..., size) for keys (..., 2)."""
     half = -(-size // 2)
     u, v = uniform(key, 2 * half).chunk(2, -1)
     radius = (-2 * u.log()).sqrt()
@@ -144,7 +145,7 @@ def _round_keys(key: Tensor, n: Tensor | int, rounds: int) -> tuple[Tensor, Tens
 
 
 def _swap_rounds(position: Tensor, n: Tensor, shifts: Tensor, keys: Tensor) -> Tensor:
-    """Some rounds of `shuffle` for N positions (N,), with shifts (N, rounds), keys (N, rounds, 2)."""
+    """Some rounds of `shuffle`: position, n (N,), shifts (N, rounds), keys (N, rounds, 2)."""
     for shift, key in zip(shifts.unbind(-1), keys.unbind(-2), strict=True):
         partner = (shift - position) % n
         swap = bits(key, torch.maximum(position, partner)) & 1
@@ -177,6 +178,7 @@ class Dataset:
     counts: (c,) number of examples of each class.
     mean, std: those of the images, scaled to 0..1.
     make: (task keys (s, 2), positions (s, t), sequence keys (s, 2)) -> x (s, t, a), y (s, t).
+    source: the arguments that `load` was called with.
     """
 
     name: str
@@ -189,6 +191,7 @@ class Dataset:
     std: float = 1.0
     make: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     device: torch.device = torch.device("cpu")
+    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_inputs(self) -> int:
@@ -205,25 +208,17 @@ class Dataset:
             x = (x.float() / 255 - self.mean) / self.std
         return x
 
-    def resize(self, size: int) -> "Dataset":
-        """The same images at size x size pixels (bilinear, antialiased).
+    def reload(self, **changes: Any) -> "Dataset":
+        """The same dataset with other arguments of `load`, such as `split` or `size`."""
+        return load(**self.source | changes)
 
-        Raises DatasetError if there are no images.
-        """
+    def resize(self, size: int) -> "Dataset":
+        """The same images at size x size pixels. Raises DatasetError if there are no images."""
         if len(self.shape) != 3:
             raise DatasetError(
                 f"The dataset '{self.name}' has no images and cannot be resized to {size} pixels."
             )
-        if self.shape[1:] == (size, size):
-            return self
-
-        shape = (self.shape[0], size, size)
-        if self.x is None:
-            return replace(self, shape=shape, make=MAKERS[self.name](shape))
-
-        interpolate = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-        parts = [interpolate(part.float()).round().byte() for part in self.x.split(4096)]
-        return replace(self, shape=shape, x=torch.cat(parts))
+        return self.reload(size=size)
 
 
 def load(
@@ -232,39 +227,90 @@ def load(
     data_dir: Path | str = "data",
     device: torch.device | str = "cpu",
     size: int | None = None,
+    channels: Literal[1, 3] | None = None,
 ) -> Dataset:
     """Load a dataset, one of NAMES.
 
     torchvision's datasets are read from `data_dir`, and downloaded to it once if missing.
-    size: side of the images in pixels (default: as they are; for `random` and `sum_sign`, 8). Data
-        without images ignore it.
+
+    size: side of the images in pixels, bilinear and antialiased (default: as they are; for
+        `random` and `sum_sign`, 8). channels: grey images are repeated, coloured ones averaged
+        (default: as they are). Data without images ignore both.
 
     Raises DatasetError if the name is unknown, or the files are missing or damaged and cannot be
     downloaded.
     """
-    if name not in NAMES:
-        raise DatasetError(f"There is no dataset '{name}'; choose from {', '.join(NAMES)}.")
     if split not in ("train", "test"):
         raise DatasetError(f"There is no split '{split}'; choose train or test.")
     device = torch.device(device)
+    source = dict(
+        name=name, split=split, data_dir=data_dir, device=device, size=size, channels=channels
+    )
 
     if name in GENERATED:
         shape = (1, size or 8, size or 8)
-        classes = 10 if name == "random" else 2
-        return Dataset(name, split, shape, classes, make=MAKERS[name](shape), device=device)
+        make = MAKERS[name](shape)
+        return Dataset(name, split, shape, CLASSES[name], make=make, device=device, source=source)
 
-    read = _read_bundled if name in BUNDLED else _read_torchvision
-    x, y, mean, std = read(name, split, Path(data_dir))
-    x = x[y.argsort(stable=True)]
-    counts = y.bincount()
+    if name in BUNDLED:
+        train, test = _read_bundled(name)
+    elif name in DOWNLOADED:
+        train, test = _read_torchvision(name, Path(data_dir))
+    else:
+        raise DatasetError(f"There is no dataset '{name}'; choose from {', '.join(NAMES)}.")
 
-    dataset = Dataset(name, split, tuple(x.shape[1:]), len(counts), x, counts, mean, std)
-    if size and x.ndim == 4:
-        dataset = dataset.resize(size)
-    return replace(dataset, x=dataset.x.to(device), counts=counts.to(device), device=device)
+    mean, std = STATISTICS.get(name) or _statistics(train[0])
+    x, y = train if split == "train" else test
+    if x.dtype != torch.uint8:
+        x = (x - mean) / std
+        mean, std = 0.0, 1.0
+    if x.ndim == 4:
+        x = _with_channels(_resized(x, size), channels)
+
+    counts = y.bincount(minlength=len(train[1].unique()) if name != "omniglot" else 0)
+    x = x[y.argsort(stable=True)].to(device)
+    shape = tuple(x.shape[1:])
+    counts = counts.to(device)
+    return Dataset(
+        name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
+    )
 
 
-def _read_bundled(name: str, split: str, data_dir: Path) -> tuple[Tensor, Tensor, float, float]:
+def _resized(x: Tensor, size: int | None) -> Tensor:
+    """Images (n, c, h, w) -> (n, c, size, size), bilinear and antialiased."""
+    if not size or x.shape[2:] == (size, size):
+        return x
+    parts = []
+    for part in x.split(4096):
+        part = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        parts.append(part.round().byte() if x.dtype == torch.uint8 else part)
+    return torch.cat(parts)
+
+
+def _with_channels(x: Tensor, channels: int | None) -> Tensor:
+    """Images (n, 1 or 3, h, w) -> (n, channels, h, w)."""
+    if channels in (None, x.shape[1]):
+        return x
+    if channels == 3:
+        return x.repeat(1, 3, 1, 1)
+    mean = x.float().mean(1, keepdim=True)
+    return mean.round().byte() if x.dtype == torch.uint8 else mean
+
+
+def _statistics(x: Tensor) -> tuple[Any, Any]:
+    """Mean and std of all pixels of images, of each feature (a,) of vectors (n, a)."""
+    if x.ndim == 2:
+        std = x.std(0)
+        return x.mean(0), torch.where(std > 0, std, 1.0)
+    if x.dtype == torch.uint8:
+        x = x.float() / 255
+    return x.mean().item(), x.std().item() or 1.0
+
+
+Examples = tuple[Tensor, Tensor]  # x (n, *shape) and y (n,) int64 in 0..c-1
+
+
+def _read_bundled(name: str) -> tuple[Examples, Examples]:
     """scikit-learn's datasets with a fixed, stratified split: three quarters train, one test."""
     import sklearn.datasets
     from sklearn.model_selection import train_test_split
@@ -272,32 +318,35 @@ def _read_bundled(name: str, split: str, data_dir: Path) -> tuple[Tensor, Tensor
     data = getattr(sklearn.datasets, f"load_{name}")()
     x = torch.tensor(data.data).float()
     y = torch.tensor(data.target)
-    train, test = train_test_split(range(len(y)), test_size=0.25, random_state=0, stratify=y)
-    index = train if split == "train" else test
-
     if name == "digits":
         x = (x * (255 / 16)).round().byte().view(-1, 1, 8, 8)
-        pixels = x[train].float() / 255
-        return x[index], y[index], pixels.mean().item(), pixels.std().item()
-
-    x = (x - x[train].mean(0)) / x[train].std(0)  # each feature has a unit of its own
-    return x[index], y[index], 0.0, 1.0
+    train, test = train_test_split(range(len(y)), test_size=0.25, random_state=0, stratify=y)
+    return (x[train], y[train]), (x[test], y[test])
 
 
-def _read_torchvision(name: str, split: str, data_dir: Path) -> tuple[Tensor, Tensor, float, float]:
+def _read_torchvision(name: str, data_dir: Path) -> tuple[Examples, Examples]:
     """torchvision's datasets, from `data_dir` or, once, from the internet."""
     import torchvision.datasets as tv  # takes a second, and the bundled datasets do without
 
-    train = split == "train"
     make = {
-        "mnist": partial(tv.MNIST, train=train),
-        "fashion_mnist": partial(tv.FashionMNIST, train=train),
-        "kmnist": partial(tv.KMNIST, train=train),
-        "emnist": partial(tv.EMNIST, train=train, split="byclass"),
-        "cifar10": partial(tv.CIFAR10, train=train),
-        "svhn": partial(tv.SVHN, split=split),
-        "omniglot": partial(tv.Omniglot, background=train),
+        "mnist": tv.MNIST,
+        "fashion_mnist": tv.FashionMNIST,
+        "kmnist": tv.KMNIST,
+        "emnist": partial(tv.EMNIST, split="byclass"),
+        "cifar10": tv.CIFAR10,
+        "svhn": tv.SVHN,
+        "omniglot": tv.Omniglot,
     }[name]
+    splits = [{"train": True}, {"train": False}]
+    if name == "svhn":
+        splits = [{"split": "train"}, {"split": "test"}]
+    if name == "omniglot":
+        splits = [{"background": True}, {"background": False}]
+    train, test = (_read_split(name, partial(make, **split), data_dir) for split in splits)
+    return train, test
+
+
+def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
     hint = f"use a bundled dataset ({', '.join(BUNDLED)}) or name its folder with --data-dir"
 
     try:
@@ -325,8 +374,7 @@ def _read_torchvision(name: str, split: str, data_dir: Path) -> tuple[Tensor, Te
         from torchvision.transforms.functional import pil_to_tensor
 
         x = torch.stack([pil_to_tensor(image) for image, _ in data]).bool().byte() * 255
-        y = torch.tensor([label for _, label in data])
-        return x, y, *STATISTICS[name]
+        return x, torch.tensor([label for _, label in data])
 
     x = torch.as_tensor(data.data)
     y = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
@@ -336,7 +384,7 @@ def _read_torchvision(name: str, split: str, data_dir: Path) -> tuple[Tensor, Te
         x = x.mT.contiguous()[:, None]  # stored lying on their side
     elif name != "svhn":
         x = x[:, None]
-    return x, y, *STATISTICS[name]
+    return x, y
 
 
 def _download(make: Callable, data_dir: Path) -> None:

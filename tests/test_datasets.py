@@ -235,9 +235,17 @@ def test_resizing(digits):
     larger = digits.resize(20)
     assert larger.x.dtype == torch.uint8 and larger.num_inputs == 400
     assert abs(larger.x.float().mean() - digits.x.float().mean()) < 3
+    assert torch.equal(larger.resize(8).x, digits.x)  # made of the original images
     assert load("random", size=12).resize(6).num_inputs == 36
+    assert torch.equal(digits.reload(split="test").x, load("digits", "test").x)
     with pytest.raises(DatasetError, match="no images"):
         load("wine").resize(8)
+
+
+def test_channels(digits):
+    coloured = load("digits", channels=3)
+    assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
+    assert torch.equal(datasets._with_channels(coloured.x, 1), digits.x)
 
 
 @pytest.mark.parametrize(
@@ -301,38 +309,42 @@ def test_cifar10_and_svhn(tmp_path, monkeypatch):
     import scipy.io
     import torchvision.datasets as tv
 
-    images, labels = images_and_labels(0, 32, 32, 3)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    batch = {"data": images.transpose(0, 3, 1, 2).reshape(30, -1), "labels": labels.tolist()}
-    (folder / "test_batch").write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     monkeypatch.setattr(tv.CIFAR10, "_check_integrity", lambda self: True)  # checks sums of the real files
     monkeypatch.setattr(tv.CIFAR10, "_load_meta", lambda self: None)
-    dataset = load("cifar10", "test", tmp_path)
-    order = np.argsort(labels, kind="stable")
-    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])
-
-    scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)})
     monkeypatch.setattr(tv.SVHN, "_check_integrity", lambda self: True)
-    dataset = load("svhn", "test", tmp_path)
-    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])  # SVHN writes 0 as 10
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data = {split: images_and_labels(seed, 32, 32, 3) for seed, split in enumerate(("train", "test"))}
+    for split, (images, labels) in data.items():
+        flat = images.transpose(0, 3, 1, 2).reshape(30, -1)
+        names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        for name, part in zip(names, np.split(np.arange(30), len(names)), strict=True):
+            (folder / name).write_bytes(pickle.dumps({"data": flat[part], "labels": labels[part].tolist()}))
+        x = images.transpose(1, 2, 3, 0)
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": x, "y": np.where(labels == 0, 10, labels)})  # SVHN's 0 is 10
+
+    for split, (images, labels) in data.items():
+        order = np.argsort(labels, kind="stable")
+        for name in ("cifar10", "svhn"):
+            assert np.array_equal(load(name, split, tmp_path).x.numpy(), images.transpose(0, 3, 1, 2)[order])
 
 
 def test_omniglot(tmp_path, monkeypatch):
     import torchvision.datasets as tv
     from PIL import Image
 
-    for alphabet, characters in (("Greek", 2), ("Latin", 1)):
-        for c in range(characters):
-            folder = tmp_path / "omniglot-py" / "images_background" / alphabet / f"character{c:02}"
-            folder.mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
+    for part, alphabets in (("background", {"Greek": 2, "Latin": 1}), ("evaluation", {"Tagalog": 2})):
+        for alphabet, characters in alphabets.items():
+            for c in range(characters):
+                folder = tmp_path / "omniglot-py" / f"images_{part}" / alphabet / f"character{c:02}"
+                folder.mkdir(parents=True)
+                for i in range(3):
+                    Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
     monkeypatch.setattr(tv.Omniglot, "_check_integrity", lambda self: True)
-    dataset = load("omniglot", "train", tmp_path)
-    assert dataset.counts.tolist() == [3, 3, 3] and dataset.shape == (1, 105, 105)
-    assert dataset.x.unique().tolist() == [0, 255]
+    for split, classes in (("train", 3), ("test", 2)):
+        dataset = load("omniglot", split, tmp_path)
+        assert dataset.counts.tolist() == [3] * classes and dataset.shape == (1, 105, 105)
+        assert dataset.x.unique().tolist() == [0, 255]
 
 
 def test_missing_files_without_a_network(tmp_path, monkeypatch):
