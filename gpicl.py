@@ -48,7 +48,19 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.datasets import BUNDLED, GENERATED, MAKERS, Dataset, DatasetError, Tasks, compile_draws, integers, key, load
+from common.datasets import (
+    BUNDLED,
+    GENERATED,
+    MAKERS,
+    Dataset,
+    DatasetError,
+    Tasks,
+    compile_draws,
+    distinct,
+    integers,
+    key,
+    load,
+)
 
 # ======================================================================================================================
 # Args
@@ -101,7 +113,8 @@ class Args:
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
     dataset: tuple[str, ...] = ("digits",)
-    """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    """Datasets to meta-train on (train splits), one after the other: names or files of your own, my.npz with the arrays
+    x_train y_train x_test y_test (thesis: mnist; digits needs no download)."""
     size: int = 32
     """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
     channels: Literal[1, 3] = 3
@@ -680,8 +693,8 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
 def embed(dataset: Dataset, network: str, data_dir: Path) -> Dataset:
     """The dataset seen through a pre-trained network without its last layer (section 5.4.4), z-normalised. Features are kept
     in data_dir/features. Raises DatasetError where there are no images, and Mistake where there are no weights."""
-    if len(dataset.shape) != 3 or dataset.x is None:
-        raise DatasetError(f"'{dataset.name}' has no stored images to compute features of; leave it out with --features.")
+    if len(dataset.shape) != 3 or dataset.x is None or dataset.x.dtype != torch.uint8:
+        raise DatasetError(f"'{dataset.name}' has no stored uint8 images to compute features of; leave it out with --features.")
     path = data_dir / "features" / f"{network}-{dataset.name}-{dataset.split}.pt"
     if path.exists():
         try:
@@ -737,13 +750,15 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     projections and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
     found = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
-    for name in dict.fromkeys(args.test_datasets or args.dataset + others):
-        seen = train_tasks(args, prepare(args, name, "test", device), num_inputs, last_bias(args))
+    for name in distinct(args.test_datasets or args.dataset + others):
+        dataset = prepare(args, name, "test", device)
+        task = dataset.name
+        seen = train_tasks(args, dataset, num_inputs, last_bias(args))
         unseen = replace(seen, permuted_labels=1.0)
         if name in args.dataset:
-            found |= {(name, "none"): seen, (name, "task"): unseen}
+            found |= {(task, "none"): seen, (task, "task"): unseen}
         else:
-            found[name, "domain"] = unseen
+            found[task, "domain"] = unseen
     return found
 
 

@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import es
-from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, fold, load, normal
+from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, load, normal
 
 # ======================================================================================================================
 # Args
@@ -97,7 +97,8 @@ class Args:
     """Learners trained and tested beside the first one, on the same budget of meta-steps (Figures 3.6 and 3.8)."""
 
     dataset: tuple[str, ...] = ("digits",)
-    """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    """Datasets to meta-train on (train splits), one after the other: names or files of your own, my.npz with the arrays
+    x_train y_train x_test y_test (thesis: mnist; digits needs no download)."""
     init: Path | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape (the release, for deep networks)."""
     leave_out: str | None = None
@@ -988,7 +989,7 @@ def meta_test(
     rows, curves, facts = [], {}, {}
     in_batches = args.test_batch > 1 or args.learner == "clone"
     for task, tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
-        novelty = "task" if tasks.dataset.name in trained_on(args) else "domain"
+        novelty = "task" if tasks.dataset.source["name"] in trained_on(args) else "domain"
         for label, learner in learners.items():
             try:
                 fitting = replace(tasks, dataset=fit(args, learner, tasks))
@@ -1037,10 +1038,10 @@ def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
     """The test splits of all test datasets at all sizes, by the name that results give them; with --robustness, those of
     images in the configurations of Figure 3.7."""
     tests = {}
-    for name in dict.fromkeys(args.test_datasets or args.dataset + BUNDLED + GENERATED):
+    for name in distinct(args.test_datasets or args.dataset + BUNDLED + GENERATED):
         for size in args.test_sizes or (None,):
             dataset = load(name, "test", args.data_dir, device, size)
-            task = f"{name}@{size}" if size and len(dataset.shape) == 3 else name
+            task = f"{dataset.name}@{size}" if size and len(dataset.shape) == 3 else dataset.name
             tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
             if args.robustness and len(dataset.shape) == 3 and len(dataset):
                 tests[f"{task} 5 classes"] = replace(plain, classes=min(5, dataset.num_classes))
@@ -1054,8 +1055,8 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     """The dataset at a size that the learner was made for. Raises DatasetError if there is none."""
     dataset = tasks.dataset
     if learner.sizes is None:
-        if args.conv and "lstm.weight" in learner.shapes and len(dataset.shape) != 3:
-            raise DatasetError("convolutions need images.")
+        if args.conv and "lstm.weight" in learner.shapes and not square(dataset):
+            raise DatasetError("convolutions need square images.")
         return dataset
     inputs, outputs = learner.sizes
     if tasks.num_classes > outputs:
@@ -1063,6 +1064,11 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     if dataset.num_inputs <= inputs:
         return dataset
     return dataset.resize(math.isqrt(inputs // dataset.shape[0]))
+
+
+def square(dataset: Dataset) -> bool:
+    """Whether its inputs are square images."""
+    return len(dataset.shape) == 3 and dataset.shape[1] == dataset.shape[2]
 
 
 def plotted_steps(steps: int) -> list[int]:
@@ -1558,8 +1564,8 @@ def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
     found = []
     for name, size in product(trained_on(args), args.sizes or (None,)):
         dataset = load(name, "train", args.data_dir, run.device, size)
-        if args.conv and len(dataset.shape) != 3:
-            raise DatasetError(f"Convolutions need images, and '{name}' has none.")
+        if args.conv and not square(dataset):
+            raise DatasetError(f"Convolutions need square images, and '{name}' has none.")
         found += [Tasks(dataset, classes=classes, **settings) for classes in args.classes or (None,)]
     return found
 

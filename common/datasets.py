@@ -15,13 +15,14 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +31,7 @@ BUNDLED = ("digits", "wine", "breast_cancer")
 DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "omniglot")
 GENERATED = ("random", "sum_sign")
 NAMES = BUNDLED + DOWNLOADED + GENERATED
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in a user's file
 CLASSES = {"random": 10, "sum_sign": 2}
 
 # Mean and standard deviation of all pixels, scaled to 0..1, of the train split.
@@ -229,16 +231,22 @@ def load(
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
 ) -> Dataset:
-    """Load a dataset, one of NAMES.
+    """Load a dataset, one of NAMES or the path of a user's own `.npz` file.
 
     torchvision's datasets are read from `data_dir`, and downloaded to it once if missing.
+
+    A file is made by numpy.savez(path, x_train=, y_train=, x_test=, y_test=) and named after its
+    stem. x are images, of shape (n, h, w), (n, h, w, c) or (n, c, h, w) with 1 or 3 channels, or
+    vectors (n, a). Images of another type than uint8 are normalised by the mean and std of x_train,
+    vectors by those of each feature. y are integers (n,). The sorted labels of y_train become 0, 1,
+    2 and so on.
 
     size: side of the images in pixels, bilinear and antialiased (default: as they are; for
         `random` and `sum_sign`, 8). channels: grey images are repeated, coloured ones averaged
         (default: as they are). Data without images ignore both.
 
-    Raises DatasetError if the name is unknown, or the files are missing or damaged and cannot be
-    downloaded.
+    Raises DatasetError if the name is unknown, the files are missing and cannot be downloaded, or
+    their contents cannot be used.
     """
     if split not in ("train", "test"):
         raise DatasetError(f"There is no split '{split}'; choose train or test.")
@@ -256,8 +264,14 @@ def load(
         train, test = _read_bundled(name)
     elif name in DOWNLOADED:
         train, test = _read_torchvision(name, Path(data_dir))
+    elif name.endswith(".npz"):
+        train, test = _read_file(Path(name))
+        name = Path(name).stem
     else:
-        raise DatasetError(f"There is no dataset '{name}'; choose from {', '.join(NAMES)}.")
+        raise DatasetError(
+            f"There is no dataset '{name}'; choose from {', '.join(NAMES)}, "
+            "or name a file that ends with .npz."
+        )
 
     mean, std = STATISTICS.get(name) or _statistics(train[0])
     x, y = train if split == "train" else test
@@ -274,6 +288,16 @@ def load(
     return Dataset(
         name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
     )
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
+    names = list(dict.fromkeys(names))
+    called = [Path(name).stem for name in names]
+    for name in called:
+        if called.count(name) > 1:
+            raise DatasetError(f"Two datasets are called '{name}'; rename the file of one.")
+    return names
 
 
 def _resized(x: Tensor, size: int | None) -> Tensor:
@@ -397,6 +421,67 @@ def _download(make: Callable, data_dir: Path) -> None:
             target = data_dir / path.relative_to(folder)  # archives, which are checked, come last
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
+
+
+def _read_file(path: Path) -> tuple[Examples, Examples]:
+    """A user's own arrays, as `load` describes them."""
+    if path.stem in NAMES:
+        raise DatasetError(f"'{path.stem}' is another dataset; rename the file '{path}'.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in file.files if name in ARRAYS}
+    except OSError as error:
+        reason = error.strerror or error
+        raise DatasetError(f"The file '{path}' cannot be read: {reason}.") from error
+    except Exception as error:  # whatever damaged bytes make zipfile and numpy raise
+        raise DatasetError(
+            f"The file '{path}' is damaged or holds Python objects; "
+            "write it with numpy.savez and arrays of numbers."
+        ) from error
+
+    def check(fine: bool, complaint: str) -> None:
+        if not fine:
+            raise DatasetError(f"The file '{path}' cannot be used: {complaint}.")
+
+    missing = [name for name in ARRAYS if name not in arrays]
+    check(not missing, f"it has no array {' '.join(missing)}")
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        check(x.dtype.kind in "biuf", f"x_{split} holds {x.dtype} instead of numbers")
+        check(y.dtype.kind in "biu", f"y_{split} holds {y.dtype} instead of integers")
+        check(x.ndim in (2, 3, 4), f"the shape of x_{split}, {x.shape}, has to have 2 to 4 axes")
+        check(y.shape == x.shape[:1], f"y_{split} has the shape {y.shape} instead of ({len(x)},)")
+        check(x.size > 0, f"x_{split} is empty")
+
+    x_train, y_train, x_test, y_test = (arrays[name] for name in ARRAYS)
+    shape = x_train.shape[1:]
+    uint8 = x_train.dtype == np.uint8
+    check(x_test.shape[1:] == shape, f"x_train has examples {shape}, x_test {x_test.shape[1:]}")
+    check((x_test.dtype == np.uint8) == uint8, "only one of x_train and x_test is uint8")
+
+    labels = np.unique(y_train)
+    unknown = np.setdiff1d(y_test, labels)
+    check(len(labels) > 1, "y_train has only one label")
+    check(not len(unknown), f"y_test has labels that are not in y_train, among them {unknown[:1]}")
+
+    first = len(shape) == 3 and shape[0] in (1, 3)
+    last = len(shape) == 3 and shape[2] in (1, 3)
+    check(len(shape) < 3 or first or last, f"images {shape} have no axis of 1 or 3 channels")
+    check(not (first and last), f"the channels of images {shape} may be first or last")
+
+    examples = []
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        if len(shape) == 2:
+            x = x[:, None]
+        elif last:
+            x = np.moveaxis(x, 3, 1)
+        if not uint8 or x.ndim == 2:
+            with np.errstate(over="ignore"):
+                x = x.astype(np.float32)
+        check(bool(np.isfinite(x).all()), "x_train or x_test has values that are not finite")
+        examples.append((torch.tensor(x), torch.tensor(np.searchsorted(labels, y))))
+    train, test = examples
+    return train, test
 
 
 def _make_random(shape: tuple[int, ...], points: int = 20) -> Callable:

@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import re
 import shutil
 import socket
 import struct
@@ -13,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, integers, key, load, normal, shuffle, uniform
+from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -246,6 +248,121 @@ def test_channels(digits):
     coloured = load("digits", channels=3)
     assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
     assert torch.equal(datasets._with_channels(coloured.x, 1), digits.x)
+
+
+# ---- a user's own file -------------------------------------------------------------------------------------------------
+def own_arrays(x_train, x_test, labels=(3, 7, 20)):
+    names = ("x_train", "y_train", "x_test", "y_test")
+    ys = (np.array(labels)[np.arange(len(x)) % len(labels)] for x in (x_train, x_test))
+    return dict(zip(names, (x_train, next(ys), x_test, next(ys)), strict=True))
+
+
+def pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape, loaded", [((5, 4), (1, 5, 4)), ((5, 4, 3), (3, 5, 4)), ((1, 5, 4), (1, 5, 4))])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.int32])
+def test_own_images(shape, loaded, dtype, tmp_path):
+    x_train, x_test = pixels(30, *shape), pixels(6, *shape)
+    np.savez(tmp_path / "my.npz", **own_arrays(x_train.astype(dtype), x_test.astype(dtype)))
+    train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
+    assert train.name == "my" and train.shape == test.shape == loaded and train.num_classes == 3
+    assert (train.x.dtype == torch.uint8) == (dtype == np.uint8)
+
+    x = torch.tensor(x_test[::3].astype(np.float32))  # the first class
+    x = x[:, None] if len(shape) == 2 else x.movedim(-1, 1) if shape[-1] == 3 else x
+    pixel = torch.tensor(x_train.astype(np.float32))
+    expected = (x - pixel.mean()) / pixel.std()
+    torch.testing.assert_close(test.inputs(torch.arange(2)), expected.flatten(1), atol=1e-4, rtol=1e-4)
+    assert test.resize(3).x.shape == (6, loaded[0], 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, bool])
+def test_own_vectors_and_labels(dtype, tmp_path):
+    x_train, x_test = pixels(30, 4) % 2, pixels(5, 4) % 2
+    x_train[:, 1] = 1  # constant
+    np.savez(tmp_path / "my.npz", **own_arrays(x_train.astype(dtype), x_test.astype(dtype), labels=(9, -2)))
+    train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
+    assert train.counts.tolist() == [15, 15] and test.counts.tolist() == [2, 3]  # -2 has become 0
+    varying = [0, 2, 3]
+    torch.testing.assert_close(train.x.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(train.x.std(0)[varying], torch.ones(3))
+    x = torch.tensor(x_train.astype(np.float32))
+    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0)
+    torch.testing.assert_close(test.x[:2, varying], expected[:, varying])
+
+
+GOOD = own_arrays(pixels(9, 5, 4), pixels(6, 5, 4))
+WRONG = {
+    "it has no array x_test y_test": {"x_test": None, "y_test": None},
+    "x_train holds complex128 instead of numbers": {"x_train": np.ones((9, 5), complex)},
+    "y_test holds float64 instead of integers": {"y_test": np.arange(6) / 2},
+    "y_train holds <U1 instead of integers": {"y_train": np.array(["a"] * 9)},
+    "the shape of x_train, (9,), has to have 2 to 4 axes": {"x_train": np.ones(9)},
+    "y_train has the shape (8,) instead of (9,)": {"y_train": np.arange(8)},
+    "y_train has the shape (9, 1) instead of (9,)": {"y_train": np.ones((9, 1), int)},
+    "x_test is empty": {"x_test": np.ones((0, 5, 4)), "y_test": np.ones(0, int)},
+    "x_train has examples (5, 4), x_test (5, 3)": {"x_test": pixels(6, 5, 3)},
+    "only one of x_train and x_test is uint8": {"x_test": np.ones((6, 5, 4))},
+    "y_train has only one label": {"y_train": np.ones(9, int)},
+    "y_test has labels that are not in y_train, among them [4]": {"y_test": np.full(6, 4)},
+    "images (5, 4, 2) have no axis of 1 or 3 channels": own_arrays(pixels(9, 5, 4, 2), pixels(6, 5, 4, 2)),
+    "the channels of images (3, 4, 1) may be first or last": own_arrays(pixels(9, 3, 4, 1), pixels(6, 3, 4, 1)),
+    "x_train or x_test has values that are not finite": own_arrays(np.full((9, 2), np.nan), np.ones((6, 2))),
+    "damaged or holds Python objects": {"x_train": np.array([{}] * 9)},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_own_arrays_that_cannot_be_used(sentence, tmp_path):
+    arrays = {name: array for name, array in (GOOD | WRONG[sentence]).items() if array is not None}
+    np.savez(tmp_path / "my.npz", **arrays)
+    with pytest.raises(DatasetError, match=re.escape(sentence)):
+        load(str(tmp_path / "my.npz"))
+
+
+def test_own_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "my.npz"
+    with pytest.raises(DatasetError, match="cannot be read: No such file or directory"):
+        load(str(path))
+    np.savez(path, **GOOD)
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2], pickle.dumps(GOOD), whole.replace(b"descr", b"dascr")):
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match="is damaged or holds Python objects"):
+            load(str(path))
+    path.write_bytes(whole)
+    x, refused = load(str(path)).x, 0
+    for at in range(0, len(whole), 41):  # a flipped bit is noticed, or changes no number
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            assert torch.equal(load(str(path)).x, x)
+        except DatasetError:
+            refused += 1
+    assert refused > 10
+    with pytest.raises(DatasetError, match="'mnist' is another dataset; rename the file"):
+        load(str(tmp_path / "mnist.npz"))
+    with pytest.raises(DatasetError, match="Two datasets are called 'my'"):
+        distinct(["my.npz", "wine", "wine", "other/my.npz"])
+
+
+TINY = {
+    "vsml.py": "--meta-steps 2 --sequences 2 --sequence-length 4 --test-seeds 2 --test-steps 3 --baselines rnn sgd",
+    "gpicl.py": "--meta-steps 2 --batch 4 --sequence-length 6 --width 8 --heads 2 --key-size 4 --test-seeds 4 --test-tasks 2",
+}
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_own_data_from_the_command_line(script, tmp_path):
+    np.savez(tmp_path / "images.npz", **own_arrays(pixels(60, 5, 4, 3), pixels(12, 5, 4, 3)))
+    np.savez(tmp_path / "vectors.npz", **own_arrays(pixels(60, 6) / 9, pixels(12, 6) / 9))
+    flags = f"--preset laptop --no-compile {TINY[script]} --run-name own"
+    done = run_script(script, tmp_path, f"{flags} --dataset images.npz --test-datasets images.npz vectors.npz wine")
+    assert done.returncode == 0, done.stderr
+    novelty = {(row["task"], row["novelty"]) for row in rows(tmp_path / "own")}
+    known = {("images", "task")} if script == "vsml.py" else {("images", "none"), ("images", "task")}
+    assert novelty == known | {("vectors", "domain"), ("wine", "domain")}
 
 
 @pytest.mark.parametrize(

@@ -558,7 +558,7 @@ MISTAKES = {
     "--test-steps 13": "has positions for --sequence-length 12 examples, not for 13",
     "--features resnet18": "The weights of resnet18 are not at hand and could not be downloaded",
     "--features clip": "needs open_clip",
-    "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored images to compute features of",
+    "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored uint8 images to compute features of",
     "--mode test": "--mode test needs --checkpoint",
     "--mode test --checkpoint {tmp}/none.pt": "There is no checkpoint",
     "--mode test --checkpoint {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",

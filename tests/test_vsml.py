@@ -746,7 +746,7 @@ MISTAKES = {
     "--baselines backprop": "backprop learns from batches; use --test-batch 64",
     "--leave-out wine": "--leave-out wine leaves out one of several --dataset; these are digits",
     "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
-    "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
+    "--conv 8 --dataset wine": "Convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--mode compare --runs {tmp}": "holds no finished run of vsml.py",
     "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
