@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from common.datasets import (
     BUNDLED,
+    FIRST_ID,
     GENERATED,
     MAKERS,
     Dataset,
@@ -168,7 +169,10 @@ class Args:
     """Largest norm of the meta-gradient (not in the thesis)."""
 
     test_datasets: tuple[str, ...] = ()
-    """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    split: Literal["test", "validation"] = "test"
+    """Splits to meta-test on. validation, a tenth of each train split that meta-training never has, is for choices: of
+    settings, presets, or when to stop."""
     test_steps: int | None = None
     """Examples in a meta-test sequence (default: --sequence-length)."""
     test_seeds: int = 512
@@ -327,7 +331,7 @@ class InContextLearner:
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-UNSEEN = 2**40  # ids from here on are never meta-trained on
+UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
 
 
 def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> Tasks:
@@ -746,12 +750,12 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
-    """What is meta-tested on, all on test splits, by name and novelty: tasks that were meta-trained on (none), unseen
+    """What is meta-tested on, all on the same kind of split, by name and novelty: tasks that were meta-trained on (none), unseen
     projections and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
     found = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
     for name in distinct(args.test_datasets or args.dataset + others):
-        dataset = prepare(args, name, "test", device)
+        dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs, last_bias(args))
         unseen = replace(seen, permuted_labels=1.0)
@@ -763,18 +767,18 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
 
 
 def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test sequences, a few at a time: x (s, t, a), y (s, t). Tasks are meta-trained ones or have ids from UNSEEN on."""
-    device = tasks.dataset.device
+    """Test sequences, a few at a time: x (s, t, a), y (s, t). Tasks are meta-trained ones or have the split's own ids."""
+    device, first = tasks.dataset.device, FIRST_ID[tasks.dataset.split]
     ids = torch.arange(args.test_tasks, device=device)
     if not seen:
-        ids = ids + UNSEEN
+        ids = ids + first
     elif args.num_tasks != "inf":
         ids = integers(key(args.seed, device, 2), ids, args.num_tasks)
     ids = ids.repeat(-(-sequences // len(ids)))[:sequences]
     length = min(length, len(tasks.dataset) or length)  # once through the data at most
     together = max(1, min(512, 2 ** (24 if args.device == "cpu" else 30) // (tasks.dataset.num_inputs * tasks.num_inputs)))
     for part in torch.arange(sequences, device=device).split(together):
-        yield tasks.sample(ids[part], UNSEEN + part, length)
+        yield tasks.sample(ids[part], first + part, length)
 
 
 @torch.no_grad()

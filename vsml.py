@@ -185,7 +185,10 @@ class Args:
     """backprop: largest norm of the meta-gradient (not in the thesis; the release)."""
 
     test_datasets: tuple[str, ...] = ()
-    """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    split: Literal["test", "validation"] = "test"
+    """Splits to meta-test on. validation, a tenth of each train split that meta-training never has, is for choices: of
+    settings, presets, or when to stop."""
     test_sizes: tuple[int, ...] = ()
     """Sides of the meta-test images in pixels (default: as they are)."""
     test_classes: int | None = None
@@ -985,7 +988,7 @@ def batched(learner: Learner) -> Learner:
 def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All learners on the test splits of all test datasets: result rows, further facts, and figures."""
+    """All learners on --split of all test datasets: result rows, further facts, and figures."""
     rows, curves, facts = [], {}, {}
     in_batches = args.test_batch > 1 or args.learner == "clone"
     for task, tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
@@ -1035,12 +1038,12 @@ def trained_on(args: Args) -> tuple[str, ...]:
 
 
 def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
-    """The test splits of all test datasets at all sizes, by the name that results give them; with --robustness, those of
+    """--split of all test datasets at all sizes, by the name that results give them; with --robustness, those of
     images in the configurations of Figure 3.7."""
     tests = {}
     for name in distinct(args.test_datasets or args.dataset + BUNDLED + GENERATED):
         for size in args.test_sizes or (None,):
-            dataset = load(name, "test", args.data_dir, device, size)
+            dataset = load(name, args.split, args.data_dir, device, size)
             task = f"{dataset.name}@{size}" if size and len(dataset.shape) == 3 else dataset.name
             tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
             if args.robustness and len(dataset.shape) == 3 and len(dataset):

@@ -34,6 +34,9 @@ NAMES = BUNDLED + DOWNLOADED + GENERATED
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in a user's file
 CLASSES = {"random": 10, "sum_sign": 2}
 
+# Meta-tests count the ids of their tasks and sequences from here, so that no two splits share one.
+FIRST_ID = {"train": 0, "validation": 2**41, "test": 2**40}
+
 # Mean and standard deviation of all pixels, scaled to 0..1, of the train split.
 STATISTICS = {
     "mnist": (0.1307, 0.3081),
@@ -225,7 +228,7 @@ class Dataset:
 
 def load(
     name: str,
-    split: Literal["train", "test"] = "train",
+    split: Literal["train", "validation", "test"] = "train",
     data_dir: Path | str = "data",
     device: torch.device | str = "cpu",
     size: int | None = None,
@@ -234,6 +237,10 @@ def load(
     """Load a dataset, one of NAMES or the path of a user's own `.npz` file.
 
     torchvision's datasets are read from `data_dir`, and downloaded to it once if missing.
+
+    split: validation is a fixed tenth of the examples of each class of the dataset's train split,
+        and train the rest of them. For omniglot, whose test split has other classes, it is a tenth
+        of the classes.
 
     A file is made by numpy.savez(path, x_train=, y_train=, x_test=, y_test=) and named after its
     stem. x are images, of shape (n, h, w), (n, h, w, c) or (n, c, h, w) with 1 or 3 channels, or
@@ -248,8 +255,8 @@ def load(
     Raises DatasetError if the name is unknown, the files are missing and cannot be downloaded, or
     their contents cannot be used.
     """
-    if split not in ("train", "test"):
-        raise DatasetError(f"There is no split '{split}'; choose train or test.")
+    if split not in FIRST_ID:
+        raise DatasetError(f"There is no split '{split}'; choose train, validation or test.")
     device = torch.device(device)
     source = dict(
         name=name, split=split, data_dir=data_dir, device=device, size=size, channels=channels
@@ -273,21 +280,50 @@ def load(
             "or name a file that ends with .npz."
         )
 
-    mean, std = STATISTICS.get(name) or _statistics(train[0])
-    x, y = train if split == "train" else test
+    x, y = train
+    classes = len(y.unique())
+    held_out = _tenth(y)
+    if name == "omniglot":
+        held_out = _tenth(torch.zeros(classes, dtype=torch.int64))[y]
+    mean, std = STATISTICS.get(name) or _statistics(x[~held_out])
+
+    if split == "test":
+        x, y = test
+    else:
+        chosen = held_out if split == "validation" else ~held_out
+        x, y = x[chosen], y[chosen]
+    if name == "omniglot":
+        y = y.unique(return_inverse=True)[1]
+        classes = len(y.unique())
+    if not len(y):
+        raise DatasetError(f"'{name}' has too few examples for a validation split.")
+
     if x.dtype != torch.uint8:
         x = (x - mean) / std
         mean, std = 0.0, 1.0
     if x.ndim == 4:
         x = _with_channels(_resized(x, size), channels)
 
-    counts = y.bincount(minlength=len(train[1].unique()) if name != "omniglot" else 0)
     x = x[y.argsort(stable=True)].to(device)
     shape = tuple(x.shape[1:])
-    counts = counts.to(device)
-    return Dataset(
-        name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
-    )
+    counts = y.bincount(minlength=classes).to(device)
+    return Dataset(name, split, shape, classes, x, counts, mean, std, device=device, source=source)
+
+
+def _tenth(y: Tensor) -> Tensor:
+    """Mask of a random tenth of the examples of each class, and of one example if there are a few.
+
+    The same on every machine: `shuffle` draws it.
+    """
+    order = y.argsort(stable=True)
+    y = y[order]
+    count = y.bincount()
+    within = torch.arange(len(y)) - (count.cumsum(0) - count)[y]  # its number in its class
+    rank = shuffle(within, count[y], fold(key(0, salt=1), y))
+    tenth = ((count + 5) // 10).clamp(min=1).minimum(count - 1)
+    mask = torch.empty(len(y), dtype=torch.bool)
+    mask[order] = rank < tenth[y]
+    return mask
 
 
 def distinct(names: Iterable[str]) -> list[str]:

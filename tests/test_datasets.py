@@ -18,7 +18,7 @@ from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
+from common.datasets import BUNDLED, FIRST_ID, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -223,14 +223,31 @@ def test_random_and_sum_sign_are_what_appendix_b_says():
     assert 0.4 < y.float().mean() < 0.6
 
 
-def test_bundled_splits_are_fixed_and_disjoint():
+def test_bundled_splits_are_fixed_disjoint_and_stratified():
     for name, examples in (("digits", 1797), ("wine", 178), ("breast_cancer", 569)):
-        train, test = load(name, "train"), load(name, "test")
-        assert len(train) + len(test) == examples
-        assert torch.equal(train.x, load(name, "train").x)
-        assert train.num_classes == test.num_classes
-    train, test = (load("wine", split).x for split in ("train", "test"))
-    assert not (train[:, None] == test).all(-1).any()
+        train, validation, test = (load(name, split) for split in FIRST_ID)
+        assert len(train) + len(validation) + len(test) == examples
+        assert torch.equal(validation.x, load(name, "validation").x)
+        assert train.num_classes == validation.num_classes == test.num_classes
+        share = validation.counts / (train.counts + validation.counts)
+        assert (share - 0.1).abs().max() < 0.03  # of each class
+    train, validation, test = (load("wine", split).x for split in FIRST_ID)
+    for one, other in ((train, validation), (train, test), (validation, test)):
+        assert not (one[:, None] == other).all(-1).any()
+
+
+def test_the_tenth_is_random_and_the_same_everywhere():
+    y = torch.arange(4000) % 4
+    mask = datasets._tenth(y)
+    assert y[mask].bincount().tolist() == [100] * 4
+    assert mask.nonzero()[:5, 0].tolist() == [0, 5, 39, 47, 54]
+    quarters = mask.view(4, 1000).sum(1)
+    assert (quarters - 100).abs().max() < 40 and len(quarters.unique()) > 1
+    assert datasets._tenth(torch.tensor([0, 1, 1, 2, 2, 2])).tolist().count(True) == 2  # none of a single one
+
+
+def test_ids_of_splits_differ():
+    assert FIRST_ID["train"] < FIRST_ID["test"] < FIRST_ID["validation"]
 
 
 def test_resizing(digits):
@@ -272,7 +289,7 @@ def test_own_images(shape, loaded, dtype, tmp_path):
 
     x = torch.tensor(x_test[::3].astype(np.float32))  # the first class
     x = x[:, None] if len(shape) == 2 else x.movedim(-1, 1) if shape[-1] == 3 else x
-    pixel = torch.tensor(x_train.astype(np.float32))
+    pixel = torch.tensor(without_validation(x_train, np.arange(30) % 3)[0].astype(np.float32))
     expected = (x - pixel.mean()) / pixel.std()
     torch.testing.assert_close(test.inputs(torch.arange(2)), expected.flatten(1), atol=1e-4, rtol=1e-4)
     assert test.resize(3).x.shape == (6, loaded[0], 3, 3)
@@ -284,11 +301,13 @@ def test_own_vectors_and_labels(dtype, tmp_path):
     x_train[:, 1] = 1  # constant
     np.savez(tmp_path / "my.npz", **own_arrays(x_train.astype(dtype), x_test.astype(dtype), labels=(9, -2)))
     train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
-    assert train.counts.tolist() == [15, 15] and test.counts.tolist() == [2, 3]  # -2 has become 0
+    validation = load(str(tmp_path / "my.npz"), "validation")
+    assert train.counts.tolist() == [13, 13] and validation.counts.tolist() == [2, 2]
+    assert test.counts.tolist() == [2, 3]  # -2 has become 0
     varying = [0, 2, 3]
     torch.testing.assert_close(train.x.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(train.x.std(0)[varying], torch.ones(3))
-    x = torch.tensor(x_train.astype(np.float32))
+    x = torch.tensor(without_validation(x_train, (np.arange(30) + 1) % 2)[0].astype(np.float32))
     expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0)
     torch.testing.assert_close(test.x[:2, varying], expected[:, varying])
 
@@ -341,6 +360,9 @@ def test_own_files_that_cannot_be_read(tmp_path):
         except DatasetError:
             refused += 1
     assert refused > 10
+    np.savez(path, **own_arrays(pixels(3, 4), pixels(3, 4)))
+    with pytest.raises(DatasetError, match="'my' has too few examples for a validation split"):
+        load(str(path), "validation")
     with pytest.raises(DatasetError, match="'mnist' is another dataset; rename the file"):
         load(str(tmp_path / "mnist.npz"))
     with pytest.raises(DatasetError, match="Two datasets are called 'my'"):
@@ -363,6 +385,16 @@ def test_own_data_from_the_command_line(script, tmp_path):
     novelty = {(row["task"], row["novelty"]) for row in rows(tmp_path / "own")}
     known = {("images", "task")} if script == "vsml.py" else {("images", "none"), ("images", "task")}
     assert novelty == known | {("vectors", "domain"), ("wine", "domain")}
+
+    flags = f"--mode test --checkpoint {tmp_path / 'own' / 'checkpoint.pt'} --split"
+    for split in ("validation", "test"):
+        done = run_script(script, tmp_path, f"{flags} {split} --run-name {split}")
+        assert done.returncode == 0, done.stderr
+    found = {name: rows(tmp_path / name) for name in ("own", "validation", "test")}
+    assert found["test"] == found["own"] and len(found["validation"]) == len(found["own"])
+    for task in ("images", "vectors", "wine"):
+        validation, test = ([row for row in found[name] if row["task"] == task] for name in ("validation", "test"))
+        assert validation != test
 
 
 @pytest.mark.parametrize(
@@ -392,6 +424,11 @@ def images_and_labels(seed, *shape, classes=10):
     return rng.integers(0, 256, (30, *shape), dtype=np.uint8), (np.arange(30) % classes).astype(np.uint8)
 
 
+def without_validation(images, labels):
+    kept = ~datasets._tenth(torch.tensor(labels).long()).numpy()
+    return images[kept], labels[kept]
+
+
 def write_mnist_like(root, folder, prefix="", suffix=""):
     for seed, split in enumerate(("train", "t10k" if not prefix else "test")):
         images, labels = images_and_labels(seed, 28, 28)
@@ -411,14 +448,16 @@ def data_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "emnist"])
 def test_idx_files(name, data_dir):
-    for seed, split in enumerate(("train", "test")):
+    for seed, (split, count) in enumerate({"train": 2, "test": 3}.items()):
         dataset = load(name, split, data_dir)
         images, labels = images_and_labels(seed, 28, 28)
         if name == "emnist":
             images = images.transpose(0, 2, 1)
+        if split == "train":
+            images, labels = without_validation(images, labels)
         order = np.argsort(labels, kind="stable")
         assert np.array_equal(dataset.x[:, 0].numpy(), images[order])
-        assert dataset.x.dtype == torch.uint8 and dataset.counts.tolist() == [3] * 10
+        assert dataset.x.dtype == torch.uint8 and dataset.counts.tolist() == [count] * 10
     assert load(name, "train", data_dir, size=14).num_inputs == 196
 
 
@@ -440,6 +479,7 @@ def test_cifar10_and_svhn(tmp_path, monkeypatch):
         x = images.transpose(1, 2, 3, 0)
         scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": x, "y": np.where(labels == 0, 10, labels)})  # SVHN's 0 is 10
 
+    data["train"] = without_validation(*data["train"])
     for split, (images, labels) in data.items():
         order = np.argsort(labels, kind="stable")
         for name in ("cifar10", "svhn"):
@@ -458,7 +498,7 @@ def test_omniglot(tmp_path, monkeypatch):
                 for i in range(3):
                     Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
     monkeypatch.setattr(tv.Omniglot, "_check_integrity", lambda self: True)
-    for split, classes in (("train", 3), ("test", 2)):
+    for split, classes in (("train", 2), ("validation", 1), ("test", 2)):  # characters, and not drawings, are held out
         dataset = load("omniglot", split, tmp_path)
         assert dataset.counts.tolist() == [3] * classes and dataset.shape == (1, 105, 105)
         assert dataset.x.unique().tolist() == [0, 255]

@@ -533,7 +533,7 @@ def test_features_of_an_untrained_network(complain, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 450 images
     folder = tmp_path / "data" / "features"
     folder.mkdir(parents=True)
-    torch.save(torch.randn(1347, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
+    torch.save(torch.randn(1211, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
     flags = "--features untrained --baselines --test-datasets digits --data-dir data --run-name"
     done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
     assert done.returncode == 0, done.stderr
