@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import es
-from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, load, normal
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, load, normal
 
 # ======================================================================================================================
 # Args
@@ -917,6 +917,11 @@ def synapses(
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
+def test_ids(tasks: Tasks, count: int) -> Tensor:
+    """Ids (s,) of tasks and sequences of the dataset's split, which meta-training and other splits never have."""
+    return FIRST_ID[tasks.dataset.split] + torch.arange(count, device=tasks.dataset.device)
+
+
 def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: int) -> tuple[Tensor, Tensor]:
     """Lifetimes on unseen examples, each from its own random state: whether each prediction was right (seeds, t), and its
     cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated), or
@@ -926,7 +931,7 @@ def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: i
     if len(tasks.dataset) and not args.repeat_examples:
         steps = min(steps, len(tasks.dataset))
     parts = []
-    for part in torch.arange(args.test_seeds, device=theta.device).split(together):
+    for part in test_ids(tasks, args.test_seeds).split(together):
         state, blocks = learner.initial_state(tasks.keys(part, 3)[None], tasks.num_inputs, tasks.num_classes), []
         for start in range(0, steps, 1000):
             x, y = tasks.sample(part, part, min(1000, steps - start), start)
@@ -952,8 +957,8 @@ def online_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, to
 def batch_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, train: Tasks) -> Metrics:
     """Learning from batches of train examples: accuracy on unseen ones after so many batches. Batches lie along s, seeds
     along p."""
-    size, ids = args.test_batch, torch.arange(args.test_seeds, device=theta.device)
-    keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
+    size, ids = args.test_batch, test_ids(tasks, args.test_seeds)
+    keys = train.keys(test_ids(tasks, args.test_seeds * size), 3).view(args.test_seeds, size, 2)
     state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
     unseen = min(args.test_examples, len(tasks.dataset) or args.test_examples) // size * size
     apart = 0 if len(tasks.dataset) else 2**32  # what is made on the fly has no splits, but endless sequences
@@ -1120,7 +1125,7 @@ def draw_introspection(path: Path, learners: dict[str, Learner], thetas: dict[st
     """Figures 3.9 and B.8: the probability of each class (rows) as examples come in (columns); the true class is framed, the
     predicted one dotted. Left two unseen examples of each class, one after the other; right a hundred random ones."""
     plt, data = figures(), tasks.dataset
-    ids = torch.zeros(1, dtype=torch.int64, device=data.device)
+    ids = test_ids(tasks, 1)
     x, y = tasks.sample(ids, ids, min(100, len(data) or 100))
     order = torch.cat([(y[0] == label).nonzero()[:2, 0] for label in y[0].unique()])
     figure, axes = plt.subplots(

@@ -380,11 +380,11 @@ def test_own_data_from_the_command_line(script, tmp_path):
     np.savez(tmp_path / "images.npz", **own_arrays(pixels(60, 5, 4, 3), pixels(12, 5, 4, 3)))
     np.savez(tmp_path / "vectors.npz", **own_arrays(pixels(60, 6) / 9, pixels(12, 6) / 9))
     flags = f"--preset laptop --no-compile {TINY[script]} --run-name own"
-    done = run_script(script, tmp_path, f"{flags} --dataset images.npz --test-datasets images.npz vectors.npz wine")
+    done = run_script(script, tmp_path, f"{flags} --dataset images.npz --test-datasets images.npz vectors.npz wine sum_sign")
     assert done.returncode == 0, done.stderr
     novelty = {(row["task"], row["novelty"]) for row in rows(tmp_path / "own")}
     known = {("images", "task")} if script == "vsml.py" else {("images", "none"), ("images", "task")}
-    assert novelty == known | {("vectors", "domain"), ("wine", "domain")}
+    assert novelty == known | {("vectors", "domain"), ("wine", "domain"), ("sum_sign", "domain")}
 
     flags = f"--mode test --checkpoint {tmp_path / 'own' / 'checkpoint.pt'} --split"
     for split in ("validation", "test"):
@@ -392,7 +392,7 @@ def test_own_data_from_the_command_line(script, tmp_path):
         assert done.returncode == 0, done.stderr
     found = {name: rows(tmp_path / name) for name in ("own", "validation", "test")}
     assert found["test"] == found["own"] and len(found["validation"]) == len(found["own"])
-    for task in ("images", "vectors", "wine"):
+    for task in ("images", "vectors", "wine", "sum_sign"):
         validation, test = ([row for row in found[name] if row["task"] == task] for name in ("validation", "test"))
         assert validation != test
 

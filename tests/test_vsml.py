@@ -609,7 +609,7 @@ def test_convolutions_robustness_and_batches(finished, tmp_path):
     flags = f"--conv 2 --norm-messages --init {first} --baselines --robustness --backprop-lr 1e-9"
     done = command(tmp_path, flags + " --test-steps 2 --test-datasets digits wine --run-name conv")
     assert done.returncode == 0, done.stderr
-    assert "vsml is left out on wine: convolutions need images" in done.stdout
+    assert "vsml is left out on wine: convolutions need square images" in done.stdout
     dense, conv = (
         torch.load(path, weights_only=True)["state"]["thetas"] for path in (first, tmp_path / "conv" / "checkpoint.pt")
     )
