@@ -47,7 +47,20 @@ from tqdm import tqdm
 
 from common import checkpoints, es, machine
 from common.checkpoints import CheckpointError
-from common.datasets import BUNDLED, GENERATED, MAKERS, Dataset, DatasetError, Tasks, compile_draws, integers, key, load
+from common.datasets import (
+    BUNDLED,
+    FIRST_ID,
+    GENERATED,
+    MAKERS,
+    Dataset,
+    DatasetError,
+    Tasks,
+    compile_draws,
+    distinct,
+    integers,
+    key,
+    load,
+)
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.machine import can_compile, keep_memory, lock, unlock
@@ -106,7 +119,8 @@ class Args:
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
     dataset: tuple[str, ...] = ("digits",)
-    """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    """Datasets to meta-train on (train splits), one after the other: names or files of your own, my.npz with the arrays
+    x_train y_train x_test y_test (thesis: mnist; digits needs no download)."""
     size: Side = 32
     """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
     channels: Literal[1, 3] = 3
@@ -160,7 +174,10 @@ class Args:
     """Largest norm of the meta-gradient (not in the thesis)."""
 
     test_datasets: tuple[str, ...] = ()
-    """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    split: Literal["test", "validation"] = "test"
+    """Splits to meta-test on. validation, a tenth of each train split that meta-training never has, is for choices: of
+    settings, presets, or when to stop."""
     test_steps: Length | None = None
     """Examples in a meta-test sequence (default: --sequence-length)."""
     test_seeds: Annotated[int, (1, 2**20)] = 512
@@ -337,7 +354,7 @@ class InContextLearner:
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-UNSEEN = 2**40  # ids from here on are never meta-trained on
+UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
 
 
 def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> Tasks:
@@ -688,23 +705,20 @@ def sweep_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[
 # ======================================================================================================================
 def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     """A split of a dataset as all learners of a run see it: at one size with the same channels, or as features."""
-    dataset = load(name, split, args.data_dir, device, None if args.features != "none" else args.size)
     if args.features != "none":
-        return embed(dataset, args.features, args.data_dir)
+        return embed(load(name, split, args.data_dir, device), args.features, args.data_dir)
+    dataset = load(name, split, args.data_dir, device, args.size, args.channels)
     if name == "random":  # ten points, repeated (Appendix D.5)
         shape = (args.channels, args.size, args.size)
         return replace(dataset, shape=shape, make=MAKERS[name](shape, points=10))
-    if len(dataset.shape) != 3 or dataset.x is None or dataset.shape[0] == args.channels:
-        return dataset
-    x = dataset.x.repeat(1, 3, 1, 1) if args.channels == 3 else dataset.x.float().mean(1, keepdim=True).round().byte()
-    return replace(dataset, x=x, shape=tuple(x.shape[1:]))
+    return dataset
 
 
 def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
     """The dataset seen through a pre-trained network without its last layer (section 5.4.4), z-normalised. Features are kept
     in data_dir/features. Raises DatasetError where there are no images, and UserError where there are no weights."""
-    if len(dataset.shape) != 3 or dataset.x is None:
-        raise DatasetError(f"'{dataset.name}' has no stored images to compute features of; leave it out with --features.")
+    if len(dataset.shape) != 3 or dataset.x is None or dataset.x.dtype != torch.uint8:
+        raise DatasetError(f"'{dataset.name}' has no stored uint8 images to compute features of; leave it out with --features.")
     path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}.pt")
     if path.exists():
         try:
@@ -756,33 +770,35 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
-    """What is meta-tested on, all on test splits, by name and novelty: tasks that were meta-trained on (none), unseen
+    """What is meta-tested on, all on the same kind of split, by name and novelty: tasks that were meta-trained on (none), unseen
     projections and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
     found = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
-    for name in dict.fromkeys(args.test_datasets or args.dataset + others):
-        seen = train_tasks(args, prepare(args, name, "test", device), num_inputs, last_bias(args))
+    for name in distinct(args.test_datasets or args.dataset + others):
+        dataset = prepare(args, name, args.split, device)
+        task = dataset.name
+        seen = train_tasks(args, dataset, num_inputs, last_bias(args))
         unseen = replace(seen, permuted_labels=1.0)
         if name in args.dataset:
-            found |= {(name, "none"): seen, (name, "task"): unseen}
+            found |= {(task, "none"): seen, (task, "task"): unseen}
         else:
-            found[name, "domain"] = unseen
+            found[task, "domain"] = unseen
     return found
 
 
 def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test sequences, a few at a time: x (s, t, a), y (s, t). Tasks are meta-trained ones or have ids from UNSEEN on."""
-    device = tasks.dataset.device
+    """Test sequences, a few at a time: x (s, t, a), y (s, t). Tasks are meta-trained ones or have the split's own ids."""
+    device, first = tasks.dataset.device, FIRST_ID[tasks.dataset.split]
     ids = torch.arange(args.test_tasks, device=device)
     if not seen:
-        ids = ids + UNSEEN
+        ids = ids + first
     elif args.num_tasks != "inf":
         ids = integers(key(args.seed, device, 2), ids, args.num_tasks)
     ids = ids.repeat(-(-sequences // len(ids)))[:sequences]
     length = min(length, len(tasks.dataset) or length)  # once through the data at most
     together = max(1, min(512, 2 ** (24 if args.device == "cpu" else 30) // (tasks.dataset.num_inputs * tasks.num_inputs)))
     for part in torch.arange(sequences, device=device).split(together):
-        yield tasks.sample(ids[part], UNSEEN + part, length)
+        yield tasks.sample(ids[part], first + part, length)
 
 
 def meta_test(
@@ -1337,8 +1353,8 @@ def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
     check(args)
     names = list(dict.fromkeys([args.learner, *args.baselines]))
     run = Run(args, checkpoint)
-    if run.compiles:
-        compile_draws()
+    if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
+        compile_draws()  # fewer tasks save less time than compiling takes
     if checkpoint:
         learners, parts = restored(args, names, checkpoint["state"])
     if args.mode == "train":

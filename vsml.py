@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from common import checkpoints, es, machine
 from common.checkpoints import CheckpointError
-from common.datasets import BUNDLED, GENERATED, Dataset, DatasetError, Tasks, fold, load, normal
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, load, normal
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
 from common.machine import can_compile, keep_memory, lock, unlock
@@ -100,7 +100,8 @@ class Args:
     """Learners trained and tested beside the first one, on the same budget of meta-steps (Figures 3.6 and 3.8)."""
 
     dataset: tuple[str, ...] = ("digits",)
-    """Datasets to meta-train on (train splits), in turn (thesis: mnist; digits needs no download)."""
+    """Datasets to meta-train on (train splits), one after the other: names or files of your own, my.npz with the arrays
+    x_train y_train x_test y_test (thesis: mnist; digits needs no download)."""
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape (the release, for deep networks)."""
     leave_out: str | None = None
@@ -187,7 +188,10 @@ class Args:
     """backprop: largest norm of the meta-gradient (not in the thesis; the release)."""
 
     test_datasets: tuple[str, ...] = ()
-    """Datasets to meta-test on, test splits (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
+    split: Literal["test", "validation"] = "test"
+    """Splits to meta-test on. validation, a tenth of each train split that meta-training never has, is for choices: of
+    settings, presets, or when to stop."""
     test_sizes: tuple[Side, ...] = ()
     """Sides of the meta-test images in pixels (default: as they are)."""
     test_classes: Count | None = None
@@ -920,6 +924,11 @@ def synapses(
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
+def test_ids(tasks: Tasks, count: int) -> Tensor:
+    """Ids (s,) of tasks and sequences of the dataset's split, which meta-training and other splits never have."""
+    return FIRST_ID[tasks.dataset.split] + torch.arange(count, device=tasks.dataset.device)
+
+
 def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: int) -> tuple[Tensor, Tensor]:
     """Lifetimes on unseen examples, each from its own random state: whether each prediction was right (seeds, t), and its
     cross-entropy. One pass through the data at most, so that no example comes twice (`random` is there to be repeated), or
@@ -929,7 +938,7 @@ def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, together: i
     if len(tasks.dataset) and not args.repeat_examples:
         steps = min(steps, len(tasks.dataset))
     parts = []
-    for part in torch.arange(args.test_seeds, device=theta.device).split(together):
+    for part in test_ids(tasks, args.test_seeds).split(together):
         state, blocks = learner.initial_state(tasks.keys(part, 3)[None], tasks.num_inputs, tasks.num_classes), []
         for start in range(0, steps, 1000):
             x, y = tasks.sample(part, part, min(1000, steps - start), start)
@@ -955,8 +964,8 @@ def online_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, to
 def batch_metrics(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, train: Tasks) -> Metrics:
     """Learning from batches of train examples: accuracy on unseen ones after so many batches. Batches lie along s, seeds
     along p."""
-    size, ids = args.test_batch, torch.arange(args.test_seeds, device=theta.device)
-    keys = train.keys(torch.arange(args.test_seeds * size, device=theta.device), 3).view(args.test_seeds, size, 2)
+    size, ids = args.test_batch, test_ids(tasks, args.test_seeds)
+    keys = train.keys(test_ids(tasks, args.test_seeds * size), 3).view(args.test_seeds, size, 2)
     state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
     unseen = min(args.test_examples, len(tasks.dataset) or args.test_examples) // size * size
     apart = 0 if len(tasks.dataset) else 2**32  # what is made on the fly has no splits, but endless sequences
@@ -991,7 +1000,7 @@ def batched(learner: Learner) -> Learner:
 def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All learners on the test splits of all test datasets: result rows, further facts, and figures."""
+    """All learners on --split of all test datasets: result rows, further facts, and figures."""
     rows, curves, facts = [], [], {}
     in_batches = args.test_batch > 1 or args.learner == "clone"
     pairs = list(product(tests.items(), learners.items()))
@@ -1035,12 +1044,11 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Result rows of one learner on one dataset at plotted_steps, and rows of the first metric at all steps."""
     if in_batches:
-        side = tasks.dataset.shape[1] if len(tasks.dataset.shape) == 3 else None
-        train = load(tasks.dataset.name, "train", args.data_dir, theta.device, side)
+        train = tasks.dataset.reload(split="train")
         metrics = batch_metrics(args, learner, theta, fitting, replace(fitting, dataset=train))
     else:
         metrics = online_metrics(args, learner, theta, fitting, at_a_time(args, tasks, label))
-    novelty = "task" if tasks.dataset.name in trained_on(args) else "domain"
+    novelty = "task" if tasks.dataset.source["name"] in trained_on(args) else "domain"
 
     rows, curves = [], []
     for metric, points in metrics.items():
@@ -1069,13 +1077,13 @@ def trained_on(args: Args) -> tuple[str, ...]:
 
 
 def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
-    """The test splits of all test datasets at all sizes, by the name that results give them; with --robustness, those of
+    """--split of all test datasets at all sizes, by the name that results give them; with --robustness, those of
     images in the configurations of Figure 3.7."""
     tests = {}
-    for name in dict.fromkeys(args.test_datasets or args.dataset + BUNDLED + GENERATED):
+    for name in distinct(args.test_datasets or args.dataset + BUNDLED + GENERATED):
         for size in args.test_sizes or (None,):
-            dataset = load(name, "test", args.data_dir, device, size)
-            task = f"{name}@{size}" if size and len(dataset.shape) == 3 else name
+            dataset = load(name, args.split, args.data_dir, device, size)
+            task = f"{dataset.name}@{size}" if size and len(dataset.shape) == 3 else dataset.name
             tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
             if args.robustness and len(dataset.shape) == 3 and len(dataset):
                 tests[f"{task} 5 classes"] = replace(plain, classes=min(5, dataset.num_classes))
@@ -1089,8 +1097,8 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     """The dataset at a size that the learner was made for. Raises DatasetError if there is none."""
     dataset = tasks.dataset
     if learner.sizes is None:
-        if args.conv and "lstm.weight" in learner.shapes and len(dataset.shape) != 3:
-            raise DatasetError("convolutions need images.")
+        if args.conv and "lstm.weight" in learner.shapes and not square(dataset):
+            raise DatasetError("convolutions need square images.")
         return dataset
     inputs, outputs = learner.sizes
     if tasks.num_classes > outputs:
@@ -1098,6 +1106,11 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     if dataset.num_inputs <= inputs:
         return dataset
     return dataset.resize(math.isqrt(inputs // dataset.shape[0]))
+
+
+def square(dataset: Dataset) -> bool:
+    """Whether its inputs are square images."""
+    return len(dataset.shape) == 3 and dataset.shape[1] == dataset.shape[2]
 
 
 def plotted_steps(steps: int) -> list[int]:
@@ -1115,7 +1128,7 @@ def draw_introspection(path: Path, learners: dict[str, Learner], thetas: dict[st
     """Figures 3.9 and B.8: the probability of each class (rows) as examples come in (columns); the true class is framed, the
     predicted one dotted. Left two unseen examples of each class, one after the other; right a hundred random ones."""
     data = tasks.dataset
-    ids = torch.zeros(1, dtype=torch.int64, device=data.device)
+    ids = test_ids(tasks, 1)
     x, y = tasks.sample(ids, ids, min(100, len(data) or 100))
     order = torch.cat([(y[0] == label).nonzero()[:2, 0] for label in y[0].unique()])
     figure, axes = pyplot().subplots(
@@ -1438,8 +1451,8 @@ def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
     found = []
     for name, size in product(trained_on(args), args.sizes or (None,)):
         dataset = load(name, "train", args.data_dir, run.device, size)
-        if args.conv and len(dataset.shape) != 3:
-            raise DatasetError(f"Convolutions need images, and '{name}' has none.")
+        if args.conv and not square(dataset):
+            raise DatasetError(f"Convolutions need square images, and '{name}' has none.")
         found += [Tasks(dataset, classes=classes, **settings) for classes in args.classes or (None,)]
     return found
 

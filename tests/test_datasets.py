@@ -2,19 +2,23 @@
 
 import gzip
 import pickle
+import re
 import shutil
 import socket
 import struct
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import rows, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, key, load, normal, shuffle, uniform
+from common.datasets import BUNDLED, FIRST_ID, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -32,6 +36,7 @@ def test_numbers_have_the_moments_of_their_distributions():
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 2e-3 and abs(u.var() - 1 / 12) < 1e-3
     assert abs(z.mean()) < 4e-3 and abs(z.std() - 1) < 4e-3 and abs((z**4).mean() - 3) < 0.05
+    assert torch.equal(normal(keys, 25_001, 3.0), z / 3.0)
     assert (torch.corrcoef(z) - torch.eye(40)).abs().max() < 5 / 25_001**0.5  # neighbouring keys are independent
     flat = z.flatten()
     assert abs((flat[1:] * flat[:-1]).mean()) < 4e-3  # neighbouring counters too
@@ -41,6 +46,41 @@ def test_every_bit_is_fair():
     words = bits(key(1), torch.arange(100_000))
     for bit in range(32):
         assert abs((words >> bit & 1).float().mean() - 0.5) < 0.01, bit
+
+
+def test_draws_are_the_recorded_ones():
+    """Tasks have no other description than their ids, so the same id has to stay the same task."""
+    keys = fold(key(7), torch.arange(3))
+    assert keys.tolist() == [[1201613549, 782173545], [-547614935, 1819196383], [1139001749, -576509129]]
+    assert bits(keys, torch.arange(3)).tolist() == [-104580718, 209965110, 810070250]
+    assert integers(keys, torch.tensor([4, 5, 6]), 1000).tolist() == [77, 348, 9]
+    assert uniform(keys[1], 2).tolist() == [0.21581301093101501, 0.04888632893562317]
+    torch.testing.assert_close(normal(keys[0], 3), torch.tensor([0.21684031, -2.09515882, 0.04777161]))
+    assert shuffle(torch.arange(10), 10, key(3)).tolist() == [1, 5, 6, 0, 3, 2, 4, 9, 7, 8]
+    assert shuffle(torch.tensor([0, 5, 9]), torch.tensor([10, 50, 1000]), keys).tolist() == [4, 24, 904]
+
+
+@pytest.mark.parametrize("number", [0, 3, -1, -3, 2**31, 2**32 + 5, 2**40, -(2**40), 2**62 + 3, -(2**63)])
+def test_folding_a_python_number_is_folding_a_tensor(number):
+    keys = fold(key(7), torch.arange(4))
+    assert torch.equal(fold(keys, number), fold(keys, torch.tensor(number)))
+
+
+@pytest.mark.parametrize("name", ["digits", "random", "sum_sign"])
+def test_samples_need_no_copy_between_host_and_device(name):
+    """None of the operations that make a tensor of a Python number or a Python number of a tensor."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            assert operation.overloadpacket.__name__ not in ("lift_fresh", "_local_scalar_dense", "scalar_tensor")
+            return operation(*args, **(kwargs or {}))
+
+    options = dict(projection="gaussian", projected=0.5, permuted_inputs=0.5, permuted_labels=0.5, blanked=0.5)
+    few_shot = dict(classes=3, shots=2) if name == "digits" else {}
+    for tasks in (Tasks(load(name), **options), Tasks(load(name), **few_shot)):
+        tasks.sample(IDS, IDS, 3)  # keys of salts are made once
+        with Refuse():
+            tasks.sample(IDS, IDS, 3)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 10, 97])
@@ -58,19 +98,39 @@ def test_shuffle_reaches_all_permutations_equally_often():
     assert ((count - 1000.0) ** 2 / 1000).sum() < 49.7  # chi-squared with 23 degrees of freedom, p = 0.001
 
 
-@pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
-def test_compiled_draws_are_the_same_numbers(digits, monkeypatch):
-    for name in ("normal", "_schedule", "_swap"):
+@pytest.fixture
+def compilable(monkeypatch):
+    for name in ("normal", "_swap_rounds"):
         monkeypatch.setattr(datasets, name, getattr(datasets, name))  # put back afterwards
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
+def test_compiled_draws_are_the_same_numbers(digits, compilable):
     tasks = Tasks(digits, projection="gaussian", projected=1.0, permuted_labels=0.5)
     plain = tasks.sample(IDS, IDS, 30)
     datasets.compile_draws()
-    datasets.compile_draws()  # twice does no harm
-    assert datasets.normal is not normal
-    for _ in range(2):
-        x, y = tasks.sample(IDS, IDS, 30)
-        torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
-        assert torch.equal(y, plain[1])
+    compiled = datasets.normal
+    datasets.compile_draws()  # a second time does nothing
+    assert datasets.normal is compiled
+    x, y = tasks.sample(IDS, IDS, 30)
+    torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(y, plain[1])
+
+
+def test_draws_are_compiled_once_for_all_shapes(digits, compilable, monkeypatch):
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    datasets.compile_draws()
+    for data in (digits, load("wine"), load("random"), digits.resize(14)):
+        for batch, length in ((32, 40), (64, 40), (7, 12)):
+            tasks = Tasks(data, "gaussian", 1.0, projection_size=20, permuted_inputs=0.5, permuted_labels=0.5)
+            tasks.sample(torch.arange(batch), torch.arange(batch), length)
+    assert len(compiled) == 2  # normal and _swap_rounds
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------
@@ -138,8 +198,8 @@ def test_class_subsets(digits):
 
 def test_few_shot_episodes_give_no_class_away(digits):
     """Two shots of each class and a query of one of them; within an episode a label is a class, over episodes any class."""
-    told = torch.repeat_interleave(torch.arange(10), digits.counts).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
-    tasks = Tasks(replace(digits, x=told, mean=0.0, std=1 / 255), classes=5, shots=2)
+    numbered = torch.repeat_interleave(torch.arange(10), digits.counts).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    tasks = Tasks(replace(digits, x=numbered, mean=0.0, std=1 / 255), classes=5, shots=2)
     ids = torch.arange(400)
     x, y = tasks.sample(ids, ids, tasks.episode)
     classes = x[..., 0].round().long()
@@ -163,23 +223,178 @@ def test_random_and_sum_sign_are_what_appendix_b_says():
     assert 0.4 < y.float().mean() < 0.6
 
 
-def test_bundled_splits_are_fixed_and_disjoint():
+def test_bundled_splits_are_fixed_disjoint_and_stratified():
     for name, examples in (("digits", 1797), ("wine", 178), ("breast_cancer", 569)):
-        train, test = load(name, "train"), load(name, "test")
-        assert len(train) + len(test) == examples
-        assert torch.equal(train.x, load(name, "train").x)
-        assert train.num_classes == test.num_classes
-    train, test = (load("wine", split).x for split in ("train", "test"))
-    assert not (train[:, None] == test).all(-1).any()
+        train, validation, test = (load(name, split) for split in FIRST_ID)
+        assert len(train) + len(validation) + len(test) == examples
+        assert torch.equal(validation.x, load(name, "validation").x)
+        assert train.num_classes == validation.num_classes == test.num_classes
+        share = validation.counts / (train.counts + validation.counts)
+        assert (share - 0.1).abs().max() < 0.03  # of each class
+    train, validation, test = (load("wine", split).x for split in FIRST_ID)
+    for one, other in ((train, validation), (train, test), (validation, test)):
+        assert not (one[:, None] == other).all(-1).any()
+
+
+def test_the_tenth_is_random_and_the_same_everywhere():
+    y = torch.arange(4000) % 4
+    mask = datasets._tenth(y)
+    assert y[mask].bincount().tolist() == [100] * 4
+    assert mask.nonzero()[:5, 0].tolist() == [0, 5, 39, 47, 54]
+    quarters = mask.view(4, 1000).sum(1)
+    assert (quarters - 100).abs().max() < 40 and len(quarters.unique()) > 1
+    assert datasets._tenth(torch.tensor([0, 1, 1, 2, 2, 2])).tolist().count(True) == 2  # none of a single one
+
+
+def test_ids_of_splits_differ():
+    assert FIRST_ID["train"] < FIRST_ID["test"] < FIRST_ID["validation"]
 
 
 def test_resizing(digits):
     larger = digits.resize(20)
     assert larger.x.dtype == torch.uint8 and larger.num_inputs == 400
     assert abs(larger.x.float().mean() - digits.x.float().mean()) < 3
+    assert torch.equal(larger.resize(8).x, digits.x)  # made of the original images
     assert load("random", size=12).resize(6).num_inputs == 36
+    assert torch.equal(digits.reload(split="test").x, load("digits", "test").x)
     with pytest.raises(DatasetError, match="no images"):
         load("wine").resize(8)
+
+
+def test_channels(digits):
+    coloured = load("digits", channels=3)
+    assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
+    assert torch.equal(datasets._with_channels(coloured.x, 1), digits.x)
+
+
+# ---- a user's own file -------------------------------------------------------------------------------------------------
+def own_arrays(x_train, x_test, labels=(3, 7, 20)):
+    names = ("x_train", "y_train", "x_test", "y_test")
+    ys = (np.array(labels)[np.arange(len(x)) % len(labels)] for x in (x_train, x_test))
+    return dict(zip(names, (x_train, next(ys), x_test, next(ys)), strict=True))
+
+
+def pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape, loaded", [((5, 4), (1, 5, 4)), ((5, 4, 3), (3, 5, 4)), ((1, 5, 4), (1, 5, 4))])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.int32])
+def test_own_images(shape, loaded, dtype, tmp_path):
+    x_train, x_test = pixels(30, *shape), pixels(6, *shape)
+    np.savez(tmp_path / "my.npz", **own_arrays(x_train.astype(dtype), x_test.astype(dtype)))
+    train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
+    assert train.name == "my" and train.shape == test.shape == loaded and train.num_classes == 3
+    assert (train.x.dtype == torch.uint8) == (dtype == np.uint8)
+
+    x = torch.tensor(x_test[::3].astype(np.float32))  # the first class
+    x = x[:, None] if len(shape) == 2 else x.movedim(-1, 1) if shape[-1] == 3 else x
+    pixel = torch.tensor(without_validation(x_train, np.arange(30) % 3)[0].astype(np.float32))
+    expected = (x - pixel.mean()) / pixel.std()
+    torch.testing.assert_close(test.inputs(torch.arange(2)), expected.flatten(1), atol=1e-4, rtol=1e-4)
+    assert test.resize(3).x.shape == (6, loaded[0], 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, bool])
+def test_own_vectors_and_labels(dtype, tmp_path):
+    x_train, x_test = pixels(30, 4) % 2, pixels(5, 4) % 2
+    x_train[:, 1] = 1  # constant
+    np.savez(tmp_path / "my.npz", **own_arrays(x_train.astype(dtype), x_test.astype(dtype), labels=(9, -2)))
+    train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
+    validation = load(str(tmp_path / "my.npz"), "validation")
+    assert train.counts.tolist() == [13, 13] and validation.counts.tolist() == [2, 2]
+    assert test.counts.tolist() == [2, 3]  # -2 has become 0
+    varying = [0, 2, 3]
+    torch.testing.assert_close(train.x.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(train.x.std(0)[varying], torch.ones(3))
+    x = torch.tensor(without_validation(x_train, (np.arange(30) + 1) % 2)[0].astype(np.float32))
+    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0)
+    torch.testing.assert_close(test.x[:2, varying], expected[:, varying])
+
+
+GOOD = own_arrays(pixels(9, 5, 4), pixels(6, 5, 4))
+WRONG = {
+    "it has no array x_test y_test": {"x_test": None, "y_test": None},
+    "x_train holds complex128 instead of numbers": {"x_train": np.ones((9, 5), complex)},
+    "y_test holds float64 instead of integers": {"y_test": np.arange(6) / 2},
+    "y_train holds <U1 instead of integers": {"y_train": np.array(["a"] * 9)},
+    "the shape of x_train, (9,), has to have 2 to 4 axes": {"x_train": np.ones(9)},
+    "y_train has the shape (8,) instead of (9,)": {"y_train": np.arange(8)},
+    "y_train has the shape (9, 1) instead of (9,)": {"y_train": np.ones((9, 1), int)},
+    "x_test is empty": {"x_test": np.ones((0, 5, 4)), "y_test": np.ones(0, int)},
+    "x_train has examples (5, 4), x_test (5, 3)": {"x_test": pixels(6, 5, 3)},
+    "only one of x_train and x_test is uint8": {"x_test": np.ones((6, 5, 4))},
+    "y_train has only one label": {"y_train": np.ones(9, int)},
+    "y_test has labels that are not in y_train, among them [4]": {"y_test": np.full(6, 4)},
+    "images (5, 4, 2) have no axis of 1 or 3 channels": own_arrays(pixels(9, 5, 4, 2), pixels(6, 5, 4, 2)),
+    "the channels of images (3, 4, 1) may be first or last": own_arrays(pixels(9, 3, 4, 1), pixels(6, 3, 4, 1)),
+    "x_train or x_test has values that are not finite": own_arrays(np.full((9, 2), np.nan), np.ones((6, 2))),
+    "damaged or holds Python objects": {"x_train": np.array([{}] * 9)},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_own_arrays_that_cannot_be_used(sentence, tmp_path):
+    arrays = {name: array for name, array in (GOOD | WRONG[sentence]).items() if array is not None}
+    np.savez(tmp_path / "my.npz", **arrays)
+    with pytest.raises(DatasetError, match=re.escape(sentence)):
+        load(str(tmp_path / "my.npz"))
+
+
+def test_own_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "my.npz"
+    with pytest.raises(DatasetError, match="cannot be read: No such file or directory"):
+        load(str(path))
+    np.savez(path, **GOOD)
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2], pickle.dumps(GOOD), whole.replace(b"descr", b"dascr")):
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match="is damaged or holds Python objects"):
+            load(str(path))
+    path.write_bytes(whole)
+    x, refused = load(str(path)).x, 0
+    for at in range(0, len(whole), 41):  # a flipped bit is noticed, or changes no number
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            assert torch.equal(load(str(path)).x, x)
+        except DatasetError:
+            refused += 1
+    assert refused > 10
+    np.savez(path, **own_arrays(pixels(3, 4), pixels(3, 4)))
+    with pytest.raises(DatasetError, match="'my' has too few examples for a validation split"):
+        load(str(path), "validation")
+    with pytest.raises(DatasetError, match="'mnist' is another dataset; rename the file"):
+        load(str(tmp_path / "mnist.npz"))
+    with pytest.raises(DatasetError, match="Two datasets are called 'my'"):
+        distinct(["my.npz", "wine", "wine", "other/my.npz"])
+
+
+TINY = {
+    "vsml.py": "--meta-steps 2 --sequences 2 --sequence-length 4 --test-seeds 2 --test-steps 3 --baselines rnn sgd",
+    "gpicl.py": "--meta-steps 2 --batch 4 --sequence-length 6 --width 8 --heads 2 --key-size 4 --test-seeds 4 --test-tasks 2",
+}
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_own_data_from_the_command_line(script, tmp_path):
+    np.savez(tmp_path / "images.npz", **own_arrays(pixels(60, 5, 4, 3), pixels(12, 5, 4, 3)))
+    np.savez(tmp_path / "vectors.npz", **own_arrays(pixels(60, 6) / 9, pixels(12, 6) / 9))
+    flags = f"--preset laptop --no-compile {TINY[script]} --run-name own"
+    done = run_script(script, tmp_path, f"{flags} --dataset images.npz --test-datasets images.npz vectors.npz wine sum_sign")
+    assert done.returncode == 0, done.stderr
+    novelty = {(row["task"], row["novelty"]) for row in rows(tmp_path / "own")}
+    known = {("images", "task")} if script == "vsml.py" else {("images", "none"), ("images", "task")}
+    assert novelty == known | {("vectors", "domain"), ("wine", "domain"), ("sum_sign", "domain")}
+
+    flags = f"--mode test --checkpoint {tmp_path / 'own' / 'checkpoint.pt'} --split"
+    for split in ("validation", "test"):
+        done = run_script(script, tmp_path, f"{flags} {split} --run-name {split}")
+        assert done.returncode == 0, done.stderr
+    found = {name: rows(tmp_path / name) for name in ("own", "validation", "test")}
+    assert found["test"] == found["own"] and len(found["validation"]) == len(found["own"])
+    for task in ("images", "vectors", "wine", "sum_sign"):
+        validation, test = ([row for row in found[name] if row["task"] == task] for name in ("validation", "test"))
+        assert validation != test
 
 
 @pytest.mark.parametrize(
@@ -192,7 +407,7 @@ def test_resizing(digits):
         (lambda d: Tasks(d, projected=0.5, projection_size=9), "has to be applied to all tasks"),
     ],
 )
-def test_wrong_use_is_told_in_a_sentence(digits, wrong, sentence):
+def test_wrong_use_is_an_error_of_one_sentence(digits, wrong, sentence):
     with pytest.raises(DatasetError, match=sentence):
         wrong(digits)
 
@@ -207,6 +422,11 @@ def write_idx(path, array):
 def images_and_labels(seed, *shape, classes=10):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (30, *shape), dtype=np.uint8), (np.arange(30) % classes).astype(np.uint8)
+
+
+def without_validation(images, labels):
+    kept = ~datasets._tenth(torch.tensor(labels).long()).numpy()
+    return images[kept], labels[kept]
 
 
 def write_mnist_like(root, folder, prefix="", suffix=""):
@@ -228,14 +448,16 @@ def data_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "emnist"])
 def test_idx_files(name, data_dir):
-    for seed, split in enumerate(("train", "test")):
+    for seed, (split, count) in enumerate({"train": 2, "test": 3}.items()):
         dataset = load(name, split, data_dir)
         images, labels = images_and_labels(seed, 28, 28)
         if name == "emnist":
             images = images.transpose(0, 2, 1)
+        if split == "train":
+            images, labels = without_validation(images, labels)
         order = np.argsort(labels, kind="stable")
         assert np.array_equal(dataset.x[:, 0].numpy(), images[order])
-        assert dataset.x.dtype == torch.uint8 and dataset.counts.tolist() == [3] * 10
+        assert dataset.x.dtype == torch.uint8 and dataset.counts.tolist() == [count] * 10
     assert load(name, "train", data_dir, size=14).num_inputs == 196
 
 
@@ -243,38 +465,43 @@ def test_cifar10_and_svhn(tmp_path, monkeypatch):
     import scipy.io
     import torchvision.datasets as tv
 
-    images, labels = images_and_labels(0, 32, 32, 3)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    batch = {"data": images.transpose(0, 3, 1, 2).reshape(30, -1), "labels": labels.tolist()}
-    (folder / "test_batch").write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     monkeypatch.setattr(tv.CIFAR10, "_check_integrity", lambda self: True)  # checks sums of the real files
     monkeypatch.setattr(tv.CIFAR10, "_load_meta", lambda self: None)
-    dataset = load("cifar10", "test", tmp_path)
-    order = np.argsort(labels, kind="stable")
-    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])
-
-    scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)})
     monkeypatch.setattr(tv.SVHN, "_check_integrity", lambda self: True)
-    dataset = load("svhn", "test", tmp_path)
-    assert np.array_equal(dataset.x.numpy(), images.transpose(0, 3, 1, 2)[order])  # SVHN writes 0 as 10
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data = {split: images_and_labels(seed, 32, 32, 3) for seed, split in enumerate(("train", "test"))}
+    for split, (images, labels) in data.items():
+        flat = images.transpose(0, 3, 1, 2).reshape(30, -1)
+        names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        for name, part in zip(names, np.split(np.arange(30), len(names)), strict=True):
+            (folder / name).write_bytes(pickle.dumps({"data": flat[part], "labels": labels[part].tolist()}))
+        x = images.transpose(1, 2, 3, 0)
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": x, "y": np.where(labels == 0, 10, labels)})  # SVHN's 0 is 10
+
+    data["train"] = without_validation(*data["train"])
+    for split, (images, labels) in data.items():
+        order = np.argsort(labels, kind="stable")
+        for name in ("cifar10", "svhn"):
+            assert np.array_equal(load(name, split, tmp_path).x.numpy(), images.transpose(0, 3, 1, 2)[order])
 
 
 def test_omniglot(tmp_path, monkeypatch):
     import torchvision.datasets as tv
     from PIL import Image
 
-    for alphabet, characters in (("Greek", 2), ("Latin", 1)):
-        for c in range(characters):
-            folder = tmp_path / "omniglot-py" / "images_background" / alphabet / f"character{c:02}"
-            folder.mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
+    for part, alphabets in (("background", {"Greek": 2, "Latin": 1}), ("evaluation", {"Tagalog": 2})):
+        for alphabet, characters in alphabets.items():
+            for c in range(characters):
+                folder = tmp_path / "omniglot-py" / f"images_{part}" / alphabet / f"character{c:02}"
+                folder.mkdir(parents=True)
+                for i in range(3):
+                    Image.fromarray(np.eye(105, dtype=bool) ^ (i == 2)).convert("1").save(folder / f"{c:04}_{i:02}.png")
     monkeypatch.setattr(tv.Omniglot, "_check_integrity", lambda self: True)
-    dataset = load("omniglot", "train", tmp_path)
-    assert dataset.counts.tolist() == [3, 3, 3] and dataset.shape == (1, 105, 105)
-    assert dataset.x.unique().tolist() == [0, 255]
+    for split, classes in (("train", 2), ("validation", 1), ("test", 2)):  # characters, and not drawings, are held out
+        dataset = load("omniglot", split, tmp_path)
+        assert dataset.counts.tolist() == [3] * classes and dataset.shape == (1, 105, 105)
+        assert dataset.x.unique().tolist() == [0, 255]
 
 
 def test_missing_files_without_a_network(tmp_path, monkeypatch):

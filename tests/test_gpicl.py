@@ -576,7 +576,7 @@ def test_features_of_an_untrained_network(complain, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 450 images
     folder = tmp_path / "data" / "features"
     folder.mkdir(parents=True)
-    torch.save(torch.randn(1347, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
+    torch.save(torch.randn(1211, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
     flags = "--features untrained --baselines --test-datasets digits --data-dir data --run-name"
     done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
     assert done.returncode == 0, done.stderr
@@ -609,7 +609,7 @@ MISTAKES = {
     "--test-steps 13": "has positions for --sequence-length 12 examples, not for 13",
     "--features resnet18": "The weights of resnet18 are not at hand and could not be downloaded",
     "--features clip": "needs open_clip",
-    "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored images to compute features of",
+    "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored uint8 images to compute features of",
     "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "has no 'models lstm'",
     "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "has no 'settings maml'",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has no 'models transformer' of the kind and size",

@@ -614,7 +614,7 @@ def test_convolutions_robustness_and_batches(finished, tmp_path):
     flags = f"--conv 2 --norm-messages --init {first} --baselines --robustness --backprop-lr 1e-9"
     done = command(tmp_path, flags + " --test-steps 2 --test-datasets digits wine --run-name conv")
     assert done.returncode == 0, done.stderr
-    assert "vsml is left out on wine: convolutions need images" in done.stdout
+    assert "vsml is left out on wine: convolutions need square images" in done.stdout
     dense, conv = (torch.load(path, weights_only=True)["state"] for path in (first, tmp_path / "conv" / "checkpoint.pt"))
     torch.testing.assert_close(conv["['thetas']['vsml']"], dense["['thetas']['vsml']"])
     names = {"", " 5 classes", " at 21 x 21", " at 48 x 48", " projected", " permuted"}
@@ -749,7 +749,7 @@ MISTAKES = {
     "--baselines backprop": "backprop learns from batches; use --test-batch 64",
     "--leave-out wine": "--leave-out wine leaves out one of several --dataset; these are digits",
     "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
-    "--conv 8 --dataset wine": "Convolutions need images, and 'wine' has none",
+    "--conv 8 --dataset wine": "Convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--mode compare --runs {tmp}": "results.json",
     "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
