@@ -144,6 +144,8 @@ def within(left: Number, right: Number | float, margin: float) -> list[Claim]:
 def judge(differences: list[float], enough: int = ENOUGH_SEEDS) -> tuple[float, float, str]:
     """Mean difference over seeds, its standard error (of one seed: infinite), the verdict on the claim that it is positive."""
     count = len(differences)
+    if not all(map(math.isfinite, differences)):
+        return math.nan, math.nan, "not reproduced"
     difference = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.inf if enough > 1 else 0.0
     if not difference > 0:

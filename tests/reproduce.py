@@ -188,14 +188,16 @@ SHORT = "gpicl.py --baselines --bias-end 0.9 --test-datasets digits"
 UNIFORM = "gpicl.py --dataset mnist --bias 0 --baselines --test-datasets mnist"
 PLATEAU = "gpicl.py --dataset fashion_mnist --num-tasks 65536 --baselines --test-datasets fashion_mnist"
 FREE = "gpicl.py --baselines --bias-end None --test-datasets digits"
-STATES = {**sweep("gpicl.py --baselines", learner=["transformer"], key_size=[4, 8, 16]),
-          **sweep("gpicl.py --baselines", learner=["lstm"], width=[16, 64, 256]),
-          **sweep("gpicl.py --baselines", learner=["outer_lstm"], key_size=[8, 16, 32]),
-          **sweep("gpicl.py --baselines", learner=["vsml_nosym"], grid=[2, 4])}
-FULL_STATES = {**sweep("gpicl.py --dataset mnist --baselines --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
-               **sweep("gpicl.py --dataset mnist --baselines --layers 1", learner=["lstm"], width=[64, 256, 1024]),
-               **sweep("gpicl.py --dataset mnist --baselines", learner=["outer_lstm"], key_size=[8, 16, 32]),
-               **sweep("gpicl.py --dataset mnist --baselines", learner=["vsml_nosym"], grid=[4, 8, 16])}
+PLAIN = "gpicl.py --baselines --test-datasets"
+STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16]),
+          **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
+          **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
+          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
+FULL_PLAIN = "gpicl.py --baselines --test-datasets"
+STATES = {**sweep(f"{PLAIN} mnist --dataset mnist --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
+               **sweep(f"{PLAIN} mnist --dataset mnist --layers 1", learner=["lstm"], width=[64, 256, 1024]),
+               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
+               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["vsml_nosym"], grid=[4, 8, 16])}
 BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)}
 BIG = "batch 128, num_tasks 16384"
 TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
@@ -269,13 +271,13 @@ GPICL = {
         sweep("gpicl.py --dataset mnist --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
         needs="ImageNet weights"),
     "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
-        sweep("gpicl.py --baselines --test-datasets digits", sequence_length=[20, 40, 80]),
+        sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
         per({"laptop": [("digits", 20, 40), ("digits", 40, 80)], "thesis": [("mnist", 50, 100), ("mnist", 100, 200)]},
             lambda one: [reached(one[0], "task", f"sequence_length {one[1]}")
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
-        sweep("gpicl.py --dataset mnist --baselines --test-datasets mnist", sequence_length=[50, 100, 200])),
+        sweep(f"{PLAIN} mnist --dataset mnist", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "in the plateau all gradients are small but the last layer's",
-        "gpicl.py --statistics --baselines --test-datasets digits",
+        f"{PLAIN} digits --statistics",
         [gradient_norm("last layer", lambda norms: norms["head.weight"]) >
          gradient_norm("largest other", lambda norms: max(norm for name, norm in norms.items() if "head" not in name))],
         f"{PLATEAU} --bias 0 --statistics"),
