@@ -193,8 +193,7 @@ STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16
           **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
           **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
           **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
-FULL_PLAIN = "gpicl.py --baselines --test-datasets"
-STATES = {**sweep(f"{PLAIN} mnist --dataset mnist --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
+FULL_STATES = {**sweep(f"{PLAIN} mnist --dataset mnist --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
                **sweep(f"{PLAIN} mnist --dataset mnist --layers 1", learner=["lstm"], width=[64, 256, 1024]),
                **sweep(f"{PLAIN} mnist --dataset mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
                **sweep(f"{PLAIN} mnist --dataset mnist", learner=["vsml_nosym"], grid=[4, 8, 16])}
