@@ -15,7 +15,6 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -364,8 +363,6 @@ def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path) 
     line = command_line(command, folder, seed, preset, data_dir)
     if (folder / "checkpoint.pt").exists():
         line = [*line[:2], "--resume", str(folder)]
-    elif folder.exists():
-        shutil.rmtree(folder)  # cut off before its first checkpoint
     execute(line, folder, f"{name}, seed {seed}")
     return folder
 

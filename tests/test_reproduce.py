@@ -238,7 +238,7 @@ with open("calls.txt", "a") as file:
     print(*sys.argv[1:], file=file)
 stop = pathlib.Path("stop.txt")
 if "--resume" not in flags:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "args.json").write_text("{}")
     if stop.exists() and stop.read_text() == "early":
         sys.exit(1)
