@@ -39,7 +39,7 @@ FOUR_BODIES = "metagenrl.py --envs HalfCheetah-v4 LunarLanderContinuous-v3 Walke
 AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress --no-test-seen --baselines"
 INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
 METAGENRL = {
-    "M1": Row("Table 2.1, A.1", "unseen Hopper 2439: above PPO 1894 and REINFORCE, near TD3 2718",
+    "M1": Row("Table 2.1, A.1", "unseen Hopper: 2439, PPO 1894, TD3 2718",
         {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} ppo reinforce-on"},
         per(UNSEEN, lambda env: [
             *higher("metagenrl", ["untrained", "reinforce-off"], [env]),
@@ -49,7 +49,7 @@ METAGENRL = {
          "cheetah, hopper": "metagenrl.py --envs HalfCheetah-v4 Hopper-v4 --test-envs LunarLanderContinuous-v3",
          "hopper, lunar": "metagenrl.py --envs Hopper-v4 LunarLanderContinuous-v3 --test-envs HalfCheetah-v4",
          "40 agents": f"{FOUR_BODIES} --population 40"}),
-    "M2": Row("Table 2.1", "RL² works only where meta-trained; EPG fails after 80 times the steps",
+    "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
         {"": "M1.0", "rl2": "metagenrl.py --learner rl2 --baselines",
          "epg": "metagenrl.py --learner epg --baselines --no-test-seen"},
         lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
@@ -57,7 +57,7 @@ METAGENRL = {
     "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
         per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl, 20 %", env),
             at("metagenrl", env, field="std") < at("metagenrl, 40 %", env, field="std")])),
-    "M4": Row("Fig. 2.5", "works without t and without the next value, not without values",
+    "M4": Row("Fig. 2.5", "works without t or V_{t+1}, not without values",
         {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
          "no values": f"{INPUTS} time"},
         per(UNSEEN | {"thesis": ["HalfCheetah-v4"]}, lambda env: [gain(env, "no time") > gain(env) * 0.8,
@@ -68,7 +68,7 @@ METAGENRL = {
         {"": "M1.0", **sweep("metagenrl.py --baselines --no-test-seen", inner_steps=[3, 5])},
         per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
             at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")])),
-    "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance; late meta-training harms",
+    "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
         {"each": f"{AGAIN} --each --test-seeds 12",
          "late": "metagenrl.py --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [("LunarLanderContinuous-v3",) * 2]}, lambda envs: [
@@ -77,7 +77,7 @@ METAGENRL = {
         {"each": "metagenrl.py --envs LunarLanderContinuous-v3 --test-envs --progress --each --test-seeds 12 "
                  "--baselines untrained",
          "late": "M6.0"}),
-    "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable; four environments do not help",
+    "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
         {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
          "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32"},
         per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="2 agents"),
@@ -102,16 +102,16 @@ VSML = {
         {"shallow": CLONE, "deep": f"{CLONE} --hidden 32"},
         [at("clone", task, run=run) > accuracy - 0.02 for run, task, accuracy in CLONED]),
     "V2": Row("Fig. B.1", "errors of the cloned tanh(x) w are small", "V1.0", [fact("", "error") < 0.1]),
-    "V3": Row("Fig. 3.6", "faster at first than online SGD and Adam; generalises; RNN overfits",
+    "V3": Row("Fig. 3.6", "faster at first than SGD, Adam; RNN overfits",
         "vsml.py --dataset mnist --test-datasets mnist fashion_mnist",
         [*higher("vsml", ["sgd", "adam"], BOTH, 100), *rises("vsml", ["fashion_mnist"]),
          *higher("vsml", ["rnn"], ["fashion_mnist"]),
          at("rnn", "mnist") - at("rnn", "fashion_mnist") > at("vsml", "mnist") - at("vsml", "fashion_mnist")]),
-    "V4": Row("Fig. 3.7", "unseen sizes, classes, permutations, projections: no drop",
+    "V4": Row("Fig. 3.7", "unseen sizes, classes, projections: no drop",
         f"{ROBUST} --sizes 7 8 10 --test-seeds 16",
         [at("vsml", f"mnist {change}") > at("vsml", "mnist") - 0.05 for change in CHANGES],
         f"{ROBUST} --sizes 14 28 32 --projected 1 --test-seeds 32"),
-    "V5": Row("Fig. 3.8, B.3-B.7", "generalises, RNN, Hebbian and memory do not; at first above SGD",
+    "V5": Row("Fig. 3.8, B.3-B.7", "generalises; RNN, Hebbian, memory do not",
         sweep(f"vsml.py --dataset mnist fashion_mnist digits random --test-datasets mnist fashion_mnist digits random sum_sign "
               f"--test-seeds 8 {LEARNERS}", leave_out=LEFT_OUT["laptop"]),
         per(LEFT_OUT, lambda name: [
@@ -119,20 +119,20 @@ VSML = {
             *higher("vsml", ["sgd", "adam"], [name], 100, f"leave_out {name}")]),
         sweep(f"vsml.py --dataset mnist fashion_mnist kmnist emnist random --projected 1 --test-seeds 32 {LEARNERS} "
               "--test-datasets mnist fashion_mnist kmnist emnist random sum_sign", leave_out=LEFT_OUT["thesis"])),
-    "V6": Row("Fig. 3.9, B.8", "names almost every second look correctly, SGD does not", "V3.0",
+    "V6": Row("Fig. 3.9, B.8", "second look almost always correct", "V3.0",
         [fact("", "second_look", "vsml") > 0.8, fact("", "second_look", "vsml") > fact("", "second_look", "adam") + 0.3],
         needs="only drawn"),
-    "V7": Row("Fig. B.9", "Omniglot: far above SGD, below specialised learners",
+    "V7": Row("Fig. B.9", "Omniglot: above SGD, below specialists",
         f"{OMNIGLOT} --sizes 14 --test-sizes 14 --sequences 64",
         per({"laptop": ["omniglot@14"], "thesis": ["omniglot@28"]}, lambda task: [
             at("vsml", task) > at("adam", task) + 0.1,
             at("vsml", task) < at("rnn", task), at("vsml", task) < at("fwmemory", task)]),
         f"{OMNIGLOT} --sizes 28 --test-sizes 28"),
-    "V8": Row("Fig. B.10", "short horizon: SGD overtakes within 12,000 examples",
+    "V8": Row("Fig. B.10", "SGD overtakes within 12,000 examples",
         "vsml.py --mode test --checkpoint {V3.0}/checkpoint.pt --test-steps 12000 --repeat-examples --test-seeds 8 "
         "--baselines sgd adam",
         [*higher("vsml", ["sgd"], BOTH, 100), *higher("sgd", ["vsml"], BOTH)]),
-    "V9": Row("Fig. B.11, B.12", "convolutions on par with dense; CIFAR-10 faster than SGD at first",
+    "V9": Row("Fig. B.11, B.12", "convolutions on par with dense",
         {"dense": "vsml.py --baselines sgd adam --test-datasets digits mnist fashion_mnist --test-seeds 8",
          "conv": f"{CONV} --meta-steps 300 --test-datasets digits mnist fashion_mnist --test-seeds 8",
          "cifar10": f"{CONV} --dataset cifar10 --sizes 8 --meta-steps 200 --sequences 8 --test-datasets cifar10 fashion_mnist "
@@ -142,7 +142,7 @@ VSML = {
         {"dense": "V3.0", "conv": "vsml.py --dataset mnist --conv 8 --baselines sgd adam --test-datasets mnist fashion_mnist",
          "cifar10": "vsml.py --dataset cifar10 --conv 8 --baselines sgd adam --test-datasets cifar10 fashion_mnist "
                     "--test-steps 10000"}),
-    "V10": Row("Theorem B.1.1", "VSML equals one sparse RNN with shared weights",
+    "V10": Row("Theorem B.1.1", "equals one sparse shared-weight RNN",
         "pytest tests/test_vsml.py::test_theorem_b_1_1", [at("pytest", "test") > 0.5], enough_seeds=1),
 }
 
@@ -156,19 +156,19 @@ FROM = {words: mean(f"symla from {words} on many", [at("symla", test, run=train)
         for words, trained in (("2 arms", ARMS[:1]), ("many", ARMS[1:]))}
 CONTROL = {"laptop": ["upright_cartpole", "acrobot", "mountain_car"], "thesis": ["cartpole", "acrobot", "mountain_car"]}
 SYMLA = {
-    "S1": Row("Fig. 4.3", "regret 1.70 on average, in-context RNN 1.86, largest lag .63",
+    "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
         [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]]),
-    "S2": Row("Fig. 4.4", "unseen numbers of arms: regret 12 to 20, not from 2 arms",
+    "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
         [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]]),
-    "S3": Row("Fig. 4.5", "shuffled observations and actions: SymLA keeps its return, RNN fails",
+    "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
         {env: f"symla.py --envs {env}{' --obs-gain 1' * (env == 'upright_cartpole')}" for env in CONTROL["laptop"]},
         per(CONTROL, lambda env: [*higher("symla", ["uniform"], [env], None, env),
             above_random("symla", f"shuffled_{env}", env) > above_random("symla", env, env) * 0.8,
             above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5]),
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
-    "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN collects the trap",
+    "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
          "grid": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400"},
         per({"laptop": ["grid_world:2"], "thesis": ["grid_world"]}, lambda env: [
@@ -176,7 +176,7 @@ SYMLA = {
             *rises("symla", [f"swapped_{env}"], "grid", metric="reward_per_step"),
             *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
-    "S5": Row("Fig. 4.7", "grid world to CartPole: SymLA transfers, RNN does not",
+    "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
         "symla.py --envs projected_dense_grid_world:4 --meta-steps 300 --obs-gain 1",
         per({"laptop": ["projected_dense_grid_world:4"], "thesis": ["projected_dense_grid_world"]}, lambda env: [
             *higher("symla", ["uniform"], [env]), *higher("symla", ["uniform", "rnn"], ["projected_upright_cartpole"])]),
@@ -201,7 +201,7 @@ BIG = "batch 128, num_tasks 16384"
 TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
 SET = {"laptop": "digits", "thesis": "mnist"}
 GPICL = {
-    "G1": Row("Fig. 5.2", "Transformers learn unseen tasks from 2^13 tasks on; the MLP never",
+    "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
         sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
         per({"laptop": [("digits", 64, 16384, 64)], "thesis": [("mnist", 2**8, 2**24, 256)]}, lambda one: [
             reached(one[0], "task", f"learner transformer, num_tasks {one[2]}, width {one[3]}") > 0.2,
@@ -209,13 +209,13 @@ GPICL = {
             reached(one[0], "none", f"learner mlp, num_tasks {one[1]}, width {one[3]}", learner="mlp") > 0.2,
             reached(one[0], "task", f"learner mlp, num_tasks {one[2]}, width {one[3]}", learner="mlp") < 0.2]),
         sweep(UNIFORM, learner=["transformer", "mlp"], num_tasks=[2**8, 2**13, 2**16, 2**24], width=[32, 256])),
-    "G2": Row("Fig. 5.3", "rises in context, also on the other dataset; from MNIST without a gap",
+    "G2": Row("Fig. 5.3", "rises in context on unseen datasets",
         sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist", dataset=BOTH),
         [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
          reached("fashion_mnist", "domain", "dataset mnist")
          > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03],
         sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH)),
-    "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, MAML 53.7, LSTM 25.4, VSML 79.0; Fashion-MNIST 62.2",
+    "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
         {"": "gpicl.py --baselines sgd adam maml --test-datasets digits fashion_mnist random",
          "lstm": "gpicl.py --learner lstm --baselines --test-datasets digits fashion_mnist random",
          "vsml": "gpicl.py --learner vsml --baselines --batch 8 --meta-steps 2000 --test-datasets digits fashion_mnist random"},
@@ -230,7 +230,7 @@ GPICL = {
          "lstm": "gpicl.py --dataset mnist --learner lstm --layers 1 --meta-steps 100000 --baselines "
                  f"--test-datasets {' '.join(TABLE)}",
          "vsml": f"gpicl.py --dataset mnist --learner vsml --batch 8 --baselines --test-datasets {' '.join(TABLE)}"}),
-    "G4": Row("Fig. 5.4, D.1-D.4", "with more tasks it memorises, then identifies, then learns",
+    "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
         sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=[1, 4, 16, 64, 256, 1024, 4096, 16384]),
         per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
             reached(one[0], "none", f"num_tasks {one[1]}", 0) > 0.5, learns(one[0], "none", f"num_tasks {one[1]}") < 0.1,
@@ -238,22 +238,22 @@ GPICL = {
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
             learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
         sweep(f"{UNIFORM} fashion_mnist", num_tasks=[2**power for power in range(0, 25, 4)])),
-    "G5": Row("Fig. 5.5, D.6", "state size predicts accuracy, parameter count less", STATES,
+    "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
         FULL_STATES),
-    "G6": Row("Fig. 5.6, 5.7, D.11", "plateau falls with batch size by a power law, grows with tasks",
+    "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
         sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
         [exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
          plateau(BIG) > plateau(BATCHES[128]),
          unseen_loss("end", slice(-5, None), BIG) > unseen_loss("start", slice(0, 2), BIG)],
         sweep("gpicl.py --dataset fashion_mnist --bias 0 --baselines --test-datasets fashion_mnist",
               batch=[16, 32, 64, 128], num_tasks=[1024, 16384])),
-    "G7": Row("Fig. 5.8", "a fixed permutation in part of each batch removes the plateau",
+    "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
         sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
         [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
         sweep(PLATEAU, bias=["0", "0.5", "0.9"])),
-    "G8": Row("Fig. D.12", "smaller epsilon halves the plateau, the sign shortens it further",
+    "G8": Row("Fig. D.12", "smaller epsilon halves the plateau",
         {**sweep(f"{FREE} --meta-steps 5000 --meta-optimizer adam", eps=["1e-4", "1e-6", "1e-8"]),
          "sign": f"{FREE} --meta-steps 5000 --meta-optimizer sign --lr 3e-4"},
         [plateau("eps 1e-8") < plateau("eps 1e-4") * 0.5, plateau("sign") < plateau("eps 1e-8")],
@@ -274,12 +274,12 @@ GPICL = {
             lambda one: [reached(one[0], "task", f"sequence_length {one[1]}")
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --dataset mnist", sequence_length=[50, 100, 200])),
-    "G11": Row("Fig. D.8-D.10", "in the plateau all gradients are small but the last layer's",
+    "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
         f"{PLAIN} digits --statistics",
         [gradient_norm("last layer", lambda norms: norms["head.weight"]) >
          gradient_norm("largest other", lambda norms: max(norm for name, norm in norms.items() if "head" not in name))],
         f"{PLATEAU} --bias 0 --statistics"),
-    "G12": Row("Fig. D.13, D.14", "weight decay brings no grokking; depth hurts VSML",
+    "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
         {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
          "shallow": "vsml.py --baselines --test-datasets digits",
          "deep": "vsml.py --hidden 16 --backward-pass --baselines --test-datasets digits"},
@@ -299,36 +299,36 @@ ON_ANT = [*rises("gla, g = 8", ["ant"], "ant"), *higher("gla, g = 8", ["uniform"
 BODIES = ["ant", "Reacher-v4", "half_cheetah", "dm_cartpole"]
 DOMAINS = {"laptop": ["point_mass", "reacher", "dm_cartpole", "cart_swing_up"], "thesis": BODIES}
 GLA = {
-    "L1": Row("Fig. 6.3", "rises in context, faster with a larger gap; maximal gap: optimal at once",
+    "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
         {"grid": ONE_GOAL}, lambda preset: ON_GRID + ON_ANT * (preset == "thesis"),
         {"grid": ONE_GOAL, "ant": "gla.py --envs ant --test-envs --no-projected --gaps 1 8 0 --baselines uniform"}),
-    "L2": Row("Fig. 6.4", "adapts to both directions if meta-trained on both, else only to one",
+    "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
         "gla.py --envs heading:0 heading:180 --test-envs --no-projected --gaps 8 --batch 12 --baselines one-task uniform",
         per({"laptop": [("heading:0", "heading:180")], "thesis": [("ant:0", "ant:180")]}, lambda envs: [
             *rises("gla", envs), *higher("one-task", ["uniform"], envs[:1]), *higher("gla", ["one-task"], envs[1:]),
             at("one-task", envs[1]) < at("one-task", envs[1], 0) + 0.1]),
         "gla.py --envs ant:0 ant:180 --test-envs --no-projected --gaps 8 --baselines one-task uniform",
         needs="Ant needs a GPU"),
-    "L3": Row("Fig. 6.5", "from Ant rises on Reacher, HalfCheetah and Cartpole",
+    "L3": Row("Fig. 6.5", "Ant to Reacher, HalfCheetah, Cartpole: rises",
         f"gla.py --envs heading:0 --test-envs heading:90 flight:0 {' '.join(DOMAINS['laptop'])} --gaps 8 0 "
         "--baselines ppo uniform",
         per(DOMAINS, lambda env: [*rises("gla", [env]), *higher("gla", ["uniform"], [env])]), "gla.py --baselines ppo uniform"),
-    "L4": Row("Fig. 6.6", "sooner than PPO at equal interaction, lower at the end",
+    "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",
         "gla.py --gaps 8 0 1 --baselines ppo uniform",
         per({"laptop": [("hidden_goal:1", 128), (GOAL, 128)], "thesis": [(env, 1024) for env in BODIES]}, lambda one: [
             at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
 }
 
 FME = {
-    "F1": Row("Fig. 7.3 left", "solved after about 40 self-modifications, on par with hill climbing",
+    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing",
         "fme.py --envs bandit --baselines hill_climbing",
         [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
          *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05)]),
-    "F2": Row("Fig. 7.3 right", "CartPole: faster than hill climbing, balances about 100 steps",
+    "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing",
         "fme.py --envs cartpole --baselines hill_climbing",
         [at("fme", "cartpole") > 80, *higher("fme", ["hill_climbing"], ["cartpole"], 1600),
          until_solved("fme", "cartpole") < until_solved("hill_climbing", "cartpole")]),
-    "F3": Row("Fig. 7.4", "adapts to swapped arms only with the reward as input",
+    "F3": Row("Fig. 7.4", "adapts only with the reward as input",
         "fme.py --envs swapping_bandit --baselines no_reward hill_climbing",
         [at("fme", "swapping_bandit") > at("no_reward", "swapping_bandit") + 0.1, at("fme", "swapping_bandit") > 0.75,
          *within(at("no_reward", "swapping_bandit"), 0.5, 0.05)]),

@@ -20,12 +20,12 @@ SCRIPTS = {"M": "metagenrl", "V": "vsml", "S": "symla", "G": "gpicl", "L": "gla"
 
 # The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, until the entry has saved rows.
 STRIP = {
-    "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (755, 0, 1125, 345)),
-    "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 880, 310)),
-    "SymLA": ("S1", "independent_bandit", False, "symla_bandits.png", (0, 0, 540, 320)),
-    "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (0, 0, 450, 340)),
-    "GLA": ("L4", "hidden_goal:8", True, "gla_goals.png", (900, 0, 1200, 280)),
-    "FME": ("F1", "bandit", False, "fme_self_modifications.png", (0, 0, 506, 396)),
+    "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 348)),
+    "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 876, 312)),
+    "SymLA": ("S1", "independent_bandit", False, "symla_bandits.png", (0, 0, 398, 312)),
+    "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (445, 0, 885, 332)),
+    "GLA": ("L4", "hidden_goal:8", True, "gla_goals.png", (900, 265, 1200, 520)),
+    "FME": ("F1", "bandit", False, "fme_self_modifications.png", (0, 0, 502, 358)),
 }
 
 
@@ -87,14 +87,15 @@ def checked(name: str, row: Row, preset: str) -> tuple[dict[str, Any], list[Seed
 # Tables
 # ======================================================================================================================
 def status(name: str, row: Row) -> tuple[str, str]:
-    """Verdict and numbers of an entry, at the thesis preset if it was run there: those of the claim that decides."""
+    """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that decides, and how many of its
+    claims are reproduced."""
     for preset in ("thesis", "laptop"):
         if found := checked(name, row, preset):
             outcomes = found[2]
             verdict = weakest(outcomes)
             deciding = next(outcome for outcome in outcomes if outcome.verdict == verdict or verdict == "as far as it goes")
             held = sum(outcome.verdict == "reproduced" for outcome in outcomes)
-            numbers = f"{text(deciding.left)} and {text(deciding.right)}; {held} of {len(outcomes)} claims"
+            numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({held}/{len(outcomes)})"
             return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers
     return (f"not run: {row.needs}" if row.needs else "earlier run"), ""
 
@@ -110,8 +111,8 @@ def status_table(rows: dict[str, Row]) -> str:
         verdict, numbers = status(name, row)
         anchor = "earlier-runs" if verdict == "earlier run" else name.lower()
         link = f"[{name}](.github/results/{SCRIPTS[name[0]]}.md#{anchor})"
-        lines.append([row.figure, f"`reproduce.py {name}`", verdict, numbers, row.says, link])
-    return table(["figure", "command", "verdict", "here", "thesis", "page"], lines)
+        lines.append([row.figure, f"`{name}`", verdict, numbers, row.says, link])
+    return table(["figure", "`reproduce.py`", "verdict", "here", "thesis", "page"], lines)
 
 
 def page_text(script: str, rows: dict[str, Row]) -> str:
@@ -192,11 +193,12 @@ def draw_strip(rows: dict[str, Row]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STRIP), figsize=(2.9 * len(STRIP), 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, len(STRIP), figsize=(2.9 * len(STRIP), 2.6), layout="constrained")
     for axis, (script, (name, task, logarithmic, earlier, (left, top, right, bottom))) in zip(axes, STRIP.items(), strict=True):
         found = checked(name, rows[name], "thesis") or checked(name, rows[name], "laptop")
         if found is None:
             axis.imshow(plt.imread(PAGES / earlier)[top:bottom, left:right], aspect="auto")
+            axis.set_title(script)
             axis.axis("off")
             continue
 

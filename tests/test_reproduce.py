@@ -328,8 +328,8 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     assert [run[0]["results"] for run in saved["seeds"].values()] == [[["a", "t", "none", "m", 1, n, 0.0, 1]] for n in (1.0, 2.0, 3.0)]
     status = (fake / "README.md").read_text()
     assert status.startswith("Before.") and status.endswith("After.\n")
-    assert "| Fig. 1 | `reproduce.py V1` | reproduced | 2 and 0; 1 of 1 claims | grows |" in status
-    assert "| Fig. 2 | `reproduce.py V2` | earlier run |" in status
+    assert "| Fig. 1 | `V1` | reproduced | 2 vs 0 (1/1) | grows |" in status
+    assert "| Fig. 2 | `V2` | earlier run |" in status
     page = (fake / "pages" / "vsml.md").read_text()
     assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "1 minutes a seed" in page
     assert all(path.read_text() == text for path, text in tables.tables(reproduce.ROWS).items())
@@ -344,7 +344,7 @@ def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monk
     strip = {"One": ("V1", "t", False, "old.png", (0, 0, 2, 2)), "Two": ("M1", "t", True, "old.png", (0, 0, 2, 2))}
     monkeypatch.setattr(tables, "STRIP", strip)
     tables.draw_strip(reproduce.ROWS)
-    assert plt.imread(tables.PAGES / "strip.png").shape[:2] == (290, 580)
+    assert plt.imread(tables.PAGES / "strip.png").shape[:2] == (260, 580)
 
 
 @pytest.mark.parametrize(
