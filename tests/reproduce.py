@@ -21,10 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# isort: off
 from claims import ENOUGH_SEEDS, KEYS, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
 from claims import higher, learns, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
 from claims import without_worst
 from tables import ROOT, checked, compact, draw_strip, read_json, rounded, save, status, tables, text
+
+# isort: on
 
 RUNS = ROOT / "runs" / "reproduce"
 
@@ -119,8 +122,8 @@ VSML = {
             *higher("vsml", ["sgd", "adam"], [name], 100, f"leave_out {name}")]),
         sweep(f"vsml.py --dataset mnist fashion_mnist kmnist emnist random --projected 1 --test-seeds 32 {LEARNERS} "
               "--test-datasets mnist fashion_mnist kmnist emnist random sum_sign", leave_out=LEFT_OUT["thesis"])),
-    "V6": Row("Fig. 3.9, B.8", "second look almost always correct", "V3.0",
-        [fact("", "second_look", "vsml") > 0.8, fact("", "second_look", "vsml") > fact("", "second_look", "adam") + 0.3],
+    "V6": Row("Fig. 3.9, B.8", "repeated digits almost always correct", "V3.0",
+        [fact("", "repeats", "vsml") > 0.8, fact("", "repeats", "vsml") > fact("", "repeats", "adam") + 0.3],
         needs="only drawn"),
     "V7": Row("Fig. B.9", "Omniglot: above SGD, below specialists",
         f"{OMNIGLOT} --sizes 14 --test-sizes 14 --sequences 64",
@@ -427,11 +430,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 # ======================================================================================================================
 def show(name: str, preset: str) -> None:
     """Print the verdict on an entry and its claims."""
-    row, found = ROWS[name], checked(name, ROWS[name], preset)
-    if found is None:
+    row = ROWS[name]
+    entry = checked(name, row, preset)
+    if entry is None:
         raise UserError(f"there are no saved rows at the {preset} preset; leave out --check to run it.")
-    print(f"\n{name} ({row.figure}), {preset} preset: {weakest(found[2])}. The thesis: {row.says}.")
-    for outcome in found[2]:
+    print(f"\n{name} ({row.figure}), {preset} preset: {weakest(entry[2])}. The thesis: {row.says}.")
+    for outcome in entry[2]:
         sides = f"{text(outcome.left)} and {text(outcome.right)}"
         difference = f"{text(outcome.difference)} ± {text(outcome.error)} (seeds: {outcome.seeds})"
         print(f"  {outcome.claim}: {sides}, difference {difference}, {outcome.verdict}")

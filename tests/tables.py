@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".github" / "results"
 SCRIPTS = {"M": "metagenrl", "V": "vsml", "S": "symla", "G": "gpicl", "L": "gla", "F": "fme"}
 
-# The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, until the entry has saved rows.
+# The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, used until the entry has saved rows.
 STRIP = {
-    "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 348)),
+    "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 354)),
     "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 876, 312)),
     "SymLA": ("S1", "independent_bandit", False, "symla_bandits.png", (0, 0, 398, 312)),
     "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (445, 0, 885, 332)),
@@ -90,8 +90,8 @@ def status(name: str, row: Row) -> tuple[str, str]:
     """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that decides, and how many of its
     claims are reproduced."""
     for preset in ("thesis", "laptop"):
-        if found := checked(name, row, preset):
-            outcomes = found[2]
+        if entry := checked(name, row, preset):
+            outcomes = entry[2]
             verdict = weakest(outcomes)
             deciding = next(outcome for outcome in outcomes if outcome.verdict == verdict or verdict == "as far as it goes")
             held = sum(outcome.verdict == "reproduced" for outcome in outcomes)
@@ -120,8 +120,8 @@ def page_text(script: str, rows: dict[str, Row]) -> str:
     own = {name: row for name, row in rows.items() if SCRIPTS[name[0]] == script}
     lines = [[f'<a id="{name.lower()}"></a>{name}', row.figure, status(name, row)[0], row.says] for name, row in own.items()]
     parts = [table(["row", "figure", "verdict", "the thesis"], lines)]
-    found = [(name, row, preset) for name, row in own.items() for preset in ("thesis", "laptop")]
-    return "\n\n".join(parts + [section(*one) for one in found if saved_path(one[0], one[2]).exists()])
+    runs = [(name, row, preset) for name, row in own.items() for preset in ("thesis", "laptop")]
+    return "\n\n".join(parts + [section(*run) for run in runs if saved_path(run[0], run[2]).exists()])
 
 
 def section(name: str, row: Row, preset: str) -> str:
@@ -195,14 +195,14 @@ def draw_strip(rows: dict[str, Row]) -> None:
 
     figure, axes = plt.subplots(1, len(STRIP), figsize=(2.9 * len(STRIP), 2.6), layout="constrained")
     for axis, (script, (name, task, logarithmic, earlier, (left, top, right, bottom))) in zip(axes, STRIP.items(), strict=True):
-        found = checked(name, rows[name], "thesis") or checked(name, rows[name], "laptop")
-        if found is None:
+        entry = checked(name, rows[name], "laptop")
+        if entry is None:
             axis.imshow(plt.imread(PAGES / earlier)[top:bottom, left:right], aspect="auto")
             axis.set_title(script)
             axis.axis("off")
             continue
 
-        all_seeds = [row for seed in found[1] for row in next(iter(seed.runs.values()))["results"] if row["task"] == task]
+        all_seeds = [row for seed in entry[1] for row in next(iter(seed.runs.values()))["results"] if row["task"] == task]
         metric = all_seeds[0]["metric"]
         curves: dict[str, dict[int, list[float]]] = {}
         for row in all_seeds:

@@ -81,8 +81,8 @@ def test_an_entry_is_worth_its_weakest_claim():
 # ---- claims ------------------------------------------------------------------------------------------------------------
 def test_a_number_is_the_first_row_from_a_step_on():
     one = seed(row("vsml", 1, 0.1), row("vsml", 10, 0.5), row("vsml", 100, 0.8), row("vsml", 5, 3.0, metric="loss"))
-    found = [at("vsml", "mnist", step).of(one) for step in (0, 2, 10, None)]
-    assert found == [0.1, 0.5, 0.5, 0.8]
+    values = [at("vsml", "mnist", step).of(one) for step in (0, 2, 10, None)]
+    assert values == [0.1, 0.5, 0.5, 0.8]
     assert at("vsml", "mnist", metric="loss").of(one) == 3.0
     assert at("vsml", "mnist", field="std").of(one) == 0.1
     assert ("", "mnist", "task", "accuracy", 10) in one.used
@@ -90,7 +90,7 @@ def test_a_number_is_the_first_row_from_a_step_on():
         at("vsml", "mnist", 101).of(one)
 
 
-def test_novelty_tells_tasks_of_one_name_apart():
+def test_novelty_separates_tasks_of_one_name():
     one = seed(row("gpicl", 1, 0.9, novelty="none"), row("gpicl", 1, 0.2))
     assert at("gpicl", "mnist", novelty="none").of(one) == 0.9
     assert at("gpicl", "mnist", novelty="task").of(one) == 0.2
@@ -188,7 +188,7 @@ class Named(Seed):
     def fact(self, run, name):
         curves = {"step": [0.0, 10.0, 90.0], "transformer_loss_unseen": [2.3, 2.4, 1.0]}
         curves |= {f"transformer gradient norm {tensor}": [1.0, 1.0, 1.0] for tensor in ("head.weight", "other")}
-        facts = {"plateau": 50, "curves": curves, "error": 0.1, "second_look": {"vsml": 1.0, "adam": 0.0}}
+        facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
         facts["solved_after"] = {f"{env} {name}": [1] for env in ("bandit", "cartpole") for name in ("fme", "hill_climbing")}
         assert run in self.commands
@@ -325,7 +325,9 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     reproduce.main()
     assert "reproduced" in capsys.readouterr().out
     saved = json.loads(tables.saved_path("V1", "laptop").read_text())
-    assert [run[0]["results"] for run in saved["seeds"].values()] == [[["a", "t", "none", "m", 1, n, 0.0, 1]] for n in (1.0, 2.0, 3.0)]
+    assert [run[0]["results"] for run in saved["seeds"].values()] == [
+        [["a", "t", "none", "m", 1, n, 0.0, 1]] for n in (1.0, 2.0, 3.0)
+    ]
     status = (fake / "README.md").read_text()
     assert status.startswith("Before.") and status.endswith("After.\n")
     assert "| Fig. 1 | `V1` | reproduced | 2 vs 0 (1/1) | grows |" in status
@@ -351,13 +353,13 @@ def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monk
     "flags, sentence",
     [("Z9", "there is no entry Z9"), ("V1 --seeds 0", "--seeds has to be"), ("V1 --check --preset laptop", "no saved rows")],
 )
-def test_mistakes_are_told_in_a_sentence(fake, monkeypatch, flags, sentence):
+def test_a_mistake_of_the_user_is_one_sentence(fake, monkeypatch, flags, sentence):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split()])
     with pytest.raises(UserError, match=sentence):
         reproduce.main()
 
 
-def test_damaged_rows_and_pages_without_a_place_are_told(fake):
+def test_damaged_rows_and_pages_without_markers_are_refused(fake):
     run()
     tables.saved_path("V1", "laptop").write_text("{")
     with pytest.raises(UserError, match="damaged"):
