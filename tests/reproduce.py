@@ -402,7 +402,8 @@ def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
         folders = [finished_run(name, index, seed, preset, data_dir) for index in range(len(commands))]
         runs = dict(zip(commands, map(read_run, folders), strict=True))
         seeds[str(seed)] = compact(name, row, preset, runs)
-    plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), text) for label, text in commands.items()}
+    plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), one) for label, one in commands.items()}
+    plain = {label: re.sub(r"\{(\w+)\.(\d+)\}", r"runs/reproduce/\1-\2-s0", one) for label, one in plain.items()}
     torch = version("torch").partition("+")[0]
     save(name, preset, {"row": name, "preset": preset, "commands": plain, "torch": torch, "seeds": seeds})
 

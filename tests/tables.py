@@ -118,8 +118,11 @@ def status_table(rows: dict[str, Row]) -> str:
 def page_text(script: str, rows: dict[str, Row]) -> str:
     """Results page: all entries of a script, then those that were run."""
     own = {name: row for name, row in rows.items() if SCRIPTS[name[0]] == script}
-    lines = [[f'<a id="{name.lower()}"></a>{name}', row.figure, status(name, row)[0], row.says] for name, row in own.items()]
-    parts = [table(["row", "figure", "verdict", "the thesis"], lines)]
+    lines = [
+        [f'<a id="{name.lower()}"></a>{row.figure}', f"`python tests/reproduce.py {name}`", *status(name, row), row.says]
+        for name, row in own.items()
+    ]
+    parts = [table(["figure", "command", "verdict", "here", "thesis"], lines)]
     runs = [(name, row, preset) for name, row in own.items() for preset in ("thesis", "laptop")]
     return "\n\n".join(parts + [section(*run) for run in runs if saved_path(run[0], run[2]).exists()])
 
@@ -133,6 +136,7 @@ def section(name: str, row: Row, preset: str) -> str:
     conditions = f"Seeds {numbers}; {runs[0]['device']}; torch {saved['torch']}; {minutes:.0f} minutes a seed."
     labels = {label: f"  # {label}" if label else "" for label in saved["commands"]}
     commands = "\n".join(f"    python {command}{labels[label]}" for label, command in saved["commands"].items())
+    commands = commands.replace("python pytest", "python -m pytest")
     claims = [[o.claim, text(o.left), text(o.right), f"{text(o.difference)} ± {text(o.error)}", o.verdict] for o in outcomes]
 
     cells: dict[tuple, dict[str, list[float]]] = {}
