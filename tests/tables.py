@@ -93,7 +93,7 @@ def status(name: str, row: Row) -> tuple[str, str]:
         if entry := checked(name, row, preset):
             outcomes = entry[2]
             verdict = weakest(outcomes)
-            deciding = next(outcome for outcome in outcomes if outcome.verdict == verdict or verdict == "as far as it goes")
+            deciding = next((outcome for outcome in outcomes if outcome.verdict == verdict), outcomes[0])
             held = sum(outcome.verdict == "reproduced" for outcome in outcomes)
             numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({held}/{len(outcomes)})"
             return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers
