@@ -7,7 +7,7 @@
     python tests/reproduce.py --tables --figures         # only rewrite tables and the README's figure, from the saved rows
 
 Runs are kept in runs/reproduce/ROW-COMMAND-sSEED: finished ones are used again, cut-off ones are resumed. The rows that claims
-and tables need are kept in .github/results/rows/ (tests/tables.py); the words of the claims are those of tests/claims.py.
+and tables need are kept in .github/results/rows/ (tests/report.py); the words of the claims are those of tests/claims.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 from claims import ENOUGH_SEEDS, KEYS, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
 from claims import higher, learns, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
 from claims import without_worst
-from tables import ROOT, checked, compact, draw_strip, read_json, rounded, save, status, tables, text
+from report import ROOT, checked, compact, draw_strip, read_json, rounded, save, status, tables, text
 
 # isort: on
 

@@ -7,8 +7,8 @@ import re
 import sys
 
 import pytest
+import report
 import reproduce
-import tables
 import tyro
 from claims import (
     Row,
@@ -212,21 +212,21 @@ def test_a_sweep_has_a_command_for_each_combination():
 
 def test_the_theorem_is_a_test_that_exists():
     path, _, test = ROWS["V10"].laptop.split()[1].partition("::")
-    assert f"def {test}(" in (tables.ROOT / path).read_text()
+    assert f"def {test}(" in (report.ROOT / path).read_text()
 
 
 # ---- saved rows and tables ---------------------------------------------------------------------------------------------
 def test_the_committed_tables_are_what_the_saved_rows_give():
-    for path, text in tables.tables(ROWS).items():
+    for path, text in report.tables(ROWS).items():
         assert path.read_text() == text, f"python tests/reproduce.py --tables changes {path}"
 
 
-@pytest.mark.parametrize("path", sorted((tables.PAGES / "rows").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((report.PAGES / "rows").glob("*.json")), ids=lambda path: path.stem)
 def test_saved_rows_are_small_and_belong_to_an_entry(path):
     name, preset = path.stem.split("-")
     assert path.stat().st_size < 200_000
     assert name in ROWS and preset in PRESETS
-    assert any(outcome.verdict != "not run" for outcome in tables.checked(name, ROWS[name], preset)[2])
+    assert any(outcome.verdict != "not run" for outcome in report.checked(name, ROWS[name], preset)[2])
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -259,9 +259,9 @@ def fake(tmp_path, monkeypatch):
     """A repository with one script that can be stopped, and two entries, of which one uses the other's run."""
     (tmp_path / "fake.py").write_text(SCRIPT)
     pages = tmp_path / "pages"
-    for module in (reproduce, tables):
+    for module in (reproduce, report):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "PAGES", pages)
+    monkeypatch.setattr(report, "PAGES", pages)
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs" / "reproduce")
     rows = {
         "V1": Row("Fig. 1", "grows", "fake.py --flag 1", [at("a", "t") > 0]),
@@ -269,7 +269,7 @@ def fake(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(reproduce, "ROWS", rows)
     pages.mkdir()
-    for name in ("status", *tables.SCRIPTS.values()):
+    for name in ("status", *report.SCRIPTS.values()):
         path = tmp_path / "README.md" if name == "status" else pages / f"{name}.md"
         path.write_text(f"Before.\n\n<!-- reproduce:{name} begin --><!-- reproduce:{name} end -->\n\nAfter.\n")
     return tmp_path
@@ -280,14 +280,14 @@ def calls(folder):
 
 
 def run(name="V1", seeds=1):
-    reproduce.run_entry(name, "laptop", seeds, tables.ROOT / "data")
+    reproduce.run_entry(name, "laptop", seeds, report.ROOT / "data")
 
 
 def test_a_finished_run_is_used_again_and_a_cut_off_one_resumed(fake):
     (fake / "stop.txt").write_text("late")
     with pytest.raises(UserError, match="exit code 1"):
         run()
-    assert not tables.saved_path("V1", "laptop").exists()
+    assert not report.saved_path("V1", "laptop").exists()
 
     run()
     run()
@@ -316,7 +316,7 @@ def test_an_entry_uses_runs_of_others_with_the_same_seed(fake):
     run("V2", seeds=3)
     assert len(calls(fake)) == 6  # of each seed one of V1 and one of V2
     assert "V1-0-s2/checkpoint.pt" in calls(fake)[5] and "--seed 2" in calls(fake)[5]
-    saved = json.loads(tables.saved_path("V2", "laptop").read_text())
+    saved = json.loads(report.saved_path("V2", "laptop").read_text())
     assert saved["commands"] == {"": "fake.py --flag 1", "x": "fake.py --from runs/reproduce/V1-0-s0/checkpoint.pt"}
 
 
@@ -324,7 +324,7 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "V1", "--preset", "laptop"])
     reproduce.main()
     assert "reproduced" in capsys.readouterr().out
-    saved = json.loads(tables.saved_path("V1", "laptop").read_text())
+    saved = json.loads(report.saved_path("V1", "laptop").read_text())
     assert [run[0]["results"] for run in saved["seeds"].values()] == [
         [["a", "t", "none", "m", 1, n, 0.0, 1]] for n in (1.0, 2.0, 3.0)
     ]
@@ -334,7 +334,7 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     assert "| Fig. 2 | `V2` | earlier run |" in status
     page = (fake / "pages" / "vsml.md").read_text()
     assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "1 minutes a seed" in page
-    assert all(path.read_text() == text for path, text in tables.tables(reproduce.ROWS).items())
+    assert all(path.read_text() == text for path, text in report.tables(reproduce.ROWS).items())
 
 
 def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monkeypatch):
@@ -342,11 +342,11 @@ def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monk
 
     run()
     reproduce.ROWS["M1"] = reproduce.ROWS["V1"]
-    plt.imsave(tables.PAGES / "old.png", [[0.0, 1.0], [1.0, 0.0]])
+    plt.imsave(report.PAGES / "old.png", [[0.0, 1.0], [1.0, 0.0]])
     strip = {"One": ("V1", "t", False, "old.png", (0, 0, 2, 2)), "Two": ("M1", "t", True, "old.png", (0, 0, 2, 2))}
-    monkeypatch.setattr(tables, "STRIP", strip)
-    tables.draw_strip(reproduce.ROWS)
-    assert plt.imread(tables.PAGES / "strip.png").shape[:2] == (260, 580)
+    monkeypatch.setattr(report, "STRIP", strip)
+    report.draw_strip(reproduce.ROWS)
+    assert plt.imread(report.PAGES / "strip.png").shape[:2] == (260, 580)
 
 
 @pytest.mark.parametrize(
@@ -361,10 +361,10 @@ def test_a_mistake_of_the_user_is_one_sentence(fake, monkeypatch, flags, sentenc
 
 def test_damaged_rows_and_pages_without_markers_are_refused(fake):
     run()
-    tables.saved_path("V1", "laptop").write_text("{")
+    report.saved_path("V1", "laptop").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        tables.tables(reproduce.ROWS)
-    tables.saved_path("V1", "laptop").unlink()
+        report.tables(reproduce.ROWS)
+    report.saved_path("V1", "laptop").unlink()
     (fake / "README.md").write_text("no markers")
     with pytest.raises(UserError, match="no place for its table"):
-        tables.tables(reproduce.ROWS)
+        report.tables(reproduce.ROWS)
