@@ -422,7 +422,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         with open(folder / "metrics.csv", newline="") as file:
             lines = list(csv.DictReader(file))
         lines = lines[:: -(-len(lines) // 40) or 1]
-        results["curves"] = {key: [rounded(float(line[key])) for line in lines] for key in (lines[0] if lines else ())}
+        results["curves"] = {
+            name: [rounded(float(line[name])) if line[name] else None for line in lines]  # not every line has all columns
+            for name in (lines[0] if lines else ())
+        }
     return results
 
 
