@@ -1,0 +1,307 @@
+"""The words in which tests/reproduce.py writes down what the thesis claims, and the verdict on a claim.
+
+A claim is an inequality between two numbers of the same meta-training seed, each a result row of a learner or made of several.
+Averaged over seeds its difference is *reproduced* above two standard errors, *as far as it goes* above zero or with fewer than
+three seeds, else *not reproduced*. Several claims together are worth their weakest.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+VERDICTS = ("reproduced", "as far as it goes", "not reproduced", "not run")
+ENOUGH_SEEDS = 3
+KEYS = ("learner", "task", "novelty", "metric", "step", "mean", "std", "seeds", "values")  # of a row of results.json
+NEW = {"none": "seen task", "task": "unseen task", "domain": "unseen"}
+
+
+class UserError(Exception):
+    """Something a user can correct; the message is one sentence that says how."""
+
+
+class Seed:
+    """The runs of one meta-training seed: the contents of results.json by the label of the command. Notes what is used."""
+
+    def __init__(self, runs: dict[str, dict[str, Any]]):
+        self.runs, self.used = runs, set()
+
+    def row(self, learner: str, task: str, step: int | None, run: str, metric: str | None, novelty: str | None) -> dict:
+        """The row at the first step from `step` on (None: the last step) of a metric (None: the task's first)."""
+        rows = [row for row in self.runs[run]["results"] if row["task"] == task and novelty in (None, row["novelty"])]
+        rows = [row for row in rows if row["metric"] == (metric or rows[0]["metric"]) and row["learner"] == learner]
+        rows = sorted((row for row in rows if row["step"] >= (step or 0)), key=lambda row: row["step"])
+        if not rows:
+            raise LookupError(f"no row of {learner} on {task}")
+
+        row = rows[-1 if step is None else 0]
+        self.used.add((run, *(row[key] for key in KEYS[1:5])))
+        return row
+
+    def fact(self, run: str, name: str) -> Any:
+        """What results.json has beside its rows; "curves": the columns of metrics.csv."""
+        self.used.add((run, name))
+        return self.runs[run][name]
+
+
+@dataclass(frozen=True, eq=False)
+class Number:
+    """A number that each meta-training seed has, and words for it. Arithmetic makes further ones; > and < make claims."""
+
+    words: str
+    of: Callable[[Seed], float]
+
+    def __add__(self, other: "Number | float") -> "Number":
+        other = number(other)
+        return Number(f"{self.words} + {other.words}", lambda seed: self.of(seed) + other.of(seed))
+
+    def __sub__(self, other: "Number | float") -> "Number":
+        other = number(other)
+        return Number(f"{self.words} - {other.words}", lambda seed: self.of(seed) - other.of(seed))
+
+    def __mul__(self, factor: float) -> "Number":
+        return Number(f"{factor:g} ({self.words})", lambda seed: factor * self.of(seed))
+
+    def __gt__(self, other: "Number | float") -> "Claim":
+        return Claim(self, number(other), 1)
+
+    def __lt__(self, other: "Number | float") -> "Claim":
+        return Claim(self, number(other), -1)
+
+
+def number(value: Number | float) -> Number:
+    return value if isinstance(value, Number) else Number(f"{value:g}", lambda seed: value)
+
+
+def at(
+    learner: str,
+    task: str,
+    step: int | None = None,
+    run: str = "",
+    metric: str | None = None,
+    novelty: str | None = None,
+    field: str = "mean",
+) -> Number:
+    """A result row's mean (or std) at the first step from `step` on (None: the last). novelty: where tasks share a name."""
+    when = "first" if step == 0 else step and f"after {step}"
+    words = [learner, task, novelty and NEW[novelty], run, metric, when, field == "std" and "deviation"]
+    return Number(", ".join(filter(None, words)), lambda seed: seed.row(learner, task, step, run, metric, novelty)[field])
+
+
+def mean(words: str, numbers: Iterable[Number]) -> Number:
+    numbers = list(numbers)
+    return Number(words, lambda seed: statistics.fmean(one.of(seed) for one in numbers))
+
+
+class Outcome(NamedTuple):
+    """A claim over all seeds: both sides and their signed difference on average, its standard error, number of seeds."""
+
+    claim: str
+    left: float
+    right: float
+    difference: float
+    error: float
+    seeds: int
+    verdict: str
+
+
+class Claim(NamedTuple):
+    """left > right (sign 1) or left < right (sign -1)."""
+
+    left: Number
+    right: Number
+    sign: int
+
+    def check(self, seeds: list[Seed], enough: int = ENOUGH_SEEDS) -> Outcome:
+        words = f"{self.left.words} {'>' if self.sign > 0 else '<'} {self.right.words}"
+        try:
+            left, right = ([side.of(seed) for seed in seeds] for side in (self.left, self.right))
+        except (LookupError, TypeError, statistics.StatisticsError):  # what is missing was not at hand
+            return Outcome(words, math.nan, math.nan, math.nan, math.nan, 0, "not run")
+
+        differences = [self.sign * (a - b) for a, b in zip(left, right, strict=True)]
+        difference, error, verdict = judge(differences, enough)
+        return Outcome(words, statistics.fmean(left), statistics.fmean(right), difference, error, len(seeds), verdict)
+
+
+def higher(learner: str, than: Iterable[str], tasks: Iterable[str], *where: Any, **which: Any) -> list[Claim]:
+    """A learner is above others, in each task."""
+    return [at(learner, task, *where, **which) > at(other, task, *where, **which) for task in tasks for other in than]
+
+
+def rises(learner: str, tasks: Iterable[str], run: str = "", **which: Any) -> list[Claim]:
+    """A learner's last value is above its first, in each task."""
+    return [at(learner, task, None, run, **which) > at(learner, task, 0, run, **which) for task in tasks]
+
+
+def within(left: Number, right: Number | float, margin: float) -> list[Claim]:
+    """Left and right differ by less than a margin."""
+    return [left > number(right) - margin, left < number(right) + margin]
+
+
+def judge(differences: list[float], enough: int = ENOUGH_SEEDS) -> tuple[float, float, str]:
+    """Mean difference over seeds, its standard error (of one seed: infinite), the verdict on the claim that it is positive."""
+    count = len(differences)
+    if not all(map(math.isfinite, differences)):
+        return math.nan, math.nan, "not reproduced"
+    difference = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.inf if enough > 1 else 0.0
+    if not difference > 0:
+        return difference, error, "not reproduced"
+    return difference, error, "reproduced" if difference > 2 * error and count >= enough else "as far as it goes"
+
+
+def weakest(outcomes: list[Outcome]) -> str:
+    """The verdict on claims together. Those that were not run keep the others from being reproduced."""
+    verdicts = {outcome.verdict for outcome in outcomes} or {"not run"}
+    if verdicts == {"reproduced", "not run"}:
+        return "as far as it goes"
+    return max(verdicts - {"not run"} or verdicts, key=VERDICTS.index)
+
+
+# ======================================================================================================================
+# Numbers that are made of several rows, or of what results.json and metrics.csv have beside rows
+# ======================================================================================================================
+def gain(env: str, run: str = "", learner: str = "metagenrl") -> Number:
+    """MetaGenRL: return above that of the untrained objective."""
+    return at(learner, env, run=run) - at("untrained", env)
+
+
+def above_random(learner: str, env: str, run: str) -> Number:
+    """SymLA: return above that of uniformly drawn actions."""
+    return at(learner, env, run=run) - at("uniform", env, run=run)
+
+
+def reached(task: str, novelty: str, run: str = "", step: int | None = None, learner: str = "transformer") -> Number:
+    """GPICL: accuracy at the last example."""
+    return at(learner, task, step, run, "accuracy", novelty)
+
+
+def learns(task: str, novelty: str, run: str) -> Number:
+    """GPICL: accuracy at the last example minus that at the first."""
+    return reached(task, novelty, run) - reached(task, novelty, run, 0)
+
+
+def without_worst(env: str, run: str) -> Number:
+    """MetaGenRL: deviation over a seed's agents without the worst third."""
+
+    def of(seed: Seed) -> float:
+        values = sorted(seed.row("metagenrl", env, None, run, None, None)["values"])
+        return statistics.pstdev(values[len(values) // 3 :])
+
+    return Number(f"metagenrl, {env}, {run}, deviation without the worst third", of)
+
+
+def fact(run: str, *names: str) -> Number:
+    def of(seed: Seed) -> float:
+        value = seed.fact(run, names[0])
+        for name in names[1:]:
+            value = value[name]
+        return value
+
+    return Number(" ".join((*names, run)), of)
+
+
+def plateau(run: str) -> Number:
+    """GPICL: meta-steps until the loss left its plateau, at most all."""
+
+    def of(seed: Seed) -> float:
+        end = seed.fact(run, "plateau")
+        return seed.fact(run, "curves")["step"][-1] if end is None else end
+
+    return Number(f"plateau, {run}", of)
+
+
+def exponent(words: str, runs: dict[float, str], tasks: bool = False) -> Number:
+    """GPICL: of the power law between batch size and the steps of the plateau, or the tasks in it."""
+
+    def of(seed: Seed) -> float:
+        values = [plateau(run).of(seed) * (batch if tasks else 1) for batch, run in runs.items()]
+        return statistics.linear_regression(list(map(math.log, runs)), list(map(math.log, values))).slope
+
+    return Number(f"exponent of {words} against batch size", of)
+
+
+def correlation(what: str, runs: Iterable[str], task: str) -> Number:
+    """GPICL: of the last accuracy on unseen tasks with the logarithm of a size."""
+
+    def of(seed: Seed) -> float:
+        reached = [at(run.split()[1].rstrip(","), task, run=run, novelty="task").of(seed) for run in runs]
+        return statistics.correlation([math.log(seed.fact(run, what)) for run in runs], reached)
+
+    return Number(f"correlation of accuracy with {what}", of)
+
+
+def unseen_loss(words: str, part: slice, run: str) -> Number:
+    """GPICL: the logged loss on unseen tasks in a part of the plateau."""
+
+    def of(seed: Seed) -> float:
+        curves = seed.fact(run, "curves")
+        steps = sum(step < plateau(run).of(seed) for step in curves["step"])
+        return statistics.fmean(curves["transformer_loss_unseen"][:steps][part])
+
+    return Number(f"loss on unseen tasks, {words} of the plateau", of)
+
+
+def gradient_norm(words: str, choose: Callable[[dict[str, float]], float]) -> Number:
+    """GPICL: a norm of gradients, averaged over the plateau."""
+
+    def of(seed: Seed) -> float:
+        curves = seed.fact("", "curves")
+        steps = sum(step < plateau("").of(seed) for step in curves["step"])
+        norms = {name.split()[-1]: curve for name, curve in curves.items() if name.startswith("transformer gradient norm ")}
+        return statistics.fmean(choose({name: curve[step] for name, curve in norms.items()}) for step in range(steps))
+
+    return Number(f"gradient norm in the plateau, {words}", of)
+
+
+def until_solved(learner: str, env: str) -> Number:
+    """FME: executions until a population's first good one, on average; of a population that has none, all it had."""
+
+    def of(seed: Seed) -> float:
+        most = seed.row(learner, env, None, "", None, None)["step"]
+        return statistics.fmean(most if n is None else n for n in seed.fact("", "solved_after")[f"{env} {learner}"])
+
+    return Number(f"{learner}, {env}, executions until solved", of)
+
+
+# ======================================================================================================================
+# Entries
+# ======================================================================================================================
+class Row(NamedTuple):
+    """An experiment. Claims name commands by their labels, and may depend on the preset. {V3.0} in a command is the folder of
+    V3's first command with the same seed; V3.0 as a command is that run itself. thesis: the commands at that preset, where
+    they differ. needs: why it was never run."""
+
+    figure: str
+    says: str
+    laptop: str | dict[str, str]
+    claims: list[Claim] | Callable[[str], list[Claim]]
+    thesis: str | dict[str, str] | None = None
+    needs: str = ""
+    enough_seeds: int = ENOUGH_SEEDS
+
+    def commands(self, preset: str) -> dict[str, str]:
+        commands = self.laptop if preset == "laptop" or self.thesis is None else self.thesis
+        return {"": commands} if isinstance(commands, str) else commands
+
+    def claims_at(self, preset: str) -> list[Claim]:
+        return self.claims(preset) if callable(self.claims) else self.claims
+
+
+def per(values: dict[str, Iterable[Any]], claims: Callable[[Any], list[Claim]]) -> Callable[[str], list[Claim]]:
+    """The same claims for each of a preset's values, such as its environments."""
+    return lambda preset: [claim for value in values[preset] for claim in claims(value)]
+
+
+def sweep(command: str, **values: Iterable[Any]) -> dict[str, str]:
+    """A command for each combination of flags, with a label such as "num_tasks 64, width 16"."""
+    commands = {}
+    for combination in product(*values.values()):
+        flags = [f"{name} {value}" for name, value in zip(values, combination, strict=True)]
+        names = [name.replace("_", "-") for name in values]
+        typed = (f"--{name} {value}" for name, value in zip(names, combination, strict=True))
+        commands[", ".join(flags)] = " ".join([command, *typed])
+    return commands

@@ -1,0 +1,221 @@
+"""The rows that tests/reproduce.py saves, the tables that are made from them, and the figure of the README.
+
+.github/results/rows/ROW-PRESET.json has for each seed and command the device, seconds, and the facts and rows that claims use.
+Tables stand between `<!-- reproduce:NAME begin -->` and `<!-- reproduce:NAME end -->` in the README and on the results pages.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from claims import KEYS, Outcome, Row, Seed, UserError, weakest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / ".github" / "results"
+SCRIPTS = {"M": "metagenrl", "V": "vsml", "S": "symla", "G": "gpicl", "L": "gla", "F": "fme"}
+
+# The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, used until the entry has saved rows.
+STRIP = {
+    "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 354)),
+    "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 876, 312)),
+    "SymLA": ("S1", "independent_bandit", False, "symla_bandits.png", (0, 0, 398, 312)),
+    "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (445, 0, 885, 332)),
+    "GLA": ("L4", "hidden_goal:8", True, "gla_goals.png", (900, 265, 1200, 520)),
+    "FME": ("F1", "bandit", False, "fme_self_modifications.png", (0, 0, 502, 358)),
+}
+
+
+# ======================================================================================================================
+# Saved rows
+# ======================================================================================================================
+def saved_path(name: str, preset: str) -> Path:
+    return PAGES / "rows" / f"{name}-{preset}.json"
+
+
+def save(name: str, preset: str, entry: dict[str, Any]) -> None:
+    """Write the saved rows of an entry: a line for each row."""
+    path = saved_path(name, preset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(re.sub(r'(?=\["|\{"device)', "\n", json.dumps(entry)) + "\n")
+
+
+def compact(name: str, row: Row, preset: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is saved of a seed's runs: where a claim uses a row, those of all learners; for the README's figure whole curves."""
+    seed, short = Seed(runs), []
+    for claim in row.claims_at(preset):
+        claim.check([seed])
+    for label, results in runs.items():
+        used = {key[1:] for key in seed.used if key[0] == label}
+        drawn = [task for entry, task, *_ in STRIP.values() if entry == name and label == next(iter(runs))]
+        rows = [r for r in results["results"] if tuple(r[key] for key in KEYS[1:5]) in used or r["task"] in drawn]
+        rows = [[rounded(row[key]) for key in KEYS if key in row] for row in rows]
+        facts = {key[0]: results[key[0]] for key in used if len(key) == 1}
+        seconds = round(sum(results["seconds"].values()))
+        short.append({"device": results["device"], "seconds": seconds, "facts": facts, "results": rows})
+    return short
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged; delete it to run anew.") from error
+
+
+def checked(name: str, row: Row, preset: str) -> tuple[dict[str, Any], list[Seed], list[Outcome]] | None:
+    """The saved entry, its seeds and its claims, checked on them; None where nothing was saved."""
+    if not saved_path(name, preset).exists():
+        return None
+    saved, seeds = read_json(saved_path(name, preset)), []
+    for runs in saved["seeds"].values():
+        results = [run["facts"] | {"results": [dict(zip(KEYS, r, strict=False)) for r in run["results"]]} for run in runs]
+        seeds.append(Seed(dict(zip(saved["commands"], results, strict=True))))
+    return saved, seeds, [claim.check(seeds, row.enough_seeds) for claim in row.claims_at(preset)]
+
+
+# ======================================================================================================================
+# Tables
+# ======================================================================================================================
+def status(name: str, row: Row) -> tuple[str, str]:
+    """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that decides, and how many of its
+    claims are reproduced."""
+    for preset in ("thesis", "laptop"):
+        if entry := checked(name, row, preset):
+            outcomes = entry[2]
+            verdict = weakest(outcomes)
+            deciding = next((outcome for outcome in outcomes if outcome.verdict == verdict), outcomes[0])
+            held = sum(outcome.verdict == "reproduced" for outcome in outcomes)
+            numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({held}/{len(outcomes)})"
+            return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers
+    return (f"not run: {row.needs}" if row.needs else "earlier run"), ""
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def status_table(rows: dict[str, Row]) -> str:
+    """README: all entries."""
+    lines = []
+    for name, row in rows.items():
+        verdict, numbers = status(name, row)
+        anchor = "earlier-runs" if verdict == "earlier run" else name.lower()
+        link = f"[{name}](.github/results/{SCRIPTS[name[0]]}.md#{anchor})"
+        lines.append([row.figure, f"`{name}`", verdict, numbers, row.says, link])
+    return table(["figure", "`reproduce.py`", "verdict", "here", "thesis", "page"], lines)
+
+
+def page_text(script: str, rows: dict[str, Row]) -> str:
+    """Results page: all entries of a script, then those that were run."""
+    own = {name: row for name, row in rows.items() if SCRIPTS[name[0]] == script}
+    lines = [
+        [f'<a id="{name.lower()}"></a>{row.figure}', f"`python tests/reproduce.py {name}`", *status(name, row), row.says]
+        for name, row in own.items()
+    ]
+    parts = [table(["figure", "command", "verdict", "here", "thesis"], lines)]
+    runs = [(name, row, preset) for name, row in own.items() for preset in ("thesis", "laptop")]
+    return "\n\n".join(parts + [section(*run) for run in runs if saved_path(run[0], run[2]).exists()])
+
+
+def section(name: str, row: Row, preset: str) -> str:
+    """One entry at one preset: commands, claims, and the rows that they use, as means and standard errors over seeds."""
+    saved, seeds, outcomes = checked(name, row, preset)
+    runs = [run for seed in saved["seeds"].values() for run in seed]
+    minutes = sum(run["seconds"] for run in runs) / len(seeds) / 60
+    numbers = ", ".join(saved["seeds"])
+    conditions = f"Seeds {numbers}; {runs[0]['device']}; torch {saved['torch']}; {minutes:.0f} minutes a seed."
+    labels = {label: f"  # {label}" if label else "" for label in saved["commands"]}
+    commands = "\n".join(f"    python {command}{labels[label]}" for label, command in saved["commands"].items())
+    commands = commands.replace("python pytest", "python -m pytest")
+    claims = [[o.claim, text(o.left), text(o.right), f"{text(o.difference)} ± {text(o.error)}", o.verdict] for o in outcomes]
+
+    cells: dict[tuple, dict[str, list[float]]] = {}
+    used = set().union(*(seed.used for seed in seeds))
+    for seed in seeds:
+        for label, results in seed.runs.items():
+            for one in results["results"]:
+                key = (label, *(one[key] for key in KEYS[1:5]))
+                if key in used:
+                    cells.setdefault(key, {}).setdefault(one["learner"], []).append(one["mean"])
+    learners = list(dict.fromkeys(learner for cell in cells.values() for learner in cell))
+    lines = [
+        [label, task, novelty, metric.replace("_", " "), str(step), *(over_seeds(cell.get(learner)) for learner in learners)]
+        for (label, task, novelty, metric, step), cell in cells.items()
+    ]
+
+    head = f"### {name}, {row.figure}: {weakest(outcomes)}, {preset} preset"
+    claim_table = table(["claim", "left", "right", "difference ± standard error", "verdict"], claims)
+    row_table = table(["run", "task", "new", "metric", "after", *learners], lines)
+    return "\n\n".join([head, conditions, commands, claim_table, row_table])
+
+
+def over_seeds(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    error = f" ± {text(statistics.stdev(values) / math.sqrt(len(values)))}" if len(values) > 1 else ""
+    return text(statistics.fmean(values)) + error
+
+
+def text(value: float) -> str:
+    """A number with three digits."""
+    if not math.isfinite(value):
+        return "?"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def tables(rows: dict[str, Row]) -> dict[Path, str]:
+    """README and results pages with what stands between their markers made anew."""
+    blocks = {ROOT / "README.md": ("status", status_table(rows))}
+    blocks |= {PAGES / f"{script}.md": (script, page_text(script, rows)) for script in SCRIPTS.values()}
+    new = {}
+    for path, (name, block) in blocks.items():
+        begin, end = (f"<!-- reproduce:{name} {word} -->" for word in ("begin", "end"))
+        old = path.read_text() if path.exists() else ""
+        if begin not in old or end not in old:
+            raise UserError(f"{path} has no place for its table; write {begin} and {end} into it.")
+        new[path] = f"{old.partition(begin)[0]}{begin}\n\n{block}\n\n{end}{old.partition(end)[2]}"
+    return new
+
+
+# ======================================================================================================================
+# The figure
+# ======================================================================================================================
+def draw_strip(rows: dict[str, Row]) -> None:
+    """A panel for each script: a task's first metric by learner, from saved rows; else a panel of an earlier figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(STRIP), figsize=(2.9 * len(STRIP), 2.6), layout="constrained")
+    for axis, (script, (name, task, logarithmic, earlier, (left, top, right, bottom))) in zip(axes, STRIP.items(), strict=True):
+        entry = checked(name, rows[name], "laptop")
+        if entry is None:
+            axis.imshow(plt.imread(PAGES / earlier)[top:bottom, left:right], aspect="auto")
+            axis.set_title(script)
+            axis.axis("off")
+            continue
+
+        all_seeds = [row for seed in entry[1] for row in next(iter(seed.runs.values()))["results"] if row["task"] == task]
+        metric = all_seeds[0]["metric"]
+        curves: dict[str, dict[int, list[float]]] = {}
+        for row in all_seeds:
+            if row["metric"] == metric:
+                curves.setdefault(row["learner"], {}).setdefault(row["step"], []).append(row["mean"])
+        for learner, curve in curves.items():
+            axis.plot(curve.keys(), [statistics.fmean(values) for values in curve.values()], ".-", label=learner, markersize=3)
+        axis.set(title=f"{script}: {task}", ylabel=metric.replace("_", " "), xscale="log" if logarithmic else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.savefig(PAGES / "strip.png", dpi=100)
+    plt.close(figure)

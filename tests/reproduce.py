@@ -1,0 +1,492 @@
+"""The thesis' experiments, one entry each: its commands, its claims as code, and what came out over meta-training seeds.
+
+    python tests/reproduce.py --list                     # all entries and where they stand
+    python tests/reproduce.py V3 S1 F1                   # run what is not finished, check, rewrite the tables
+    python tests/reproduce.py V3 --preset thesis         # at the thesis' scale, on a GPU
+    python tests/reproduce.py V3 --check                 # only check the claims, from the saved rows
+    python tests/reproduce.py --tables --figures         # only rewrite tables and the README's figure, from the saved rows
+
+Runs are kept in runs/reproduce/ROW-COMMAND-sSEED: finished ones are used again, cut-off ones are resumed. The rows that claims
+and tables need are kept in .github/results/rows/ (tests/report.py); the words of the claims are those of tests/claims.py.
+"""
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# isort: off
+from claims import ENOUGH_SEEDS, KEYS, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
+from claims import higher, learns, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
+from claims import without_worst
+from report import ROOT, checked, compact, draw_strip, read_json, rounded, save, status, tables, text
+
+# isort: on
+
+RUNS = ROOT / "runs" / "reproduce"
+
+# ======================================================================================================================
+# Entries
+# ======================================================================================================================
+# fmt: off
+UNSEEN = {"laptop": ["pendulum", "reacher"], "thesis": ["Hopper-v4"]}
+KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["LunarLanderContinuous-v3", "HalfCheetah-v4"]}
+FOUR = "metagenrl.py --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car --baselines --no-test-seen"
+FOUR_BODIES = "metagenrl.py --envs HalfCheetah-v4 LunarLanderContinuous-v3 Walker2d-v4 Ant-v4 --baselines --no-test-seen"
+AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress --no-test-seen --baselines"
+INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
+METAGENRL = {
+    "M1": Row("Table 2.1, A.1", "unseen Hopper: 2439, PPO 1894, TD3 2718",
+        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} ppo reinforce-on"},
+        per(UNSEEN, lambda env: [
+            *higher("metagenrl", ["untrained", "reinforce-off"], [env]),
+            *(at("metagenrl", env) > at(other, env, run="on-policy") for other in ("ppo", "reinforce-on")),
+            gain(env) > gain(env, learner="td3") * 0.8]),
+        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} ppo reinforce-on",
+         "cheetah, hopper": "metagenrl.py --envs HalfCheetah-v4 Hopper-v4 --test-envs LunarLanderContinuous-v3",
+         "hopper, lunar": "metagenrl.py --envs Hopper-v4 LunarLanderContinuous-v3 --test-envs HalfCheetah-v4",
+         "40 agents": f"{FOUR_BODIES} --population 40"}),
+    "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
+        {"": "M1.0", "rl2": "metagenrl.py --learner rl2 --baselines",
+         "epg": "metagenrl.py --learner epg --baselines --no-test-seen"},
+        lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
+            *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))]),
+    "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
+        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl, 20 %", env),
+            at("metagenrl", env, field="std") < at("metagenrl, 40 %", env, field="std")])),
+    "M4": Row("Fig. 2.5", "works without t or V_{t+1}, not without values",
+        {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
+         "no values": f"{INPUTS} time"},
+        per(UNSEEN | {"thesis": ["HalfCheetah-v4"]}, lambda env: [gain(env, "no time") > gain(env) * 0.8,
+            gain(env, "no next value") > gain(env) * 0.8, gain(env, "no values") < gain(env) * 0.2]),
+        {"": "M1.0", **{f"no {what}": f"metagenrl.py --baselines --test-envs --inputs reward {rest}" for what, rest in (
+            ("time", "value next_value"), ("next value", "value time"), ("values", "time"))}}),
+    "M5": Row("Fig. 2.6", "3 inner steps vary more than 1, 5 harm",
+        {"": "M1.0", **sweep("metagenrl.py --baselines --no-test-seen", inner_steps=[3, 5])},
+        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
+            at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")])),
+    "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
+        {"each": f"{AGAIN} --each --test-seeds 12",
+         "late": "metagenrl.py --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
+        per({"laptop": [("pendulum", "point_mass")], "thesis": [("LunarLanderContinuous-v3",) * 2]}, lambda envs: [
+            without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
+            at("metagenrl", envs[1], run="late") < at("metagenrl, 80 %", envs[1], run="late")]),
+        {"each": "metagenrl.py --envs LunarLanderContinuous-v3 --test-envs --progress --each --test-seeds 12 "
+                 "--baselines untrained",
+         "late": "M6.0"}),
+    "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
+        {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
+         "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32"},
+        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="2 agents"),
+            *(gain(env, run) < gain(env) * 1.2 for run in ("4 environments", "4, more agents"))]),
+        {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
+         "4 environments": FOUR_BODIES, "4, more agents": f"{FOUR_BODIES} --population 40"}),
+}
+
+CLONE = "vsml.py --preset clone --dataset mnist --test-datasets mnist fashion_mnist"
+CLONED = [("shallow", "mnist", 0.90), ("deep", "mnist", 0.87),
+          ("shallow", "fashion_mnist", 0.80), ("deep", "fashion_mnist", 0.76)]
+ROBUST = "vsml.py --dataset mnist --classes 3 4 6 7 --baselines sgd adam --test-datasets mnist --robustness"
+CHANGES = ("5 classes", "at 21 x 21", "at 48 x 48", "projected", "permuted")
+LEFT_OUT = {"laptop": ["mnist", "fashion_mnist", "digits"], "thesis": ["mnist", "fashion_mnist", "kmnist", "emnist", "random"]}
+LEARNERS = "--test-steps 2000 --baselines rnn hebbian fwmemory sgd adam sgd2 adam2"
+OMNIGLOT = ("vsml.py --dataset omniglot --classes 5 --test-classes 5 --shots 1 --meta-loss last --backward-pass --projected 0 "
+            "--blanked 0 --test-datasets omniglot --test-seeds 400 --baselines rnn hebbian fwmemory sgd adam")
+CONV = "vsml.py --conv 8 --init {V9.0}/checkpoint.pt --projected 0 --backprop-lr 5e-3 --baselines sgd adam"
+BOTH = ["mnist", "fashion_mnist"]
+VSML = {
+    "V1": Row("Fig. 3.5, B.2", "cloned: MNIST 90, deep 87 %; Fashion-MNIST 80, deep 76 %",
+        {"shallow": CLONE, "deep": f"{CLONE} --hidden 32"},
+        [at("clone", task, run=run) > accuracy - 0.02 for run, task, accuracy in CLONED]),
+    "V2": Row("Fig. B.1", "errors of the cloned tanh(x) w are small", "V1.0", [fact("", "error") < 0.1]),
+    "V3": Row("Fig. 3.6", "faster at first than SGD, Adam; RNN overfits",
+        "vsml.py --dataset mnist --test-datasets mnist fashion_mnist",
+        [*higher("vsml", ["sgd", "adam"], BOTH, 100), *rises("vsml", ["fashion_mnist"]),
+         *higher("vsml", ["rnn"], ["fashion_mnist"]),
+         at("rnn", "mnist") - at("rnn", "fashion_mnist") > at("vsml", "mnist") - at("vsml", "fashion_mnist")]),
+    "V4": Row("Fig. 3.7", "unseen sizes, classes, projections: no drop",
+        f"{ROBUST} --sizes 7 8 10 --test-seeds 16",
+        [at("vsml", f"mnist {change}") > at("vsml", "mnist") - 0.05 for change in CHANGES],
+        f"{ROBUST} --sizes 14 28 32 --projected 1 --test-seeds 32"),
+    "V5": Row("Fig. 3.8, B.3-B.7", "generalises; RNN, Hebbian, memory do not",
+        sweep(f"vsml.py --dataset mnist fashion_mnist digits random --test-datasets mnist fashion_mnist digits random sum_sign "
+              f"--test-seeds 8 {LEARNERS}", leave_out=LEFT_OUT["laptop"]),
+        per(LEFT_OUT, lambda name: [
+            *higher("vsml", ["rnn", "hebbian", "fwmemory"], [name, "sum_sign"], None, f"leave_out {name}"),
+            *higher("vsml", ["sgd", "adam"], [name], 100, f"leave_out {name}")]),
+        sweep(f"vsml.py --dataset mnist fashion_mnist kmnist emnist random --projected 1 --test-seeds 32 {LEARNERS} "
+              "--test-datasets mnist fashion_mnist kmnist emnist random sum_sign", leave_out=LEFT_OUT["thesis"])),
+    "V6": Row("Fig. 3.9, B.8", "repeated digits almost always correct", "V3.0",
+        [fact("", "repeats", "vsml") > 0.8, fact("", "repeats", "vsml") > fact("", "repeats", "adam") + 0.3],
+        needs="only drawn"),
+    "V7": Row("Fig. B.9", "Omniglot: above SGD, below specialists",
+        f"{OMNIGLOT} --sizes 14 --test-sizes 14 --sequences 64",
+        per({"laptop": ["omniglot@14"], "thesis": ["omniglot@28"]}, lambda task: [
+            at("vsml", task) > at("adam", task) + 0.1,
+            at("vsml", task) < at("rnn", task), at("vsml", task) < at("fwmemory", task)]),
+        f"{OMNIGLOT} --sizes 28 --test-sizes 28"),
+    "V8": Row("Fig. B.10", "SGD overtakes within 12,000 examples",
+        "vsml.py --mode test --checkpoint {V3.0}/checkpoint.pt --test-steps 12000 --repeat-examples --test-seeds 8 "
+        "--baselines sgd adam",
+        [*higher("vsml", ["sgd"], BOTH, 100), *higher("sgd", ["vsml"], BOTH)]),
+    "V9": Row("Fig. B.11, B.12", "convolutions on par with dense",
+        {"dense": "vsml.py --baselines sgd adam --test-datasets digits mnist fashion_mnist --test-seeds 8",
+         "conv": f"{CONV} --meta-steps 300 --test-datasets digits mnist fashion_mnist --test-seeds 8",
+         "cifar10": f"{CONV} --dataset cifar10 --sizes 8 --meta-steps 200 --sequences 8 --test-datasets cifar10 fashion_mnist "
+                    "--test-seeds 4 --test-steps 2000"},
+        [*(at("vsml", task, 1000, "conv") > at("vsml", task, 1000, "dense") - 0.05 for task in BOTH),
+         *higher("vsml", ["sgd"], ["cifar10"], 400, "cifar10"), *rises("vsml", ["fashion_mnist"], "cifar10")],
+        {"dense": "V3.0", "conv": "vsml.py --dataset mnist --conv 8 --baselines sgd adam --test-datasets mnist fashion_mnist",
+         "cifar10": "vsml.py --dataset cifar10 --conv 8 --baselines sgd adam --test-datasets cifar10 fashion_mnist "
+                    "--test-steps 10000"}),
+    "V10": Row("Theorem B.1.1", "equals one sparse shared-weight RNN",
+        "pytest tests/test_vsml.py::test_theorem_b_1_1", [at("pytest", "test") > 0.5], enough_seeds=1),
+}
+
+FIVE = [f"{name}_bandit" for name in ("independent", "dependent", "easy", "medium", "hard")]
+PAIRS = {who: mean(f"{who}, 25 pairs", [at(who, test, run=train) for train in FIVE for test in FIVE])
+         for who in ("symla", "rnn", "uniform")}
+ARMS = [f"independent_bandit:{arms}" for arms in (2, 8, 10, 12)]
+UNSEEN_ARMS = {who: mean(f"{who}, unseen arms", [
+    at(who, test, run=train) for train in ARMS[1:] for test in ARMS if test != train]) for who in ("symla", "uniform")}
+FROM = {words: mean(f"symla from {words} on many", [at("symla", test, run=train) for train in trained for test in ARMS[1:]])
+        for words, trained in (("2 arms", ARMS[:1]), ("many", ARMS[1:]))}
+CONTROL = {"laptop": ["upright_cartpole", "acrobot", "mountain_car"], "thesis": ["cartpole", "acrobot", "mountain_car"]}
+SYMLA = {
+    "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
+        {env: f"symla.py --envs {env}" for env in FIVE},
+        [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]]),
+    "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
+        {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
+        [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]]),
+    "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
+        {env: f"symla.py --envs {env}{' --obs-gain 1' * (env == 'upright_cartpole')}" for env in CONTROL["laptop"]},
+        per(CONTROL, lambda env: [*higher("symla", ["uniform"], [env], None, env),
+            above_random("symla", f"shuffled_{env}", env) > above_random("symla", env, env) * 0.8,
+            above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5]),
+        {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
+    "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
+        {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
+         "grid": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400"},
+        per({"laptop": ["grid_world:2"], "thesis": ["grid_world"]}, lambda env: [
+            *higher("symla", ["uniform"], [env, f"swapped_{env}"], None, "grid"),
+            *rises("symla", [f"swapped_{env}"], "grid", metric="reward_per_step"),
+            *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
+        {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
+    "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
+        "symla.py --envs projected_dense_grid_world:4 --meta-steps 300 --obs-gain 1",
+        per({"laptop": ["projected_dense_grid_world:4"], "thesis": ["projected_dense_grid_world"]}, lambda env: [
+            *higher("symla", ["uniform"], [env]), *higher("symla", ["uniform", "rnn"], ["projected_upright_cartpole"])]),
+        "symla.py --envs projected_dense_grid_world"),
+}
+
+SHORT = "gpicl.py --baselines --bias-end 0.9 --test-datasets digits"
+UNIFORM = "gpicl.py --dataset mnist --bias 0 --baselines --test-datasets mnist"
+PLATEAU = "gpicl.py --dataset fashion_mnist --num-tasks 65536 --baselines --test-datasets fashion_mnist"
+FREE = "gpicl.py --baselines --bias-end None --test-datasets digits"
+PLAIN = "gpicl.py --baselines --test-datasets"
+STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16]),
+          **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
+          **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
+          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
+FULL_STATES = {**sweep(f"{PLAIN} mnist --dataset mnist --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
+               **sweep(f"{PLAIN} mnist --dataset mnist --layers 1", learner=["lstm"], width=[64, 256, 1024]),
+               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
+               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["vsml_nosym"], grid=[4, 8, 16])}
+BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)}
+BIG = "batch 128, num_tasks 16384"
+TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
+SET = {"laptop": "digits", "thesis": "mnist"}
+GPICL = {
+    "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
+        sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
+        per({"laptop": [("digits", 64, 16384, 64)], "thesis": [("mnist", 2**8, 2**24, 256)]}, lambda one: [
+            reached(one[0], "task", f"learner transformer, num_tasks {one[2]}, width {one[3]}") > 0.2,
+            reached(one[0], "task", f"learner transformer, num_tasks {one[1]}, width {one[3]}") < 0.2,
+            reached(one[0], "none", f"learner mlp, num_tasks {one[1]}, width {one[3]}", learner="mlp") > 0.2,
+            reached(one[0], "task", f"learner mlp, num_tasks {one[2]}, width {one[3]}", learner="mlp") < 0.2]),
+        sweep(UNIFORM, learner=["transformer", "mlp"], num_tasks=[2**8, 2**13, 2**16, 2**24], width=[32, 256])),
+    "G2": Row("Fig. 5.3", "rises in context on unseen datasets",
+        sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist", dataset=BOTH),
+        [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
+         reached("fashion_mnist", "domain", "dataset mnist")
+         > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03],
+        sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH)),
+    "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
+        {"": "gpicl.py --baselines sgd adam maml --test-datasets digits fashion_mnist random",
+         "lstm": "gpicl.py --learner lstm --baselines --test-datasets digits fashion_mnist random",
+         "vsml": "gpicl.py --learner vsml --baselines --batch 8 --meta-steps 2000 --test-datasets digits fashion_mnist random"},
+        lambda preset: [*(claim for task, new in ((SET[preset], "task"), ("fashion_mnist", "domain")) for claim in (
+                *higher("transformer", ["sgd", "maml"], [task], metric="accuracy", novelty=new),
+                reached(task, new) > reached(task, new, "lstm", learner="lstm"),
+                reached(task, new) > reached(task, new, "vsml", learner="vsml") - 0.1)),
+            reached("random", "domain") > 0.99,
+            *(reached(task, "task" if task == "mnist" else "domain") > TABLE[task] - 0.03
+              for task in TABLE if preset == "thesis")],
+        {"": f"gpicl.py --dataset mnist --baselines sgd adam maml --test-datasets {' '.join(TABLE)}",
+         "lstm": "gpicl.py --dataset mnist --learner lstm --layers 1 --meta-steps 100000 --baselines "
+                 f"--test-datasets {' '.join(TABLE)}",
+         "vsml": f"gpicl.py --dataset mnist --learner vsml --batch 8 --baselines --test-datasets {' '.join(TABLE)}"}),
+    "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
+        sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=[1, 4, 16, 64, 256, 1024, 4096, 16384]),
+        per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
+            reached(one[0], "none", f"num_tasks {one[1]}", 0) > 0.5, learns(one[0], "none", f"num_tasks {one[1]}") < 0.1,
+            learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
+            learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
+            learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
+        sweep(f"{UNIFORM} fashion_mnist", num_tasks=[2**power for power in range(0, 25, 4)])),
+    "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
+        per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
+            correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
+        FULL_STATES),
+    "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
+        sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
+        [exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
+         plateau(BIG) > plateau(BATCHES[128]),
+         unseen_loss("end", slice(-5, None), BIG) > unseen_loss("start", slice(0, 2), BIG)],
+        sweep("gpicl.py --dataset fashion_mnist --bias 0 --baselines --test-datasets fashion_mnist",
+              batch=[16, 32, 64, 128], num_tasks=[1024, 16384])),
+    "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
+        sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
+        [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
+        sweep(PLATEAU, bias=["0", "0.5", "0.9"])),
+    "G8": Row("Fig. D.12", "smaller epsilon halves the plateau",
+        {**sweep(f"{FREE} --meta-steps 5000 --meta-optimizer adam", eps=["1e-4", "1e-6", "1e-8"]),
+         "sign": f"{FREE} --meta-steps 5000 --meta-optimizer sign --lr 3e-4"},
+        [plateau("eps 1e-8") < plateau("eps 1e-4") * 0.5, plateau("sign") < plateau("eps 1e-8")],
+        {**sweep(f"{PLATEAU} --bias 0", eps=["1e-4", "1e-6", "1e-8"]),
+         "sign": f"{PLATEAU} --bias 0 --meta-optimizer sign --lr 1e-4"}),
+    "G9": Row("Fig. 5.9, D.3, D.5", "ResNet features: about 45 % on CIFAR-10",
+        sweep("gpicl.py --dataset mnist --meta-steps 20000 --test-datasets mnist fashion_mnist cifar10",
+              features=["resnet18", "none"]),
+        per({"laptop": ["features resnet18"], "thesis": ["features resnet50"]}, lambda run: [
+            reached("cifar10", "domain", run) > 0.42,
+            reached("cifar10", "domain", run) > reached("cifar10", "domain", "features none") + 0.1,
+            learns("fashion_mnist", "domain", run) > 0]),
+        sweep("gpicl.py --dataset mnist --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
+        needs="ImageNet weights"),
+    "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
+        sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
+        per({"laptop": [("digits", 20, 40), ("digits", 40, 80)], "thesis": [("mnist", 50, 100), ("mnist", 100, 200)]},
+            lambda one: [reached(one[0], "task", f"sequence_length {one[1]}")
+                         < reached(one[0], "task", f"sequence_length {one[2]}")]),
+        sweep(f"{PLAIN} mnist --dataset mnist", sequence_length=[50, 100, 200])),
+    "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
+        f"{PLAIN} digits --statistics",
+        [gradient_norm("last layer", lambda norms: norms["head.weight"]) >
+         gradient_norm("largest other", lambda norms: max(norm for name, norm in norms.items() if "head" not in name))],
+        f"{PLATEAU} --bias 0 --statistics"),
+    "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
+        {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
+         "shallow": "vsml.py --baselines --test-datasets digits",
+         "deep": "vsml.py --hidden 16 --backward-pass --baselines --test-datasets digits"},
+        per({preset: [name] for preset, name in SET.items()}, lambda task: [
+            *(reached(task, "task", f"weight_decay {decay}") < 0.2 for decay in ("0.01", "0.1", "1")),
+            at("vsml", task, run="deep") < at("vsml", task, run="shallow")]),
+        {**sweep(f"{UNIFORM} --num-tasks 1024 --meta-optimizer adamw", weight_decay=["0.01", "0.1", "1"]),
+         "shallow": "vsml.py --dataset mnist --baselines --test-datasets mnist",
+         "deep": "vsml.py --dataset mnist --hidden 32 --backward-pass --baselines --test-datasets mnist"}),
+}
+
+GOAL = "hidden_goal:8"
+ONE_GOAL = f"gla.py --envs {GOAL} --test-envs --no-projected --gaps 1 2 4 8 0 --baselines ppo uniform"
+ON_GRID = [*rises("gla, g = 8", [GOAL], "grid"), at("gla, g = 8", GOAL, run="grid") > at("gla", GOAL, run="grid"),
+           at("gla, g = 0", GOAL, 0, "grid") > at("gla, g = 8", GOAL, 0, "grid")]
+ON_ANT = [*rises("gla, g = 8", ["ant"], "ant"), *higher("gla, g = 8", ["uniform"], ["ant"], 0, "ant")]
+BODIES = ["ant", "Reacher-v4", "half_cheetah", "dm_cartpole"]
+DOMAINS = {"laptop": ["point_mass", "reacher", "dm_cartpole", "cart_swing_up"], "thesis": BODIES}
+GLA = {
+    "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
+        {"grid": ONE_GOAL}, lambda preset: ON_GRID + ON_ANT * (preset == "thesis"),
+        {"grid": ONE_GOAL, "ant": "gla.py --envs ant --test-envs --no-projected --gaps 1 8 0 --baselines uniform"}),
+    "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
+        "gla.py --envs heading:0 heading:180 --test-envs --no-projected --gaps 8 --batch 12 --baselines one-task uniform",
+        per({"laptop": [("heading:0", "heading:180")], "thesis": [("ant:0", "ant:180")]}, lambda envs: [
+            *rises("gla", envs), *higher("one-task", ["uniform"], envs[:1]), *higher("gla", ["one-task"], envs[1:]),
+            at("one-task", envs[1]) < at("one-task", envs[1], 0) + 0.1]),
+        "gla.py --envs ant:0 ant:180 --test-envs --no-projected --gaps 8 --baselines one-task uniform",
+        needs="Ant needs a GPU"),
+    "L3": Row("Fig. 6.5", "Ant to Reacher, HalfCheetah, Cartpole: rises",
+        f"gla.py --envs heading:0 --test-envs heading:90 flight:0 {' '.join(DOMAINS['laptop'])} --gaps 8 0 "
+        "--baselines ppo uniform",
+        per(DOMAINS, lambda env: [*rises("gla", [env]), *higher("gla", ["uniform"], [env])]), "gla.py --baselines ppo uniform"),
+    "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",
+        "gla.py --gaps 8 0 1 --baselines ppo uniform",
+        per({"laptop": [("hidden_goal:1", 128), (GOAL, 128)], "thesis": [(env, 1024) for env in BODIES]}, lambda one: [
+            at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
+}
+
+FME = {
+    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing",
+        "fme.py --envs bandit --baselines hill_climbing",
+        [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
+         *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05)]),
+    "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing",
+        "fme.py --envs cartpole --baselines hill_climbing",
+        [at("fme", "cartpole") > 80, *higher("fme", ["hill_climbing"], ["cartpole"], 1600),
+         until_solved("fme", "cartpole") < until_solved("hill_climbing", "cartpole")]),
+    "F3": Row("Fig. 7.4", "adapts only with the reward as input",
+        "fme.py --envs swapping_bandit --baselines no_reward hill_climbing",
+        [at("fme", "swapping_bandit") > at("no_reward", "swapping_bandit") + 0.1, at("fme", "swapping_bandit") > 0.75,
+         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05)]),
+}
+ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME
+# fmt: on
+
+
+# ======================================================================================================================
+# Runs
+# ======================================================================================================================
+def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path) -> Path:
+    """The folder of a run that has its results.json: used again, resumed, or started."""
+    command = command_of(name, index, preset)
+    if re.fullmatch(SAME_RUN, command):
+        other, at_index = re.match(SAME_RUN, command).groups()
+        return finished_run(other, int(at_index), seed, preset, data_dir)
+
+    for other, at_index in re.findall(r"\{([A-Z]\d+)\.(\d+)\}", command):
+        folder = finished_run(other, int(at_index), seed, preset, data_dir)
+        command = command.replace(f"{{{other}.{at_index}}}", str(folder.relative_to(ROOT)))
+
+    folder = RUNS / f"{name}-{index}-s{seed}{'' if preset == 'laptop' else '-' + preset}"
+    note = folder.with_suffix(".txt")
+    if folder.exists() and note.exists() and note.read_text() != command:
+        raise UserError(f"{folder} was made by another command, which is in {note.name}; delete the folder to run anew.")
+    if (folder / "results.json").exists():
+        return folder
+
+    RUNS.mkdir(parents=True, exist_ok=True)
+    note.write_text(command)
+    line = command_line(command, folder, seed, preset, data_dir)
+    if (folder / "checkpoint.pt").exists():
+        line = [*line[:2], "--resume", str(folder)]
+    execute(line, folder, f"{name}, seed {seed}")
+    return folder
+
+
+def command_line(command: str, folder: Path, seed: int, preset: str, data_dir: Path) -> list[str]:
+    """What is executed for a command of an entry."""
+    script, *flags = command.split()
+    if script == "pytest":
+        return [sys.executable, "-m", "pytest", "-q", *flags]
+    if "--preset" not in flags and "--mode" not in flags:
+        flags += ["--preset", preset]
+    if script in ("vsml.py", "gpicl.py"):
+        flags += ["--data-dir", str(data_dir)]
+    return [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.parent), "--run-name", folder.name]
+
+
+def execute(line: list[str], folder: Path, words: str) -> None:
+    """Run a command in the repository's folder. Of a test the exit code becomes a result row."""
+    print(f"\n{words}: python {shlex.join(line[1:])}", flush=True)
+    code = subprocess.run(line, cwd=ROOT).returncode
+    if "pytest" in line:
+        row = dict(zip(KEYS, ("pytest", "test", "none", "passed", 1, float(code == 0), 0.0, 1), strict=False))
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"device": "CPU", "seconds": {}, "results": [row]}))
+    elif code or not (folder / "results.json").exists():
+        raise UserError(f"a command ended with exit code {code}; its reason is above.")
+
+
+def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
+    """Run all commands of an entry with all seeds, and save what its claims and tables need."""
+    row, seeds = ROWS[name], {}
+    commands = row.commands(preset)
+    for seed in range(num_seeds if row.enough_seeds > 1 else 1):
+        folders = [finished_run(name, index, seed, preset, data_dir) for index in range(len(commands))]
+        runs = dict(zip(commands, map(read_run, folders), strict=True))
+        seeds[str(seed)] = compact(name, row, preset, runs)
+    plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), one) for label, one in commands.items()}
+    plain = {label: re.sub(r"\{(\w+)\.(\d+)\}", r"runs/reproduce/\1-\2-s0", one) for label, one in plain.items()}
+    torch = version("torch").partition("+")[0]
+    save(name, preset, {"row": name, "preset": preset, "commands": plain, "torch": torch, "seeds": seeds})
+
+
+SAME_RUN = r"^([A-Z]\d+)\.(\d+)$"
+
+
+def command_of(name: str, index: int | str, preset: str) -> str:
+    return list(ROWS[name].commands(preset).values())[int(index)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """results.json, and as curves the columns of metrics.csv at up to 40 steps."""
+    results = read_json(folder / "results.json")
+    if (folder / "metrics.csv").exists():
+        with open(folder / "metrics.csv", newline="") as file:
+            lines = list(csv.DictReader(file))
+        lines = lines[:: -(-len(lines) // 40) or 1]
+        results["curves"] = {
+            name: [rounded(float(line[name])) if line[name] else None for line in lines]  # not every line has all columns
+            for name in (lines[0] if lines else ())
+        }
+    return results
+
+
+# ======================================================================================================================
+# The command line
+# ======================================================================================================================
+def show(name: str, preset: str) -> None:
+    """Print the verdict on an entry and its claims."""
+    row = ROWS[name]
+    entry = checked(name, row, preset)
+    if entry is None:
+        raise UserError(f"there are no saved rows at the {preset} preset; leave out --check to run it.")
+    print(f"\n{name} ({row.figure}), {preset} preset: {weakest(entry[2])}. The thesis: {row.says}.")
+    for outcome in entry[2]:
+        sides = f"{text(outcome.left)} and {text(outcome.right)}"
+        difference = f"{text(outcome.difference)} ± {text(outcome.error)} (seeds: {outcome.seeds})"
+        print(f"  {outcome.claim}: {sides}, difference {difference}, {outcome.verdict}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="entries such as V3 (--list shows all)")
+    parser.add_argument("--seeds", type=int, default=ENOUGH_SEEDS, help="meta-training seeds: 0, 1, ...")
+    parser.add_argument("--preset", choices=("auto", "laptop", "thesis"), default="auto", help="auto: thesis with CUDA")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where torchvision's datasets are")
+    parser.add_argument("--check", action="store_true", help="only check the claims, from saved rows")
+    parser.add_argument("--tables", action="store_true", help="only rewrite the tables, from saved rows")
+    parser.add_argument("--figures", action="store_true", help="only redraw the README's figure, from saved rows")
+    parser.add_argument("--list", action="store_true", help="show all entries")
+    args = parser.parse_args()
+    unknown = [name for name in args.rows if name not in ROWS]
+    if unknown or args.seeds < 1:
+        raise UserError(f"there is no entry {unknown[0]}; --list shows all." if unknown else "--seeds has to be at least 1.")
+    if args.list or not (args.rows or args.tables or args.figures):
+        print("\n".join(f"{name:4} {row.figure:20} {status(name, row)[0]:28} {row.says}" for name, row in ROWS.items()))
+    if args.rows and args.preset == "auto":
+        import torch
+
+        args.preset = "thesis" if torch.cuda.is_available() else "laptop"
+
+    failed = []
+    for name in args.rows:
+        try:
+            if not args.check:
+                run_entry(name, args.preset, args.seeds, args.data_dir)
+            show(name, args.preset)
+        except UserError as error:
+            failed.append(f"{name}: {error}")
+    if args.tables or (args.rows and not args.check):
+        for path, new in tables(ROWS).items():
+            path.write_text(new)
+    if args.figures:
+        draw_strip(ROWS)
+    if failed:
+        raise UserError("\n".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"reproduce.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nreproduce.py: stopped; the same command continues from here.")
