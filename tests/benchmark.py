@@ -210,7 +210,8 @@ def bench_gpicl_at(args: gpicl.Args, run: argparse.Namespace, peak: float, repet
     making, updating = seconds(step.sample, repetitions), seconds(lambda: step.update(*data), repetitions)
     whole = seconds(step.whole, repetitions)
     print(
-        f"width {args.width}, {args.layers} layers, {args.batch} x {args.sequence_length} examples, {step.tasks.num_inputs} inputs:"
+        f"width {args.width}, {args.layers} layers, {args.batch} x {args.sequence_length} examples,"
+        f" {step.tasks.num_inputs} inputs:"
         f" {1e3 * whole:.2f} ms a step ({1 / whole:.1f} steps/s), of it making tasks {1e3 * making:.2f} ms"
         f" ({100 * making / whole:.0f} %), learning {1e3 * updating:.2f} ms; model FLOP utilisation"
         f" {100 * step.flops / whole / peak:.0f} %; {peak_mb():.0f} MB",
@@ -502,7 +503,8 @@ def time_vsml(worker: Worker) -> None:
         what = f"vsml: {args.chunk} of {args.population} pairs x {args.sequence_length} examples, {size} x {size}"
         worker.note(what, seconds=taken, extrapolated=extrapolated)
     draws = ms(lambda: es.directions(args.population, theta.numel(), 0, 0, worker.device), 3)
-    worker.note("vsml: parts", directions_ms=draws, tasks_of_a_chunk_ms=ms(lambda: tasks.sample(ids, ids, args.sequence_length), 3))
+    sampling = ms(lambda: tasks.sample(ids, ids, args.sequence_length), 3)
+    worker.note("vsml: parts", directions_ms=draws, tasks_of_a_chunk_ms=sampling)
     for step in range(1 if worker.toy else 2):
         taken = once(lambda: vsml.es_gradient(args, learner, theta, tasks, step))  # noqa: B023 (called at once)
         what = f"vsml: an ES step, {args.population} pairs x {args.sequence_length} examples, {size} x {size}"
@@ -524,7 +526,8 @@ def time_gpicl(worker: Worker, size: int, channels: int) -> None:
     worker.warm(f"{what}, sampling", step.sample)
     worker.warm(f"{what}, learning", step.whole)
     worker.hold()
-    worker.note(f"{what}: a meta-step", ms=1e3 * steady(step.whole, worker.few), synchronised_ms=ms(step.whole, worker.few), aim_ms=10)
+    free, synchronised = 1e3 * steady(step.whole, worker.few), ms(step.whole, worker.few)
+    worker.note(f"{what}: a meta-step", ms=free, synchronised_ms=synchronised, aim_ms=10)
     data = step.sample()
     parts = {
         "sampling_ms": step.sample,
@@ -578,12 +581,14 @@ def time_metagenrl(worker: Worker) -> None:
     names, agents = ("point_mass",) if worker.toy else ("HalfCheetah-v4", "half_cheetah", "point_mass"), args.population
     for name in names:
         try:
-            group = metagenrl.Group(args, name, torch.zeros(agents, dtype=torch.int64), args.env_steps, worker.device, lambda f: f)
+            which = torch.zeros(agents, dtype=torch.int64)
+            group = metagenrl.Group(args, name, which, args.env_steps, worker.device, lambda f: f)
             break
         except Exception as error:
             worker.note(f"metagenrl: no {name}", error=repr(error)[-500:])
     alpha = group.nets.init_objective(1, torch.default_generator).to(worker.device)
-    adam, share, clock = torch.optim.Adam([alpha], args.objective_lr), torch.tensor(1.0, device=worker.device), iter(range(10**9))
+    adam, share = torch.optim.Adam([alpha], args.objective_lr), torch.tensor(1.0, device=worker.device)
+    clock = iter(range(10**9))
     functions = ("act", "update_critics", "update_policies", "objective_gradient", "sample_from")
 
     def environment() -> int:
@@ -692,7 +697,8 @@ def time_gla(worker: Worker) -> None:
     worker.hold()
     tokens = args.batch * args.chunks * args.chunk
     taken = steady(meta_step, worker.few)
-    worker.note(f"gla: a meta-step, {args.batch} x {tokens // args.batch} tokens", ms=1e3 * taken, tokens_per_s=tokens / taken, aim_ms=8)
+    what = f"gla: a meta-step, {args.batch} x {tokens // args.batch} tokens"
+    worker.note(what, ms=1e3 * taken, tokens_per_s=tokens / taken, aim_ms=8)
     tasks = data()
     each = {
         "projections": lambda: gla.draw_projection(args, env, args.batch * next(number) + own),
@@ -992,7 +998,7 @@ class Gpu:
             return {}
         shared = [row for row in ours if row in theirs]
         apart = [abs(ours[row] - theirs[row]) / max(1, abs(theirs[row])) for row in shared]
-        apart = [x if x == x else 0.0 if ours[row] != ours[row] and theirs[row] != theirs[row] else 1e9 for x, row in zip(apart, shared)]  # noqa: B905
+        apart = [x if x == x else 1e9 for x in apart]  # not a number
         differ = sum(x > 1e-3 for x in apart)
         return {"against": other.name, "rows": len(apart), "differ": differ, "largest": max(apart, default=0.0)}
 
@@ -1073,7 +1079,8 @@ class Gpu:
         """As long as there is time, then the meta-test of what was learned."""
         if not self.background:
             return
-        job, (checkpoint, metrics) = self.background.pop(), (self.run_folder / name for name in ("checkpoint.pt", "metrics.csv"))
+        job = self.background.pop()
+        checkpoint, metrics = (self.run_folder / name for name in ("checkpoint.pt", "metrics.csv"))
         until = time.time() + (self.left() / 2 if 5 in self.steps else self.left())
         while not job.over() and time.time() < until and not (self.toy and checkpoint.exists()):
             time.sleep(0.2)
@@ -1124,7 +1131,7 @@ class Gpu:
         for name, env, last in (("symla", ["--envs", "independent_bandit", "--checkpoint-every", 25], 45), ("vsml", [], 5)):
             if name not in self.options.only:
                 continue
-            until = time.time() + max(0, (self.end - time.time()) / (2 if name == "symla" else 1) - last)
+            until = time.time() + max(5, (self.end - time.time()) / (2 if name == "symla" else 1) - last)
             folder = self.work / "runs" / name
             flags = ["--preset", "thesis", *env, "--run-dir", folder.parent, "--run-name", name]
             flags += ["--checkpoint-every", 2] if name == "vsml" else []
@@ -1132,14 +1139,16 @@ class Gpu:
             job = self.start(f"{name} training", [sys.executable, ROOT / f"{name}.py", *flags])
             while not job.over() and time.time() < until and not (self.toy and (folder / "checkpoint.pt").exists()):
                 time.sleep(0.2)
+            if job.over():
+                self.report(5, job)
             job.kill()
-            self.report(5, job, quiet=True)
             if (folder / "metrics.csv").exists():
                 shutil.copy(folder / "metrics.csv", self.out / f"{name}_metrics.csv")
                 lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
                 self.log(5, f"{name} training", **{f"last_{k}": float(v) for k, v in zip(lines[0], lines[-1], strict=True)})
             if name == "symla" and (folder / "checkpoint.pt").exists():
-                flags = ["--mode", "test", "--checkpoint", folder / "checkpoint.pt", "--run-dir", folder.parent, "--run-name", "tested"]
+                flags = ["--mode", "test", "--checkpoint", folder / "checkpoint.pt"]
+                flags += ["--run-dir", folder.parent, "--run-name", "tested"]
                 flags += ["--device", "cpu", "--no-compile"] if self.toy else ["--device", "cuda"]
                 testing = self.start("symla test", [sys.executable, ROOT / "symla.py", *flags])
                 testing.wait(min(time.time() + 60, self.end - 4))
