@@ -60,7 +60,7 @@ def test_shuffle_reaches_all_permutations_equally_often():
 
 @pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no Python headers")
 def test_compiled_draws_are_the_same_numbers(digits, monkeypatch):
-    for name in ("normal", "_schedule", "_swap"):
+    for name in ("normal", "_round_keys", "_swap_rounds"):
         monkeypatch.setattr(datasets, name, getattr(datasets, name))  # put back afterwards
     tasks = Tasks(digits, projection="gaussian", projected=1.0, permuted_labels=0.5)
     plain = tasks.sample(IDS, IDS, 30)
@@ -138,8 +138,8 @@ def test_class_subsets(digits):
 
 def test_few_shot_episodes_give_no_class_away(digits):
     """Two shots of each class and a query of one of them; within an episode a label is a class, over episodes any class."""
-    told = torch.repeat_interleave(torch.arange(10), digits.counts).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
-    tasks = Tasks(replace(digits, x=told, mean=0.0, std=1 / 255), classes=5, shots=2)
+    numbered = torch.repeat_interleave(torch.arange(10), digits.counts).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    tasks = Tasks(replace(digits, x=numbered, mean=0.0, std=1 / 255), classes=5, shots=2)
     ids = torch.arange(400)
     x, y = tasks.sample(ids, ids, tasks.episode)
     classes = x[..., 0].round().long()
@@ -192,7 +192,7 @@ def test_resizing(digits):
         (lambda d: Tasks(d, projected=0.5, projection_size=9), "has to be applied to all tasks"),
     ],
 )
-def test_wrong_use_is_told_in_a_sentence(digits, wrong, sentence):
+def test_wrong_use_is_an_error_of_one_sentence(digits, wrong, sentence):
     with pytest.raises(DatasetError, match=sentence):
         wrong(digits)
 
