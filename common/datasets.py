@@ -61,11 +61,19 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
+def _int32(value: Tensor | int) -> Tensor | int:
+    """The lowest 32 bits as a signed integer."""
+    if isinstance(value, Tensor):
+        return value.to(torch.int32)
+    return (value + 2**31) % 2**32 - 2**31
+
+
 def fold(key: Tensor, value: Tensor | int) -> Tensor:
-    """A new key from a key and an integer. key: (..., 2) int32; value broadcasts against (...)."""
-    value = torch.as_tensor(value, device=key.device)
-    low = value.to(torch.int32)
-    high = (value >> 32).to(torch.int32)
+    """A new key from a key and a 64-bit integer. key: (..., 2) int32; value broadcasts to (...).
+
+    A Python number stays one: as a tensor it would be copied to a GPU, which waits for that.
+    """
+    low, high = _int32(value), _int32(value >> 32)
     first = _mix(_mix(key[..., 0] + low) ^ high)
     second = _mix(key[..., 1] ^ first) + low
     return torch.stack([first, second], -1)
@@ -96,13 +104,14 @@ def uniform(key: Tensor, size: int) -> Tensor:
     return ((bits(key[..., None, :], counter) >> 8 & 0xFFFFFF).float() + 0.5) * 2**-24
 
 
-def normal(key: Tensor, size: int) -> Tensor:
-    """Standard normal numbers (Box and Muller 1958), shape (..., size) for keys (..., 2)."""
+def normal(key: Tensor, size: int, divisor: float = 1.0) -> Tensor:
+    """Standard normal numbers (Box and Muller 1958) over `divisor`, (..., size) for keys (..., 2)."""
     half = -(-size // 2)
     u, v = uniform(key, 2 * half).chunk(2, -1)
     radius = (-2 * u.log()).sqrt()
     angle = 2 * math.pi * v
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :size]
+    both = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+    return both[..., :size].div_(divisor)  # in place, as it may have gigabytes
 
 
 def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) -> Tensor:
@@ -493,8 +502,7 @@ class Tasks:
         """The projection matrices (s, inputs, projected inputs) of the tasks with keys (s, 2)."""
         a, b = self.dataset.num_inputs, self.num_inputs
         if self.projection == "gaussian":
-            matrix = normal(fold(task, 8), a * b).view(-1, a, b)
-            return matrix.div_(math.sqrt(a))  # in place, as it may have gigabytes
+            return normal(fold(task, 8), a * b, math.sqrt(a)).view(-1, a, b)
         return (2 * uniform(fold(task, 8), a * b).view(-1, a, b) - 1) * math.sqrt(6 / (a + b))
 
     def _stored_examples(

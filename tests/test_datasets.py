@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, key, load, normal, shuffle, uniform
+from common.datasets import BUNDLED, NAMES, DatasetError, Tasks, bits, fold, integers, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -32,6 +33,7 @@ def test_numbers_have_the_moments_of_their_distributions():
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 2e-3 and abs(u.var() - 1 / 12) < 1e-3
     assert abs(z.mean()) < 4e-3 and abs(z.std() - 1) < 4e-3 and abs((z**4).mean() - 3) < 0.05
+    assert torch.equal(normal(keys, 25_001, 3.0), z / 3.0)
     assert (torch.corrcoef(z) - torch.eye(40)).abs().max() < 5 / 25_001**0.5  # neighbouring keys are independent
     flat = z.flatten()
     assert abs((flat[1:] * flat[:-1]).mean()) < 4e-3  # neighbouring counters too
@@ -41,6 +43,41 @@ def test_every_bit_is_fair():
     words = bits(key(1), torch.arange(100_000))
     for bit in range(32):
         assert abs((words >> bit & 1).float().mean() - 0.5) < 0.01, bit
+
+
+def test_draws_are_the_recorded_ones():
+    """Tasks have no other description than their ids, so the same id has to stay the same task."""
+    keys = fold(key(7), torch.arange(3))
+    assert keys.tolist() == [[1201613549, 782173545], [-547614935, 1819196383], [1139001749, -576509129]]
+    assert bits(keys, torch.arange(3)).tolist() == [-104580718, 209965110, 810070250]
+    assert integers(keys, torch.tensor([4, 5, 6]), 1000).tolist() == [77, 348, 9]
+    assert uniform(keys[1], 2).tolist() == [0.21581301093101501, 0.04888632893562317]
+    torch.testing.assert_close(normal(keys[0], 3), torch.tensor([0.21684031, -2.09515882, 0.04777161]))
+    assert shuffle(torch.arange(10), 10, key(3)).tolist() == [1, 5, 6, 0, 3, 2, 4, 9, 7, 8]
+    assert shuffle(torch.tensor([0, 5, 9]), torch.tensor([10, 50, 1000]), keys).tolist() == [4, 24, 904]
+
+
+@pytest.mark.parametrize("number", [0, 3, -1, -3, 2**31, 2**32 + 5, 2**40, -(2**40), 2**62 + 3, -(2**63)])
+def test_folding_a_python_number_is_folding_a_tensor(number):
+    keys = fold(key(7), torch.arange(4))
+    assert torch.equal(fold(keys, number), fold(keys, torch.tensor(number)))
+
+
+@pytest.mark.parametrize("name", ["digits", "random", "sum_sign"])
+def test_samples_need_no_copy_between_host_and_device(name):
+    """None of the operations that make a tensor of a Python number or a Python number of a tensor."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            assert operation.overloadpacket.__name__ not in ("lift_fresh", "_local_scalar_dense", "scalar_tensor")
+            return operation(*args, **(kwargs or {}))
+
+    options = dict(projection="gaussian", projected=0.5, permuted_inputs=0.5, permuted_labels=0.5, blanked=0.5)
+    few_shot = dict(classes=3, shots=2) if name == "digits" else {}
+    for tasks in (Tasks(load(name), **options), Tasks(load(name), **few_shot)):
+        tasks.sample(IDS, IDS, 3)  # keys of salts are made once
+        with Refuse():
+            tasks.sample(IDS, IDS, 3)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 10, 97])
