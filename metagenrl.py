@@ -537,7 +537,8 @@ def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Ba
     agent = torch.arange(p, device=draws.device)[:, None, None]
     batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - held + t) % capacity])
     after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
-    return batch._replace(mask=((t < held) & ~after_end).to(ended.dtype))
+    mask = ((t < held) & ~after_end).to(ended.dtype)
+    return Batch(*batch[:-1], mask)  # _replace, compiled, makes broken tuples in torch 2.11
 
 
 def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:

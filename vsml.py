@@ -323,7 +323,7 @@ def vsml_tick(cell: Callable, params: dict[str, Tensor], layer: Layer, micro_tic
     h, c = layer.h, layer.c
     for _ in range(micro_ticks):
         h, c = cell(recurrent, from_a, from_b, h, c)
-    return layer._replace(h=h, c=c)
+    return Layer(h, c, layer.fwd_msg, layer.bwd_msg)  # _replace, compiled, makes broken tuples in torch 2.11
 
 
 def message(params: dict[str, Tensor], name: str, h: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ class Conv(NamedTuple):
         bwd_msg = layer.bwd_msg.unflatten(2, (self.b, self.positions)).transpose(2, 3)
         for _ in range(micro_ticks):
             at_q = vsml_tick(cell, params, Layer(layer.h[:, :, None], layer.c[:, :, None], fwd_msg, bwd_msg), 1)
-            layer = layer._replace(h=at_q.h.mean(2), c=at_q.c.mean(2))
+            layer = Layer(at_q.h.mean(2), at_q.c.mean(2), layer.fwd_msg, layer.bwd_msg)
         return layer, at_q.h
 
     def forward_message(self, params: dict[str, Tensor], h: Tensor) -> Tensor:
@@ -436,6 +436,9 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
             layers.append(Layer(h, c, *(h.new_zeros(*keys.shape[:2], size, m) for size in (below, w.b * w.positions))))
         return layers
 
+    def from_above(layer: Layer, bwd_msg: Tensor) -> Layer:
+        return Layer(layer.h, layer.c, layer.fwd_msg, bwd_msg)
+
     def between(msg: Tensor) -> Tensor:
         return F.layer_norm(msg, (m,)) if args.norm_messages else msg
 
@@ -445,10 +448,11 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
         fwd_msg = F.pad(x[..., None], (0, m - 1))  # m_a1^(1) := x_a, padded with zeros
         for k, w in enumerate(wiring(args, x.shape[-1], layers[-1].bwd_msg.shape[2])):
             heard = between(fwd_msg) if k > 0 else fwd_msg
-            layers[k], h = w.tick(cell, params, layers[k]._replace(fwd_msg=heard), args.micro_ticks)
+            layer = Layer(layers[k].h, layers[k].c, heard, layers[k].bwd_msg)
+            layers[k], h = w.tick(cell, params, layer, args.micro_ticks)
             fwd_msg = w.forward_message(params, h)
             if k > 0:
-                layers[k - 1] = layers[k - 1]._replace(bwd_msg=between(w.backward_message(params, h)))
+                layers[k - 1] = from_above(layers[k - 1], between(w.backward_message(params, h)))
         logits = args.logit_scale * fwd_msg[..., 0]  # y_b := m_b1^(K+1)
         return layers, args.logit_bound * torch.tanh(logits / args.logit_bound)
 
@@ -456,14 +460,14 @@ def vsml(args: Args, cell: Callable = lstm_cell) -> Learner:
         """The error is the message from above, m_b1^(K) := e_b. It is heard at the next tick: with the next example, or
         in a backward pass of its own."""
         heard = torch.stack([error, label], -1) if args.feed_label else error[..., None]
-        layers = [*layers[:-1], layers[-1]._replace(bwd_msg=F.pad(heard, (0, m - heard.shape[-1])))]
+        layers = [*layers[:-1], from_above(layers[-1], F.pad(heard, (0, m - heard.shape[-1])))]
         if args.backward_pass:
             wires = wiring(args, layers[0].fwd_msg.shape[2], error.shape[-1])
             for k in reversed(range(len(layers))):
                 layers[k], h = wires[k].tick(cell, params, layers[k], args.micro_ticks)
                 if k > 0:
-                    layers[k - 1] = layers[k - 1]._replace(bwd_msg=between(wires[k].backward_message(params, h)))
-            layers[-1] = layers[-1]._replace(bwd_msg=torch.zeros_like(layers[-1].bwd_msg))
+                    layers[k - 1] = from_above(layers[k - 1], between(wires[k].backward_message(params, h)))
+            layers[-1] = from_above(layers[-1], torch.zeros_like(layers[-1].bwd_msg))
         return layers
 
     return Learner(shapes, init, initial_state, predict, learn)
