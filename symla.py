@@ -745,15 +745,10 @@ class Run:
         files = {path.name for path in folder.iterdir()}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            continues = f"--resume {folder} continues a run that was cut off, --mode test tests a finished one"
-            raise UserError(f"{folder} exists; choose another --run-name ({continues}).")
+            raise UserError(f"{folder} exists; choose another --run-name, or --resume a run that was cut off.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
-        if self.args.track:
-            import wandb
-
-            wandb.init(project="cleanmeta", name=folder.name, config=asdict(self.args), sync_tensorboard=True)
-        self.metrics = MetricsLog(folder, self.first)
+        self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)
         self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
 
     def steps(self, total: int, keep: dict[str, Any]) -> Iterator[int]:
@@ -814,9 +809,7 @@ class Run:
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows."""
-        if self.rank > 0:
-            return
+        """Write results.json, and print its first and last rows. For rank 0."""
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))

@@ -10,13 +10,17 @@ from torch import Tensor
 
 
 class MetricsLog:
-    """metrics.csv and TensorBoard events in a run's folder.
+    """metrics.csv and TensorBoard events in a run's folder, and Weights & Biases with `track`, the flags to show there.
 
     first: the meta-step that the run starts or continues with. Lines from there on, which a run wrote that was cut off after
     its last checkpoint, are dropped, and so is what is no line.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first: int, track: dict[str, Any] | None = None):
+        if track:
+            import wandb
+
+            wandb.init(project="cleanmeta", name=folder.name, config=track, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         self.path = folder / "metrics.csv"
