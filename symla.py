@@ -862,8 +862,6 @@ def settled(args: Args) -> Args:
 
 def refuse_env(args: Args, name: str) -> None:
     """Raises UserError or EnvError for an environment that the learners cannot act in."""
-    if base(name)[:1].isupper():
-        raise UserError(f"{name} is gymnasium's, which cannot share random numbers among a population; choose another.")
     if max(map(name.count, ("shuffled_", "projected_", "scaled_"))) > 1:
         raise UserError(f"{name} has a wrapper twice; leave one out.")
     size = name.rpartition(":")[2]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import get_type_hints
 
 import pytest
@@ -278,7 +279,9 @@ def test_a_disk_that_fills_up(finished, tmp_path):
 def test_a_run_that_is_told_to_stop(name, tmp_path):
     line = [*PYTHON, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped"]
     line += ["--meta-steps", "100000"]
-    run = subprocess.Popen(line, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    quiet = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    run = subprocess.Popen(line, cwd=tmp_path, env=ENV, preexec_fn=heed, **quiet)
     until = time.time() + 60
     while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
         time.sleep(0.05)

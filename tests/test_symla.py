@@ -424,7 +424,6 @@ MISTAKES = {
     "--envs independent_bandit cartpole": "--envs mixes bandits and others",
     "--envs independent_bandit:1": "has to be a number, at least 2",
     "--envs contextual_bandit:1000000000": "too large",
-    "--envs CartPole-v1": "is gymnasium's",
     "--envs shuffled_shuffled_cartpole": "twice",
     "--test-envs grid_world:400": "480000 observations",
     "--test-envs shuffled_independent_bandit": "nothing to be shuffled",
