@@ -37,18 +37,6 @@ CLASSES = {"random": 10, "sum_sign": 2}
 # Meta-tests count the ids of their tasks and sequences from here, so that no two splits share one.
 FIRST_ID = {"train": 0, "validation": 2**41, "test": 2**40}
 
-# Mean and standard deviation of all pixels, scaled to 0..1, of the train split.
-STATISTICS = {
-    "mnist": (0.1307, 0.3081),
-    "fashion_mnist": (0.2860, 0.3530),
-    "kmnist": (0.1918, 0.3483),
-    "emnist": (0.1739, 0.3319),
-    "cifar10": (0.4734, 0.2516),
-    "svhn": (0.4514, 0.1993),
-    "omniglot": (0.9221, 0.2681),
-}
-
-
 # What torchvision raises for damaged files.
 UNREADABLE = (AssertionError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -174,6 +162,9 @@ def compile_draws() -> None:
 # --------------------------------------------------------------------------------------------------
 # Datasets
 # --------------------------------------------------------------------------------------------------
+Examples = tuple[Tensor, Tensor]  # x (n, *shape) and y (n,) int64 in 0..c-1
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split of a dataset on a device.
@@ -280,34 +271,43 @@ def load(
             "or name a file that ends with .npz."
         )
 
-    x, y = train
-    classes = len(y.unique())
-    held_out = _tenth(y)
-    if name == "omniglot":
-        held_out = _tenth(torch.zeros(classes, dtype=torch.int64))[y]
-    mean, std = STATISTICS.get(name) or _statistics(x[~held_out])
-
-    if split == "test":
-        x, y = test
-    else:
-        chosen = held_out if split == "validation" else ~held_out
-        x, y = x[chosen], y[chosen]
-    if name == "omniglot":
-        y = y.unique(return_inverse=True)[1]
-        classes = len(y.unique())
+    splits = _splits(name, train, test)
+    x, y = splits[split]
     if not len(y):
         raise DatasetError(f"'{name}' has too few examples for a validation split.")
+    labels = splits[split if name == "omniglot" else "train"][1]
+    counts = y.bincount(minlength=int(labels.max()) + 1)
 
+    # Statistics are those of the train split in the form that is used.
+    x = _form(x, size, channels)
+    train = x if split == "train" else _form(splits["train"][0], size, channels)
+    mean, std = _statistics(train)
     if x.dtype != torch.uint8:
         x = (x - mean) / std
         mean, std = 0.0, 1.0
-    if x.ndim == 4:
-        x = _with_channels(_resized(x, size), channels)
 
     x = x[y.argsort(stable=True)].to(device)
+    counts = counts.to(device)
     shape = tuple(x.shape[1:])
-    counts = y.bincount(minlength=classes).to(device)
-    return Dataset(name, split, shape, classes, x, counts, mean, std, device=device, source=source)
+    return Dataset(
+        name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
+    )
+
+
+def _splits(name: str, train: Examples, test: Examples) -> dict[str, Examples]:
+    """A tenth of the train split becomes the validation split."""
+    x, y = train
+    held_out = _tenth(y)
+    if name == "omniglot":  # whole classes, as its test split has other ones too
+        held_out = _tenth(torch.zeros(len(y.bincount()), dtype=torch.int64))[y]
+    splits = {
+        "train": (x[~held_out], y[~held_out]),
+        "validation": (x[held_out], y[held_out]),
+        "test": test,
+    }
+    if name == "omniglot":
+        splits = {k: (x, y.unique(return_inverse=True)[1]) for k, (x, y) in splits.items()}
+    return splits
 
 
 def _tenth(y: Tensor) -> Tensor:
@@ -336,38 +336,40 @@ def distinct(names: Iterable[str]) -> list[str]:
     return names
 
 
-def _resized(x: Tensor, size: int | None) -> Tensor:
-    """Images (n, c, h, w) -> (n, c, size, size), bilinear and antialiased."""
-    if not size or x.shape[2:] == (size, size):
-        return x
-    parts = []
-    for part in x.split(4096):
-        part = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
-        parts.append(part.round().byte() if x.dtype == torch.uint8 else part)
-    return torch.cat(parts)
+def _form(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """Images (n, c, h, w) at another size (bilinear, antialiased) and with other channels.
 
-
-def _with_channels(x: Tensor, channels: int | None) -> Tensor:
-    """Images (n, 1 or 3, h, w) -> (n, channels, h, w)."""
-    if channels in (None, x.shape[1]):
+    Vectors, and images if both are None, stay as they are.
+    """
+    if x.ndim == 2:
         return x
-    if channels == 3:
-        return x.repeat(1, 3, 1, 1)
-    mean = x.float().mean(1, keepdim=True)
-    return mean.round().byte() if x.dtype == torch.uint8 else mean
+
+    uint8 = x.dtype == torch.uint8
+    rounded = (lambda x: x.round().byte()) if uint8 else (lambda x: x)
+
+    if size and x.shape[2:] != (size, size):
+        resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+        x = torch.cat([rounded(resize(part.float())) for part in x.split(4096)])
+    if channels == 3 and x.shape[1] == 1:
+        x = x.repeat(1, 3, 1, 1)
+    if channels == 1 and x.shape[1] == 3:
+        x = torch.cat([rounded(part.float().mean(1, keepdim=True)) for part in x.split(4096)])
+    return x
 
 
 def _statistics(x: Tensor) -> tuple[Any, Any]:
-    """Mean and std of all pixels of images, of each feature (a,) of vectors (n, a)."""
-    if x.ndim == 2:
-        std = x.std(0)
-        return x.mean(0), torch.where(std > 0, std, 1.0)
+    """Mean and std of all pixels, scaled to 0..1 if uint8, or of each feature of vectors (n, a)."""
     if x.dtype == torch.uint8:
-        x = x.float() / 255
-    return x.mean().item(), x.std().item() or 1.0
-
-
-Examples = tuple[Tensor, Tensor]  # x (n, *shape) and y (n,) int64 in 0..c-1
+        level = torch.arange(256, dtype=torch.float64) / 255
+        share = x.flatten().bincount(minlength=256) / x.numel()
+        mean = (share * level).sum()
+        std = (share * (level - mean) ** 2).sum().sqrt()
+    else:
+        std, mean = torch.std_mean(x.double(), 0 if x.ndim == 2 else None, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    if x.ndim == 2:
+        return mean.float(), std.float()
+    return mean.item(), std.item()
 
 
 def _read_bundled(name: str) -> tuple[Examples, Examples]:

@@ -261,10 +261,24 @@ def test_resizing(digits):
         load("wine").resize(8)
 
 
+@pytest.mark.parametrize("form", [{}, {"size": 14}, {"size": 40}, {"size": 5, "channels": 3}])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "wine"])
+def test_statistics_are_those_of_the_train_split_as_it_is_used(name, form, data_dir):
+    train, *others = (load(name, split, data_dir, **form) for split in FIRST_ID)
+    x = train.inputs(torch.arange(len(train)))
+    axes = 0 if name == "wine" else None
+    torch.testing.assert_close(x.mean(axes), torch.zeros_like(x.mean(axes)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(axes, correction=0), torch.ones_like(x.std(axes)), atol=1e-5, rtol=0)
+    for other in others:
+        assert (other.mean, other.std) == (train.mean, train.std)
+        x = other.inputs(torch.arange(len(other)))
+        assert abs(x.mean()) + abs(x.std() - 1) > 1e-3  # not by their own
+
+
 def test_channels(digits):
     coloured = load("digits", channels=3)
     assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
-    assert torch.equal(datasets._with_channels(coloured.x, 1), digits.x)
+    assert torch.equal(datasets._form(coloured.x, None, 1), digits.x)
 
 
 # ---- a user's own file -------------------------------------------------------------------------------------------------
@@ -290,7 +304,7 @@ def test_own_images(shape, loaded, dtype, tmp_path):
     x = torch.tensor(x_test[::3].astype(np.float32))  # the first class
     x = x[:, None] if len(shape) == 2 else x.movedim(-1, 1) if shape[-1] == 3 else x
     pixel = torch.tensor(without_validation(x_train, np.arange(30) % 3)[0].astype(np.float32))
-    expected = (x - pixel.mean()) / pixel.std()
+    expected = (x - pixel.mean()) / pixel.std(correction=0)
     torch.testing.assert_close(test.inputs(torch.arange(2)), expected.flatten(1), atol=1e-4, rtol=1e-4)
     assert test.resize(3).x.shape == (6, loaded[0], 3, 3)
 
@@ -306,9 +320,9 @@ def test_own_vectors_and_labels(dtype, tmp_path):
     assert test.counts.tolist() == [2, 3]  # -2 has become 0
     varying = [0, 2, 3]
     torch.testing.assert_close(train.x.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(train.x.std(0)[varying], torch.ones(3))
+    torch.testing.assert_close(train.x.std(0, correction=0)[varying], torch.ones(3))
     x = torch.tensor(without_validation(x_train, (np.arange(30) + 1) % 2)[0].astype(np.float32))
-    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0)
+    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0, correction=0)
     torch.testing.assert_close(test.x[:2, varying], expected[:, varying])
 
 
