@@ -15,9 +15,11 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 """
 
 import math
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,7 +34,8 @@ DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "
 GENERATED = ("random", "sum_sign")
 NAMES = BUNDLED + DOWNLOADED + GENERATED
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in a user's file
-CLASSES = {"random": 10, "sum_sign": 2}
+CLASSES = dict.fromkeys(DOWNLOADED + GENERATED, 10)
+CLASSES |= {"emnist": 62, "omniglot": 1623, "sum_sign": 2}
 
 # Meta-tests count the ids of their tasks and sequences from here, so that no two splits share one.
 FIRST_ID = {"train": 0, "validation": 2**41, "test": 2**40}
@@ -410,6 +413,8 @@ def _read_torchvision(name: str, data_dir: Path) -> tuple[Examples, Examples]:
 
 def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
     hint = f"use a bundled dataset ({', '.join(BUNDLED)}) or name its folder with --data-dir"
+    damaged = f"The files of '{name}' in '{data_dir}' are damaged; delete them, or {hint}."
+    missing = f"The dataset '{name}' is not in '{data_dir}' and could not be downloaded; {hint}."
 
     try:
         try:
@@ -417,21 +422,38 @@ def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
         except RuntimeError as error:
             if "download=True" not in str(error):  # torchvision's advice if there are no files
                 raise
-            data = None
-    except UNREADABLE as error:
-        raise DatasetError(
-            f"The files of '{name}' in '{data_dir}' are damaged; delete them, or {hint}."
-        ) from error
-
-    if data is None:
-        try:
-            _download(make, data_dir)
+            try:
+                _download(make, data_dir)
+            except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError
+                raise DatasetError(missing) from error
             data = make(data_dir, download=False)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise DatasetError(
-                f"The dataset '{name}' is not in '{data_dir}' and could not be downloaded; {hint}."
-            ) from error
+        x, y = _arrays(name, data)
+    except UNREADABLE as error:
+        raise DatasetError(damaged) from error
+    if not len(x) == len(y) > 0 or y.min() < 0 or y.max() >= CLASSES[name]:
+        raise DatasetError(damaged)
+    return x, y
 
+
+def _download(make: Callable, data_dir: Path) -> None:
+    """Download a dataset so that `data_dir` never has half of it, whatever other processes do."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(30)  # seconds without a byte; torchvision would wait for ever
+        with TemporaryDirectory(dir=data_dir) as folder:
+            make(folder, download=True)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: -len(path.parts)):
+                target = data_dir / path.relative_to(folder)  # archives, which are checked, last
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _arrays(name: str, data: Any) -> Examples:
+    """x and y of one of torchvision's datasets."""
     if name == "omniglot":  # 32,460 small files; the label of each is its folder
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -447,18 +469,6 @@ def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
     elif name != "svhn":
         x = x[:, None]
     return x, y
-
-
-def _download(make: Callable, data_dir: Path) -> None:
-    """Download a dataset so that `data_dir` never has half of it, whatever other processes do."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=data_dir) as folder:
-        make(folder, download=True)
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: -len(path.parts)):
-            target = data_dir / path.relative_to(folder)  # archives, which are checked, come last
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
 
 
 def _read_file(path: Path) -> tuple[Examples, Examples]:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sysconfig
+import urllib.request
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -550,15 +551,44 @@ def test_a_download_that_is_cut_off_or_not_the_only_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
-def test_damaged_files(data_dir, tmp_path):
+IMAGES, LABELS = (f"MNIST/raw/train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+DAMAGE = {
+    "cut off": lambda root: (root / IMAGES).write_bytes((root / IMAGES).read_bytes()[:1000]),
+    "of another kind": lambda root: (root / IMAGES).write_bytes(gzip.compress(b"not an idx file")),
+    "more labels than images": lambda root: write_idx(root / LABELS, np.zeros(31, np.uint8)),
+    "fewer labels than images": lambda root: write_idx(root / LABELS, np.zeros(29, np.uint8)),
+    "an eleventh class": lambda root: write_idx(root / LABELS, np.full(30, 10, np.uint8)),
+    "empty": lambda root: [
+        write_idx(root / IMAGES, np.zeros((0, 28, 28), np.uint8)),
+        write_idx(root / LABELS, np.zeros(0, np.uint8)),
+    ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(damage, tmp_path):
     write_mnist_like(tmp_path, "MNIST")
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DatasetError, match="are damaged"):
+    DAMAGE[damage](tmp_path)
+    for split in FIRST_ID:
+        with pytest.raises(DatasetError, match="are damaged; delete them, or use a bundled dataset"):
+            load("mnist", split, tmp_path)
+
+
+def test_a_server_that_is_silent(tmp_path, monkeypatch):
+    """A download gives up after its patience, and nobody else's patience changes."""
+    import torchvision.datasets
+
+    def download(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            limits.append(socket.getdefaulttimeout())
+            socket.setdefaulttimeout(0.01)
+            urllib.request.urlopen(f"http://127.0.0.1:{server.getsockname()[1]}/")
+
+    limits, before = [], socket.getdefaulttimeout()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    with pytest.raises(DatasetError, match="could not be downloaded"):
         load("mnist", "train", tmp_path)
-    path.write_bytes(gzip.compress(b"not an idx file"))
-    with pytest.raises(DatasetError, match="are damaged"):
-        load("mnist", "train", tmp_path)
+    assert limits == [30] and socket.getdefaulttimeout() == before
 
 
 def test_all_names_are_known():
