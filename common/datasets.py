@@ -123,7 +123,7 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     shape = position.shape
 
     def flat(x: Tensor, *last: int) -> Tensor:
-        """One form whatever the shapes, and no view: torch.compile compiles each form anew."""
+        """One form whatever the shapes, and no view: torch.compile compiles each form once."""
         return x.expand(*shape, *last).reshape(-1, *last).clone()
 
     position = flat(position)
@@ -282,9 +282,9 @@ def load(
     counts = y.bincount(minlength=int(labels.max()) + 1)
 
     # Statistics are those of the train split in the form that is used.
-    x = _form(x, size, channels)
-    train = x if split == "train" else _form(splits["train"][0], size, channels)
-    mean, std = _statistics(train)
+    x = _convert(x, size, channels)
+    reference = x if split == "train" else _convert(splits["train"][0], size, channels)
+    mean, std = _statistics(reference)
     if x.dtype != torch.uint8:
         x = (x - mean) / std
         mean, std = 0.0, 1.0
@@ -295,6 +295,16 @@ def load(
     return Dataset(
         name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
     )
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
+    names = list(dict.fromkeys(names))
+    called = [Path(name).stem for name in names]
+    for name in called:
+        if called.count(name) > 1:
+            raise DatasetError(f"Two datasets are called '{name}'; rename the file of one.")
+    return names
 
 
 def _splits(name: str, train: Examples, test: Examples) -> dict[str, Examples]:
@@ -329,35 +339,21 @@ def _tenth(y: Tensor) -> Tensor:
     return mask
 
 
-def distinct(names: Iterable[str]) -> list[str]:
-    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
-    names = list(dict.fromkeys(names))
-    called = [Path(name).stem for name in names]
-    for name in called:
-        if called.count(name) > 1:
-            raise DatasetError(f"Two datasets are called '{name}'; rename the file of one.")
-    return names
-
-
-def _form(x: Tensor, size: int | None, channels: int | None) -> Tensor:
-    """Images (n, c, h, w) at another size (bilinear, antialiased) and with other channels.
-
-    Vectors, and images if both are None, stay as they are.
-    """
+def _convert(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """Images (n, c, h, w) at another size and with other channels; vectors as they are."""
     if x.ndim == 2:
         return x
 
-    uint8 = x.dtype == torch.uint8
-    rounded = (lambda x: x.round().byte()) if uint8 else (lambda x: x)
-
-    if size and x.shape[2:] != (size, size):
-        resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-        x = torch.cat([rounded(resize(part.float())) for part in x.split(4096)])
-    if channels == 3 and x.shape[1] == 1:
-        x = x.repeat(1, 3, 1, 1)
-    if channels == 1 and x.shape[1] == 3:
-        x = torch.cat([rounded(part.float().mean(1, keepdim=True)) for part in x.split(4096)])
-    return x
+    parts = []
+    for part in x.split(4096):  # floats need four times the memory
+        part = part.float()
+        if size and x.shape[2:] != (size, size):
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        if channels == 1:
+            part = part.mean(1, keepdim=True)
+        parts.append(part.round().byte() if x.dtype == torch.uint8 else part)
+    x = torch.cat(parts)
+    return x.repeat(1, 3, 1, 1) if channels == 3 and x.shape[1] == 1 else x
 
 
 def _statistics(x: Tensor) -> tuple[Any, Any]:
@@ -402,13 +398,10 @@ def _read_torchvision(name: str, data_dir: Path) -> tuple[Examples, Examples]:
         "svhn": tv.SVHN,
         "omniglot": tv.Omniglot,
     }[name]
-    splits = [{"train": True}, {"train": False}]
-    if name == "svhn":
-        splits = [{"split": "train"}, {"split": "test"}]
-    if name == "omniglot":
-        splits = [{"background": True}, {"background": False}]
-    train, test = (_read_split(name, partial(make, **split), data_dir) for split in splits)
-    return train, test
+    flag = {"svhn": "split", "omniglot": "background"}.get(name, "train")
+    train, test = ("train", "test") if name == "svhn" else (True, False)
+    train = _read_split(name, partial(make, **{flag: train}), data_dir)
+    return train, _read_split(name, partial(make, **{flag: test}), data_dir)
 
 
 def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
@@ -579,12 +572,12 @@ MAKERS = {"random": _make_random, "sum_sign": _make_sum_sign}
 class Tasks:
     """A distribution over tasks, made from one dataset.
 
-    Each kind of augmentation applies to a share of the tasks (0 none, 1 all), and the id of a task
-    decides whether to it.
+    Each kind of augmentation applies to a share of the tasks (0 none, 1 all). The id of a task
+    decides which apply to it.
 
     projected: projected inputs. projection: "gaussian" draws the matrix from N(0, 1/a) (section
         5.3.1, Algorithm 9), "glorot" from the uniform distribution of Glorot and Bengio (2010)
-        (VSML, section 3.4.3). projection_size: number of projected inputs (default: as before).
+        (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
     permuted_inputs, permuted_labels: one random permutation per task.
     blanked: each task replaces a share of its inputs, at most this one, by a constant, like the
         empty border of an image.
