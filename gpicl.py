@@ -24,6 +24,7 @@ Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classe
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -715,31 +716,38 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
 
 
 def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
-    """The dataset seen through a pre-trained network without its last layer (section 5.4.4), z-normalised. Features are kept
-    in data_dir/features. Raises DatasetError where there are no images, and UserError where there are no weights."""
+    """The dataset seen through a pre-trained network without its last layer (section 5.4.4), normalised by mean and std of
+    the train split's features. Raises DatasetError where there are no images, and UserError where there are no weights."""
     if len(dataset.shape) != 3 or dataset.x is None or dataset.x.dtype != torch.uint8:
         raise DatasetError(f"'{dataset.name}' has no stored uint8 images to compute features of; leave it out with --features.")
-    path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}.pt")
+    x = features(dataset, network, data_dir)
+    train = x if dataset.split == "train" else features(dataset.reload(split="train"), network, data_dir)
+    x = ((x - train.mean()) / train.std()).to(dataset.device)
+    return replace(dataset, x=x, shape=(x.shape[1],), mean=0.0, std=1.0)
+
+
+def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
+    """Features (examples, n) on the CPU. They are kept in data_dir/features, under a name that tells the images apart."""
+    digest = hashlib.sha256(dataset.x.numpy(force=True)).hexdigest()[:16]
+    path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}-{digest}.pt")
     if path.exists():
         try:
-            x = checkpoints.read(path).view(len(dataset), -1)
+            return checkpoints.read(path).view(len(dataset), -1)
         except (CheckpointError, AttributeError, RuntimeError) as error:
             raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
-    else:
-        net, mean, std = pretrained(network)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        net, parts = net.to(dataset.device), []
-        mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
-        with torch.no_grad():
-            for images in tqdm(dataset.x.split(64), desc=f"{network} on {dataset.name} {dataset.split}"):
-                images = images.float().expand(-1, 3, -1, -1) / 255
-                images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
-                parts.append(net((images - mean) / std).float().cpu())
-        x = torch.cat(parts)
-        if int(os.environ.get("RANK", 0)) == 0:
-            checkpoints.write(path, x)
-    x = ((x - x.mean()) / x.std()).to(dataset.device)
-    return replace(dataset, x=x, shape=(x.shape[1],), mean=0.0, std=1.0)
+    net, mean, std = pretrained(network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    net, parts = net.to(dataset.device), []
+    mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
+    with torch.no_grad():
+        for images in tqdm(dataset.x.split(64), desc=f"{network} on {dataset.name} {dataset.split}"):
+            images = images.float().expand(-1, 3, -1, -1) / 255
+            images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+            parts.append(net((images - mean) / std).float().cpu())
+    x = torch.cat(parts)
+    if int(os.environ.get("RANK", 0)) == 0:
+        checkpoints.write(path, x)
+    return x
 
 
 def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:

@@ -15,9 +15,11 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 """
 
 import math
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,22 +34,11 @@ DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "
 GENERATED = ("random", "sum_sign")
 NAMES = BUNDLED + DOWNLOADED + GENERATED
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in a user's file
-CLASSES = {"random": 10, "sum_sign": 2}
+CLASSES = dict.fromkeys(DOWNLOADED + GENERATED, 10)
+CLASSES |= {"emnist": 62, "omniglot": 1623, "sum_sign": 2}
 
 # Meta-tests count the ids of their tasks and sequences from here, so that no two splits share one.
 FIRST_ID = {"train": 0, "validation": 2**41, "test": 2**40}
-
-# Mean and standard deviation of all pixels, scaled to 0..1, of the train split.
-STATISTICS = {
-    "mnist": (0.1307, 0.3081),
-    "fashion_mnist": (0.2860, 0.3530),
-    "kmnist": (0.1918, 0.3483),
-    "emnist": (0.1739, 0.3319),
-    "cifar10": (0.4734, 0.2516),
-    "svhn": (0.4514, 0.1993),
-    "omniglot": (0.9221, 0.2681),
-}
-
 
 # What torchvision raises for damaged files.
 UNREADABLE = (AssertionError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -132,7 +123,7 @@ def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) ->
     shape = position.shape
 
     def flat(x: Tensor, *last: int) -> Tensor:
-        """One form whatever the shapes, and no view: torch.compile compiles each form anew."""
+        """One form whatever the shapes, and no view: torch.compile compiles each form once."""
         return x.expand(*shape, *last).reshape(-1, *last).clone()
 
     position = flat(position)
@@ -174,6 +165,9 @@ def compile_draws() -> None:
 # --------------------------------------------------------------------------------------------------
 # Datasets
 # --------------------------------------------------------------------------------------------------
+Examples = tuple[Tensor, Tensor]  # x (n, *shape) and y (n,) int64 in 0..c-1
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split of a dataset on a device.
@@ -280,34 +274,53 @@ def load(
             "or name a file that ends with .npz."
         )
 
-    x, y = train
-    classes = len(y.unique())
-    held_out = _tenth(y)
-    if name == "omniglot":
-        held_out = _tenth(torch.zeros(classes, dtype=torch.int64))[y]
-    mean, std = STATISTICS.get(name) or _statistics(x[~held_out])
-
-    if split == "test":
-        x, y = test
-    else:
-        chosen = held_out if split == "validation" else ~held_out
-        x, y = x[chosen], y[chosen]
-    if name == "omniglot":
-        y = y.unique(return_inverse=True)[1]
-        classes = len(y.unique())
+    splits = _splits(name, train, test)
+    x, y = splits[split]
     if not len(y):
         raise DatasetError(f"'{name}' has too few examples for a validation split.")
+    labels = splits[split if name == "omniglot" else "train"][1]
+    counts = y.bincount(minlength=int(labels.max()) + 1)
 
+    # Statistics are those of the train split in the form that is used.
+    x = _convert(x, size, channels)
+    reference = x if split == "train" else _convert(splits["train"][0], size, channels)
+    mean, std = _statistics(reference)
     if x.dtype != torch.uint8:
         x = (x - mean) / std
         mean, std = 0.0, 1.0
-    if x.ndim == 4:
-        x = _with_channels(_resized(x, size), channels)
 
     x = x[y.argsort(stable=True)].to(device)
+    counts = counts.to(device)
     shape = tuple(x.shape[1:])
-    counts = y.bincount(minlength=classes).to(device)
-    return Dataset(name, split, shape, classes, x, counts, mean, std, device=device, source=source)
+    return Dataset(
+        name, split, shape, len(counts), x, counts, mean, std, device=device, source=source
+    )
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
+    names = list(dict.fromkeys(names))
+    called = [Path(name).stem for name in names]
+    for name in called:
+        if called.count(name) > 1:
+            raise DatasetError(f"Two datasets are called '{name}'; rename the file of one.")
+    return names
+
+
+def _splits(name: str, train: Examples, test: Examples) -> dict[str, Examples]:
+    """A tenth of the train split becomes the validation split."""
+    x, y = train
+    held_out = _tenth(y)
+    if name == "omniglot":  # whole classes, as its test split has other ones too
+        held_out = _tenth(torch.zeros(len(y.bincount()), dtype=torch.int64))[y]
+    splits = {
+        "train": (x[~held_out], y[~held_out]),
+        "validation": (x[held_out], y[held_out]),
+        "test": test,
+    }
+    if name == "omniglot":
+        splits = {k: (x, y.unique(return_inverse=True)[1]) for k, (x, y) in splits.items()}
+    return splits
 
 
 def _tenth(y: Tensor) -> Tensor:
@@ -326,48 +339,36 @@ def _tenth(y: Tensor) -> Tensor:
     return mask
 
 
-def distinct(names: Iterable[str]) -> list[str]:
-    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
-    names = list(dict.fromkeys(names))
-    called = [Path(name).stem for name in names]
-    for name in called:
-        if called.count(name) > 1:
-            raise DatasetError(f"Two datasets are called '{name}'; rename the file of one.")
-    return names
-
-
-def _resized(x: Tensor, size: int | None) -> Tensor:
-    """Images (n, c, h, w) -> (n, c, size, size), bilinear and antialiased."""
-    if not size or x.shape[2:] == (size, size):
+def _convert(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """Images (n, c, h, w) at another size and with other channels; vectors as they are."""
+    if x.ndim == 2:
         return x
+
     parts = []
-    for part in x.split(4096):
-        part = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+    for part in x.split(4096):  # floats need four times the memory
+        part = part.float()
+        if size and x.shape[2:] != (size, size):
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        if channels == 1:
+            part = part.mean(1, keepdim=True)
         parts.append(part.round().byte() if x.dtype == torch.uint8 else part)
-    return torch.cat(parts)
-
-
-def _with_channels(x: Tensor, channels: int | None) -> Tensor:
-    """Images (n, 1 or 3, h, w) -> (n, channels, h, w)."""
-    if channels in (None, x.shape[1]):
-        return x
-    if channels == 3:
-        return x.repeat(1, 3, 1, 1)
-    mean = x.float().mean(1, keepdim=True)
-    return mean.round().byte() if x.dtype == torch.uint8 else mean
+    x = torch.cat(parts)
+    return x.repeat(1, 3, 1, 1) if channels == 3 and x.shape[1] == 1 else x
 
 
 def _statistics(x: Tensor) -> tuple[Any, Any]:
-    """Mean and std of all pixels of images, of each feature (a,) of vectors (n, a)."""
-    if x.ndim == 2:
-        std = x.std(0)
-        return x.mean(0), torch.where(std > 0, std, 1.0)
+    """Mean and std of all pixels, scaled to 0..1 if uint8, or of each feature of vectors (n, a)."""
     if x.dtype == torch.uint8:
-        x = x.float() / 255
-    return x.mean().item(), x.std().item() or 1.0
-
-
-Examples = tuple[Tensor, Tensor]  # x (n, *shape) and y (n,) int64 in 0..c-1
+        level = torch.arange(256, dtype=torch.float64) / 255
+        share = x.flatten().bincount(minlength=256) / x.numel()
+        mean = (share * level).sum()
+        std = (share * (level - mean) ** 2).sum().sqrt()
+    else:
+        std, mean = torch.std_mean(x.double(), 0 if x.ndim == 2 else None, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    if x.ndim == 2:
+        return mean.float(), std.float()
+    return mean.item(), std.item()
 
 
 def _read_bundled(name: str) -> tuple[Examples, Examples]:
@@ -397,17 +398,16 @@ def _read_torchvision(name: str, data_dir: Path) -> tuple[Examples, Examples]:
         "svhn": tv.SVHN,
         "omniglot": tv.Omniglot,
     }[name]
-    splits = [{"train": True}, {"train": False}]
-    if name == "svhn":
-        splits = [{"split": "train"}, {"split": "test"}]
-    if name == "omniglot":
-        splits = [{"background": True}, {"background": False}]
-    train, test = (_read_split(name, partial(make, **split), data_dir) for split in splits)
-    return train, test
+    flag = {"svhn": "split", "omniglot": "background"}.get(name, "train")
+    train, test = ("train", "test") if name == "svhn" else (True, False)
+    train = _read_split(name, partial(make, **{flag: train}), data_dir)
+    return train, _read_split(name, partial(make, **{flag: test}), data_dir)
 
 
 def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
     hint = f"use a bundled dataset ({', '.join(BUNDLED)}) or name its folder with --data-dir"
+    damaged = f"The files of '{name}' in '{data_dir}' are damaged; delete them, or {hint}."
+    missing = f"The dataset '{name}' is not in '{data_dir}' and could not be downloaded; {hint}."
 
     try:
         try:
@@ -415,21 +415,38 @@ def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
         except RuntimeError as error:
             if "download=True" not in str(error):  # torchvision's advice if there are no files
                 raise
-            data = None
-    except UNREADABLE as error:
-        raise DatasetError(
-            f"The files of '{name}' in '{data_dir}' are damaged; delete them, or {hint}."
-        ) from error
-
-    if data is None:
-        try:
-            _download(make, data_dir)
+            try:
+                _download(make, data_dir)
+            except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError
+                raise DatasetError(missing) from error
             data = make(data_dir, download=False)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise DatasetError(
-                f"The dataset '{name}' is not in '{data_dir}' and could not be downloaded; {hint}."
-            ) from error
+        x, y = _arrays(name, data)
+    except UNREADABLE as error:
+        raise DatasetError(damaged) from error
+    if not len(x) == len(y) > 0 or y.min() < 0 or y.max() >= CLASSES[name]:
+        raise DatasetError(damaged)
+    return x, y
 
+
+def _download(make: Callable, data_dir: Path) -> None:
+    """Download a dataset so that `data_dir` never has half of it, whatever other processes do."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(30)  # seconds without a byte; torchvision would wait for ever
+        with TemporaryDirectory(dir=data_dir) as folder:
+            make(folder, download=True)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: -len(path.parts)):
+                target = data_dir / path.relative_to(folder)  # archives, which are checked, last
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _arrays(name: str, data: Any) -> Examples:
+    """x and y of one of torchvision's datasets."""
     if name == "omniglot":  # 32,460 small files; the label of each is its folder
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -445,18 +462,6 @@ def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
     elif name != "svhn":
         x = x[:, None]
     return x, y
-
-
-def _download(make: Callable, data_dir: Path) -> None:
-    """Download a dataset so that `data_dir` never has half of it, whatever other processes do."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=data_dir) as folder:
-        make(folder, download=True)
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: -len(path.parts)):
-            target = data_dir / path.relative_to(folder)  # archives, which are checked, come last
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
 
 
 def _read_file(path: Path) -> tuple[Examples, Examples]:
@@ -567,12 +572,12 @@ MAKERS = {"random": _make_random, "sum_sign": _make_sum_sign}
 class Tasks:
     """A distribution over tasks, made from one dataset.
 
-    Each kind of augmentation applies to a share of the tasks (0 none, 1 all), and the id of a task
-    decides whether to it.
+    Each kind of augmentation applies to a share of the tasks (0 none, 1 all). The id of a task
+    decides which apply to it.
 
     projected: projected inputs. projection: "gaussian" draws the matrix from N(0, 1/a) (section
         5.3.1, Algorithm 9), "glorot" from the uniform distribution of Glorot and Bengio (2010)
-        (VSML, section 3.4.3). projection_size: number of projected inputs (default: as before).
+        (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
     permuted_inputs, permuted_labels: one random permutation per task.
     blanked: each task replaces a share of its inputs, at most this one, by a constant, like the
         empty border of an image.

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sysconfig
+import urllib.request
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -261,10 +262,24 @@ def test_resizing(digits):
         load("wine").resize(8)
 
 
+@pytest.mark.parametrize("form", [{}, {"size": 14}, {"size": 40}, {"size": 5, "channels": 3}])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "wine"])
+def test_statistics_are_those_of_the_train_split_as_it_is_used(name, form, data_dir):
+    train, *others = (load(name, split, data_dir, **form) for split in FIRST_ID)
+    x = train.inputs(torch.arange(len(train)))
+    axes = 0 if name == "wine" else None
+    torch.testing.assert_close(x.mean(axes), torch.zeros_like(x.mean(axes)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(axes, correction=0), torch.ones_like(x.std(axes)), atol=1e-5, rtol=0)
+    for other in others:
+        assert (other.mean, other.std) == (train.mean, train.std)
+        x = other.inputs(torch.arange(len(other)))
+        assert abs(x.mean()) + abs(x.std(correction=0) - 1) > 1e-4  # not by their own
+
+
 def test_channels(digits):
     coloured = load("digits", channels=3)
     assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
-    assert torch.equal(datasets._with_channels(coloured.x, 1), digits.x)
+    assert torch.equal(datasets._convert(coloured.x, None, 1), digits.x)
 
 
 # ---- a user's own file -------------------------------------------------------------------------------------------------
@@ -290,7 +305,7 @@ def test_own_images(shape, loaded, dtype, tmp_path):
     x = torch.tensor(x_test[::3].astype(np.float32))  # the first class
     x = x[:, None] if len(shape) == 2 else x.movedim(-1, 1) if shape[-1] == 3 else x
     pixel = torch.tensor(without_validation(x_train, np.arange(30) % 3)[0].astype(np.float32))
-    expected = (x - pixel.mean()) / pixel.std()
+    expected = (x - pixel.mean()) / pixel.std(correction=0)
     torch.testing.assert_close(test.inputs(torch.arange(2)), expected.flatten(1), atol=1e-4, rtol=1e-4)
     assert test.resize(3).x.shape == (6, loaded[0], 3, 3)
 
@@ -306,9 +321,9 @@ def test_own_vectors_and_labels(dtype, tmp_path):
     assert test.counts.tolist() == [2, 3]  # -2 has become 0
     varying = [0, 2, 3]
     torch.testing.assert_close(train.x.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(train.x.std(0)[varying], torch.ones(3))
+    torch.testing.assert_close(train.x.std(0, correction=0)[varying], torch.ones(3))
     x = torch.tensor(without_validation(x_train, (np.arange(30) + 1) % 2)[0].astype(np.float32))
-    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0)
+    expected = (torch.tensor(x_test[1::2].astype(np.float32)) - x.mean(0)) / x.std(0, correction=0)
     torch.testing.assert_close(test.x[:2, varying], expected[:, varying])
 
 
@@ -390,10 +405,10 @@ def test_own_data_from_the_command_line(script, tmp_path):
     for split in ("validation", "test"):
         done = run_script(script, tmp_path, f"{flags} {split} --run-name {split}")
         assert done.returncode == 0, done.stderr
-    found = {name: rows(tmp_path / name) for name in ("own", "validation", "test")}
-    assert found["test"] == found["own"] and len(found["validation"]) == len(found["own"])
+    results = {name: rows(tmp_path / name) for name in ("own", "validation", "test")}
+    assert results["test"] == results["own"] and len(results["validation"]) == len(results["own"])
     for task in ("images", "vectors", "wine", "sum_sign"):
-        validation, test = ([row for row in found[name] if row["task"] == task] for name in ("validation", "test"))
+        validation, test = ([row for row in results[name] if row["task"] == task] for name in ("validation", "test"))
         assert validation != test
 
 
@@ -536,15 +551,44 @@ def test_a_download_that_is_cut_off_or_not_the_only_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
-def test_damaged_files(data_dir, tmp_path):
+IMAGES, LABELS = (f"MNIST/raw/train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+DAMAGE = {
+    "cut off": lambda root: (root / IMAGES).write_bytes((root / IMAGES).read_bytes()[:1000]),
+    "of another kind": lambda root: (root / IMAGES).write_bytes(gzip.compress(b"not an idx file")),
+    "more labels than images": lambda root: write_idx(root / LABELS, np.zeros(31, np.uint8)),
+    "fewer labels than images": lambda root: write_idx(root / LABELS, np.zeros(29, np.uint8)),
+    "an eleventh class": lambda root: write_idx(root / LABELS, np.full(30, 10, np.uint8)),
+    "empty": lambda root: [
+        write_idx(root / IMAGES, np.zeros((0, 28, 28), np.uint8)),
+        write_idx(root / LABELS, np.zeros(0, np.uint8)),
+    ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(damage, tmp_path):
     write_mnist_like(tmp_path, "MNIST")
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DatasetError, match="are damaged"):
+    DAMAGE[damage](tmp_path)
+    for split in FIRST_ID:
+        with pytest.raises(DatasetError, match="are damaged; delete them, or use a bundled dataset"):
+            load("mnist", split, tmp_path)
+
+
+def test_a_server_that_is_silent(tmp_path, monkeypatch):
+    """A download gives up after its patience, and nobody else's patience changes."""
+    import torchvision.datasets
+
+    def download(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            limits.append(socket.getdefaulttimeout())
+            socket.setdefaulttimeout(0.01)
+            urllib.request.urlopen(f"http://127.0.0.1:{server.getsockname()[1]}/")
+
+    limits, before = [], socket.getdefaulttimeout()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    with pytest.raises(DatasetError, match="could not be downloaded"):
         load("mnist", "train", tmp_path)
-    path.write_bytes(gzip.compress(b"not an idx file"))
-    with pytest.raises(DatasetError, match="are damaged"):
-        load("mnist", "train", tmp_path)
+    assert limits == [30] and socket.getdefaulttimeout() == before
 
 
 def test_all_names_are_known():

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -571,25 +572,52 @@ def test_a_sweep_is_resumable_run_by_run(tmp_path):
     assert other.returncode == 1 and "was run with another --lr; choose another --run-name" in other.stderr
 
 
-def test_features_of_an_untrained_network(complain, tmp_path, monkeypatch):
-    """Computed once, kept, and damaged ones are told. Those of the train split are there already."""
-    monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")  # a ResNet on 450 images
-    folder = tmp_path / "data" / "features"
-    folder.mkdir(parents=True)
-    torch.save(torch.randn(1211, 512, generator=torch.Generator().manual_seed(0)), folder / "untrained-digits-train.pt")
-    flags = "--features untrained --baselines --test-datasets digits --data-dir data --run-name"
-    done = command(tmp_path, f"{flags} one", tiny=TINY.replace("digits wine", "digits"))
+def test_an_untrained_network_of_features():
+    net, mean, std = gpicl.pretrained("untrained")
+    again, *_ = gpicl.pretrained("untrained")
+    with torch.no_grad():
+        images = torch.rand(2, 3, 224, 224)
+        assert net(images).shape == (2, 512) and torch.equal(net(images), again(images))
+    assert len(mean) == len(std) == 3
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    """A pre-trained network whose features are the mean brightness of four bands of an image."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(12, 4, bias=False)).requires_grad_(False)
+    net[2].weight.copy_(torch.eye(4).repeat(1, 3) / 3)
+    monkeypatch.setattr(gpicl, "pretrained", lambda network: (net, (0.0,) * 3, (1.0,) * 3))
+
+
+def test_features_are_normalised_by_the_train_split(brightness, tmp_path):
+    """Test images that are brighter than train images keep being so."""
+    rng = np.random.default_rng(0)
+    dark, bright = rng.integers(0, 100, (40, 8, 8), np.uint8), rng.integers(100, 200, (20, 8, 8), np.uint8)
+    y = np.arange(40) % 2
+    np.savez(tmp_path / "my.npz", x_train=dark, y_train=y, x_test=bright, y_test=y[:20])
+    train, test = (load(str(tmp_path / "my.npz"), split) for split in ("train", "test"))
+    inside, outside = (gpicl.embed(data, "resnet18", tmp_path) for data in (train, test))
+    assert inside.shape == (4,) and abs(inside.x.mean()) < 1e-5 and abs(inside.x.std() - 1) < 1e-5
+    features = gpicl.features(train, "resnet18", tmp_path)
+    expected = (gpicl.features(test, "resnet18", tmp_path) - features.mean()) / features.std()
+    assert torch.equal(outside.x, expected) and outside.x.mean() > 3
+    black = gpicl.features(replace(train, x=train.x * 0), "resnet18", tmp_path)
+    assert not black.any() and features.any()  # other images of the same name are not taken for these
+
+
+def test_features_are_kept(brightness, complain, tmp_path):
+    """Computed once; damaged ones are an error."""
+    flags = f"{TINY.replace('digits wine', 'digits')} --features untrained --baselines --data-dir data --run-name"
+    done = command(tmp_path, f"{flags} one", tiny="")
     assert done.returncode == 0, done.stderr
-    assert "untrained on digits test" in done.stderr and "untrained on digits train" not in done.stderr
-    kept = sorted(folder.iterdir())
-    assert [path.name for path in kept] == ["untrained-digits-test.pt", "untrained-digits-train.pt"]
-    features = torch.load(kept[0], weights_only=True)
-    assert features.shape == (450, 512) and features.std(0).min() > 0
-    again = command(tmp_path, f"{flags} two")
+    assert "untrained on digits test" in done.stderr and "untrained on digits train" in done.stderr
+    kept = sorted((tmp_path / "data" / "features").iterdir())
+    assert [path.name.rsplit("-", 1)[0] for path in kept] == ["untrained-digits-test", "untrained-digits-train"]
+    again = command(tmp_path, f"{flags} two", tiny="")
     assert again.returncode == 0 and "untrained on digits" not in again.stderr
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
     kept[0].write_text("no features")
-    assert "are damaged; delete the file" in complain("gpicl", f"{TINY} {flags} three")
+    assert "are damaged; delete the file" in complain("gpicl", f"{flags} three")
 
 
 MISTAKES = {
