@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV, PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 from torch import nn
 
 import gpicl
