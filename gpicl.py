@@ -710,8 +710,7 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
         return embed(load(name, split, args.data_dir, device), args.features, args.data_dir)
     dataset = load(name, split, args.data_dir, device, args.size, args.channels)
     if name == "random":  # ten points, repeated (Appendix D.5)
-        shape = (args.channels, args.size, args.size)
-        return replace(dataset, shape=shape, make=MAKERS[name](shape, points=10))
+        return replace(dataset, make=MAKERS[name](dataset.shape, points=10))
     return dataset
 
 

@@ -257,7 +257,7 @@ def load(
     )
 
     if name in GENERATED:
-        shape = (1, size or 8, size or 8)
+        shape = (channels or 1, size or 8, size or 8)
         make = MAKERS[name](shape)
         return Dataset(name, split, shape, CLASSES[name], make=make, device=device, source=source)
 

@@ -19,7 +19,7 @@ from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, FIRST_ID, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -280,6 +280,7 @@ def test_channels(digits):
     coloured = load("digits", channels=3)
     assert coloured.shape == (3, 8, 8) and all(torch.equal(coloured.x[:, c], digits.x[:, 0]) for c in range(3))
     assert torch.equal(datasets._convert(coloured.x, None, 1), digits.x)
+    assert all(load(name, size=6, channels=3).shape == (3, 6, 6) for name in GENERATED)
 
 
 # ---- a user's own file -------------------------------------------------------------------------------------------------
