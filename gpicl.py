@@ -48,20 +48,8 @@ from tqdm import tqdm
 
 from common import checkpoints, es, machine
 from common.checkpoints import CheckpointError
-from common.datasets import (
-    BUNDLED,
-    FIRST_ID,
-    GENERATED,
-    MAKERS,
-    Dataset,
-    DatasetError,
-    Tasks,
-    compile_draws,
-    distinct,
-    integers,
-    key,
-    load,
-)
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks
+from common.datasets import compile_draws, distinct, integers, key, load
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.machine import can_compile, keep_memory, lock, unlock
@@ -1399,13 +1387,9 @@ def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
         draw_meta_loss(run.folder / "meta_loss.png", trained, columns)
     if trained and args.statistics:
         draw_statistics(run.folder / "statistics.png", trained[0], columns, facts["plateau"])
-    run.finish(
-        rows,
-        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
-        parameters=sum(parameter.numel() for parameter in learners[args.learner].parameters()),
-        state_size=state_size(learners[args.learner], args, *sizes),
-        **facts,
-    )
+    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
+    parameters = sum(parameter.numel() for parameter in learners[args.learner].parameters())
+    run.finish(rows, seconds, parameters, state_size=state_size(learners[args.learner], args, *sizes), **facts)
 
 
 if __name__ == "__main__":

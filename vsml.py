@@ -1018,15 +1018,8 @@ def meta_test(
         raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
 
     metric = rows[0]["metric"]
-    plot(
-        curves,
-        run.folder / f"{metric}.png",
-        xlabel="batches seen" if in_batches else "examples seen",
-        ylabel=metric.replace("_", " "),
-        labels=LABELS,
-        columns=3,
-        ylim=(0, 1.02),
-    )
+    axes = {"xlabel": "batches seen" if in_batches else "examples seen", "ylabel": metric.replace("_", " "), "ylim": (0, 1.02)}
+    plot(curves, run.folder / f"{metric}.png", labels=LABELS, columns=3, **axes)
     if args.learner == "clone":
         facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])
     elif not in_batches and not args.shots:
@@ -1518,15 +1511,9 @@ def main() -> None:
         return  # meta-testing takes seconds, one process does it
     with torch.no_grad():
         rows, facts = meta_test(args, learners, thetas, tests, run)
-    facts["learning_rates"] = {
-        name: 10 ** theta.item() for name, theta in thetas.items() if learners[name].shapes.keys() == {"log_lr"}
-    }
-    run.finish(
-        rows,
-        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
-        parameters=thetas[args.learner].numel(),
-        **facts,
-    )
+    rates = {name: 10 ** theta.item() for name, theta in thetas.items() if learners[name].shapes.keys() == {"log_lr"}}
+    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
+    run.finish(rows, seconds, thetas[args.learner].numel(), learning_rates=rates, **facts)
 
 
 if __name__ == "__main__":
