@@ -17,6 +17,8 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     python fme.py --envs cartpole --num-parallel 64 --executions 6400
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
+Results, ablations, speed and differences from the thesis: .github/results/fme.md
+
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
 layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
 """
@@ -130,7 +132,7 @@ class Args:
 
 LAPTOP = dict(
     num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
-    roots=None,  # from one random network, or a few, most populations stay poor (README)
+    roots=None,  # from one random network, or a few, most populations stay poor (see its results page)
     performance="execution",  # a lineage's past hides what a rare good change has brought
     baselines=("hill_climbing", "no_reward"),  # ssa takes as long as FME itself
     checkpoint_every=5,  # half a minute

@@ -18,6 +18,8 @@ General-Purpose In-Context Learning Agents" (2023).
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
 
+Results, ablations, speed and differences from the thesis: .github/results/gla.md
+
 Axes, everywhere: p PPO agents, e copies of an environment that an agent acts in, u updates of PPO, s sequences in a batch or
 lifetimes in parallel, t time, a observations, b actions (choices, or dimensions), d all parameters of a network.
 """
@@ -171,7 +173,7 @@ LAPTOP = dict(
     envs=tuple(f"hidden_goal:{goal}" for goal in (0, 2, 3, 4, 5, 6, 7)),
     test_envs=("hidden_goal:1", "hidden_goal:8"),  # a side and a corner
     agents=128,
-    copies=6,  # learns in eight gaps what a student can tell apart (README)
+    copies=6,  # learns in eight gaps what a student can tell apart (see its results page)
     updates=64,
     rollout=16,
     epochs=1,  # learns over all of eight gaps
@@ -186,7 +188,7 @@ LAPTOP = dict(
     layers=2,
     heads=4,
     meta_steps=2_200,  # four minutes
-    batch=14,  # many small steps teach more than few large ones (README)
+    batch=14,  # many small steps teach more than few large ones (see its results page)
     lr=1e-3,  # few steps
     obs_size=16,
     action_size=4,

@@ -20,6 +20,8 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
     python gpicl.py --mode sweep --vary num_tasks=1,64,1024,16384 --bias-end 0.9 --baselines    # the phases of Figure 5.4
 
+Results, ablations, speed and differences from the thesis: .github/results/gpicl.md
+
 Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classes, h heads, n width or hidden state, m message.
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
 """
@@ -182,12 +184,12 @@ LAPTOP = dict(
     layers=2,
     heads=4,
     key_size=16,
-    bias_end=0.0,  # once the plateau is left, uniform permutations teach more (README)
+    bias_end=0.0,  # once the plateau is left, uniform permutations teach more (see its results page)
     sequence_length=40,  # what is learned fast; a step's time grows with it
     batch=64,
     meta_optimizer="adamw",
     lr=2e-3,  # a narrow network stands it, and there are few steps
-    label_scale=10**0.5,  # labels as strong as inputs, whose variance is one: a fifth off the plateau (README)
+    label_scale=10**0.5,  # labels as strong as inputs, whose variance is one: a fifth off the plateau (see its results page)
     lr_decay=True,  # settles what the high rate leaves noisy
     clip=1.0,  # likewise
     meta_steps=5_500,  # three minutes

@@ -20,6 +20,8 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
 
+Results, ablations, speed and differences from the thesis: .github/results/metagenrl.md
+
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form a
 group; in it, every network of every agent is one row of a matrix, and all agents take a step at once.

@@ -18,6 +18,8 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     python symla.py --envs upright_cartpole                       # then with observations and actions shuffled
     python symla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs independent_bandit:30
 
+Results, ablations, speed and differences from the thesis: .github/results/symla.md
+
 Axes, everywhere: p population, e environments in parallel, a observations, b actions, n hidden state, m message, t time, d all
 parameters. To an environment, p and e are one axis.
 """
@@ -174,7 +176,7 @@ LAPTOP_OTHERS = dict(
     evaluations=16,  # 4 leave the fitness so noisy that nothing was found on CartPole
     noise_std=0.1,
     lr=0.05,
-    obs_gain=6.0,  # small inputs hardly move a gate: without it contexts are not told apart (README)
+    obs_gain=6.0,  # small inputs hardly move a gate: without it contexts are not told apart (see its results page)
     test_seeds=128,
 )
 LAPTOP = dict(

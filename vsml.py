@@ -20,6 +20,8 @@ And Improving It" (NeurIPS 2021).
     python vsml.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
     python vsml.py --preset clone --dataset mnist            # the LSTMs learn to be backpropagation
 
+Results, ablations, speed and differences from the thesis: .github/results/vsml.md
+
 Axes, everywhere: p population (each its own theta), s sequences in parallel, t time, a inputs, b outputs, n hidden state,
 m message, k layer, q position of a kernel. A state has shape (p, s, a, b, n), a forward message (p, s, a, m), a backward
 message (p, s, b, m).
@@ -222,19 +224,19 @@ LAPTOP = dict(
     clip=1.0,  # bounds what one batch can do
     forget_bias=3.0,  # +-5 are made for lifetimes of 500 examples, these are 60
     input_bias=-2.0,  # likewise
-    logit_scale=30.0,  # what helped most (README)
+    logit_scale=30.0,  # what helped most (see its results page)
     feed_label=True,  # as the release does for deep networks
-    state_init="half",  # better than the thesis' normals (README)
+    state_init="half",  # better than the thesis' normals (see its results page)
     permuted_labels=0.5,  # nothing to VSML, a fair chance to the in-context RNN with --augment-baselines
-    blanked=0.6,  # carries over to larger images, which have empty borders (README)
+    blanked=0.6,  # carries over to larger images, which have empty borders (see its results page)
     population=64,  # for --meta-optimizer es: 0.2 s a step
-    rank_shaping=True,  # es: raw losses leave 64 pairs on the plateau (README has numbers and the command)
+    rank_shaping=True,  # es: raw losses leave 64 pairs on the plateau (numbers: .github/results/vsml.md)
     noise_std=0.1,  # es: likewise
     es_lr=0.03,  # es: likewise
     test_steps=1000,  # seconds
     test_seeds=32,  # likewise
 )
-CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell is ours, and worked at the first try (README)
+CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell is ours, and worked at the first try (see its results page)
     learner="clone",
     baselines=("backprop",),
     state_size=64,  # appendix B.3
