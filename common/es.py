@@ -37,7 +37,8 @@ def directions(
 
 def centred_ranks(losses: Tensor) -> Tensor:
     """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al.,
-    section 2.1). Equal losses share their mean rank, so that a constant loss has gradient 0."""
+    section 2.1). Equal losses share their mean rank, so that a constant loss has gradient 0. Of
+    single-precision losses that are nearly equal, some pairs are exactly so by chance."""
     ordered = losses.flatten().sort().values
     first = torch.searchsorted(ordered, losses)
     last = torch.searchsorted(ordered, losses, right=True) - 1

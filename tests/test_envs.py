@@ -679,6 +679,13 @@ def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
     assert steps > 5
 
 
+def test_models_of_gymnasium_leave_no_file_behind(tmp_path, monkeypatch):
+    """MuJoCo writes warnings about them, which are out of date, to a file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    envs.make("half_cheetah", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_direction_of_an_ant():
     rewards = {}
     for degrees in (0, 90, 180):

@@ -54,49 +54,59 @@ class Gymnasium(Env):
                 message += " An environment of your own is named package.module:Name-v0."
             raise EnvError(f"gymnasium cannot make {name}: {message}") from error
 
-        obs = self.envs.single_observation_space
-        if not isinstance(obs, gym.spaces.Box):
+        self.read_obs_space(self.envs.single_observation_space)
+        self.read_action_space(self.envs.single_action_space)
+
+    def read_obs_space(self, space: Any) -> None:
+        """Set the size of observations. Raises EnvError for images and what is not a Box."""
+        import gymnasium as gym
+
+        if not isinstance(space, gym.spaces.Box):
             raise EnvError(
-                f"Observations of {name} are not numbers of one shape; choose another environment."
+                f"Observations of {self.name} are not numbers of one shape; choose another "
+                "environment."
             )
-        if obs.dtype == np.uint8 and len(obs.shape) > 1:
+        if space.dtype == np.uint8 and len(space.shape) > 1:
             raise EnvError(
-                f"Observations of {name} are images, which these networks do not process; choose "
-                "another environment."
+                f"Observations of {self.name} are images, which these networks do not process; "
+                "choose another environment."
             )
-        self.obs_size = math.prod(obs.shape)
+        self.obs_size = math.prod(space.shape)
         self.obs_scale = (1.0,) * self.obs_size
 
-        action = self.envs.single_action_space
-        if isinstance(action, gym.spaces.Discrete):
-            self.num_actions = int(action.n)
-            self.first_action = int(action.start)
-        elif isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and is_bounded(action):
-            self.action_size = action.shape[0]
-            self.whole = action.dtype.kind in "iu"
-            dtype = torch.float64 if self.whole else None
-            self.low = torch.tensor(action.low, dtype=dtype)
-            self.high = torch.tensor(action.high, dtype=dtype)
+    def read_action_space(self, space: Any) -> None:
+        """Set the number, or the size and bounds, of actions. Raises EnvError for other spaces."""
+        import gymnasium as gym
+
+        if isinstance(space, gym.spaces.Discrete):
+            self.num_actions = int(space.n)
+            self.first_action = int(space.start)
+        elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and is_bounded(space):
+            self.action_size = space.shape[0]
+            self.integer = space.dtype.kind in "iu"
+            dtype = torch.float64 if self.integer else None
+            self.low = torch.tensor(space.low, dtype=dtype)
+            self.high = torch.tensor(space.high, dtype=dtype)
         else:
             raise EnvError(
-                f"Actions of {name} are neither one choice nor a bounded vector; "
-                "choose another environment."
+                f"Actions of {self.name} are neither one choice nor a bounded vector; choose "
+                "another environment."
             )
 
     def close(self) -> None:
         self.envs.close()
 
-    def native(self, action: Tensor) -> np.ndarray:
+    def gym_action(self, action: Tensor) -> np.ndarray:
         """Actions as gymnasium takes them: choices from their first number on, vectors between
         their bounds, rounded where they are integers."""
         if self.num_actions is not None:
             return (action + self.first_action).numpy()
         action = self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
-        if self.whole:
+        if self.integer:
             action = action.round()
         return action.numpy().astype(self.envs.single_action_space.dtype)
 
-    def tensor(self, array: Any) -> Tensor:
+    def flat(self, array: Any) -> Tensor:
         """An array (p, ...) of gymnasium's as a CPU tensor (p, a)."""
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.dtype)
 
@@ -117,7 +127,7 @@ class Gymnasium(Env):
             self.num_envs = len(draws)
             self.envs = self.make_envs(self.num_envs)
         obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
-        obs = self.tensor(obs)
+        obs = self.flat(obs)
         self.finite_actions = True
         self.check_finite("observations", obs)
         steps = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
@@ -127,15 +137,15 @@ class Gymnasium(Env):
         """As of every environment. Raises EnvError if rewards or observations are not finite."""
         action = action.cpu()
         self.finite_actions = self.finite_actions and bool(action.isfinite().all())
-        obs, reward, terminated, truncated, info = self.envs.step(self.native(action))
+        obs, reward, terminated, truncated, info = self.envs.step(self.gym_action(action))
 
-        obs = self.tensor(obs)
+        obs = self.flat(obs)
         final_obs = obs
         if "final_obs" in info:
             final_obs = obs.clone()
             for index in info["_final_obs"].nonzero()[0].tolist():
                 final_obs[index] = torch.as_tensor(info["final_obs"][index]).reshape(-1)
-        reward = self.tensor(reward)[:, 0]
+        reward = self.flat(reward)[:, 0]
         self.check_finite("rewards", reward)
         self.check_finite("observations", torch.cat([obs, final_obs]))
 
@@ -185,10 +195,13 @@ class MuJoCo(Env):
         import mujoco
         from mujoco.rollout import Rollout
 
+        mujoco.set_mju_user_warning(lambda message: None)  # by default a file, MUJOCO_LOG.TXT
         if model.startswith("<"):
             self.model = mujoco.MjModel.from_xml_string(model)
         else:
             self.model = mujoco.MjModel.from_xml_path(model)
+        mujoco.set_mju_user_warning(None)
+
         threads = min(os.cpu_count() or 1, self.num_envs)
         self.scratch = [mujoco.MjData(self.model) for _ in range(threads)]
         self.pool = Rollout(nthread=threads)

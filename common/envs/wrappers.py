@@ -60,7 +60,7 @@ class Wrapper(Env):
         obs = self.map_obs(state, step.obs)
         final_obs = self.map_obs(state, step.final_obs)
         own = {name: value for name, value in state.items() if name not in moved}
-        return moved | own, Step(obs, *step[1:4], final_obs)  # _replace, compiled, breaks in torch 2.11
+        return moved | own, Step(obs, step.reward, step.terminated, step.truncated, final_obs)
 
     def expected_rewards(self, state: State) -> Tensor | None:
         return self.env.expected_rewards(state)
