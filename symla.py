@@ -866,9 +866,6 @@ def refuse_env(args: Args, name: str) -> None:
     """Raises UserError or EnvError for an environment that the learners cannot act in."""
     if max(map(name.count, ("shuffled_", "projected_", "scaled_"))) > 1:
         raise UserError(f"{name} has a wrapper twice; leave one out.")
-    size = name.rpartition(":")[2]
-    if size.isdecimal() and int(size) > 1000:
-        raise UserError(f"The size in {name} is too large; choose 1000 at most.")
     env = make_env(args, name, 1)
     if env.num_actions is None:
         raise UserError(f"SymLA chooses among actions, and those of {name} are continuous; choose another environment.")

@@ -326,8 +326,9 @@ def test_projected_environments():
     [
         ("cartpol", "There is no environment cartpol; there are bandit"),
         ("cartpole:3", "cartpole has no size; leave out :3"),
-        ("grid_world:x", "The size in grid_world:x has to be a number, at least 2"),
-        ("independent_bandit:1", "has to be a number, at least 2"),
+        ("grid_world:x", "The size in grid_world:x has to be a number from 2 to"),
+        ("independent_bandit:1", "has to be a number from 2 to"),
+        ("independent_bandit:1000000000", "has to be a number from 2 to 1000"),
         ("shuffled_bandit", "There is nothing to be shuffled in bandit"),
         ("shuffled_pendulum", "Only discrete actions can be shuffled"),
         ("projected_cartpol", "There is no environment cartpol"),

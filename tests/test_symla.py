@@ -422,7 +422,7 @@ MISTAKES = {
     "--envs cartpol": "There is no environment cartpol",
     "--envs": "--envs needs at least one environment",
     "--envs independent_bandit cartpole": "--envs mixes bandits and others",
-    "--envs independent_bandit:1": "has to be a number, at least 2",
+    "--envs independent_bandit:1": "has to be a number from 2 to",
     "--envs contextual_bandit:1000000000": "too large",
     "--envs shuffled_shuffled_cartpole": "twice",
     "--test-envs grid_world:400": "480000 observations",

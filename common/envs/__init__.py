@@ -140,12 +140,12 @@ def base_name(name: str) -> str:
 
 
 def checked_size(name: str, least: int | None) -> int:
-    """The size in "name:size". Raises EnvError if it is not a number from `least` on."""
+    """The size in "name:size". Raises EnvError if it is not a number from `least` to 1000."""
     base, _, size = name.partition(":")
     if least is None:
         raise EnvError(f"{base} has no size; leave out :{size}.")
-    if not size.isdecimal() or int(size) < least:
-        raise EnvError(f"The size in {name} has to be a number, at least {least}.")
+    if not size.isdecimal() or not least <= int(size) <= 1000:
+        raise EnvError(f"The size in {name} has to be a number from {least} to 1000.")
     return int(size)
 
 
