@@ -334,7 +334,7 @@ def test_blocks_of_a_long_lifetime_are_one_lifetime():
     args = replace(ARGS, test_steps=1100, test_seeds=3)
     learner, theta, tasks = vsml.online_sgd(args, adam=False), torch.tensor([-1.0]), Tasks(load("random", "test", size=3))
     correct, losses = vsml.curve(args, learner, theta, tasks, together=2)
-    ids = torch.arange(3)
+    ids = 2**40 + torch.arange(3)  # never those of meta-training
     x, y = tasks.sample(ids, ids, 1100)
     _, whole, right = vsml.lifetime(
         learner, theta[None], learner.initial_state(tasks.keys(ids, 3)[None], 9, 10), x[None], y[None]
