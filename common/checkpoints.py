@@ -1,12 +1,13 @@
 """Files that survive a power cut, and notice it when they did not.
 
-    state = state_of({"model": model, "adam": adam, "theta": theta})      # one flat dict, like a state_dict
+    keep = {"model": model, "adam": adam, "theta": theta}
+    state = state_of(keep)  # one flat dict, like a state_dict
     write(path, {"state": state, "rng": rng_state()})
-    restore({"model": model, "adam": adam, "theta": theta}, read(path)["state"])
+    restore(keep, read(path)["state"])
 
-A file is written under a temporary name, synced to the disk and renamed, so that it is there whole or not at all. It is what
-torch.save writes, a zip file, with a checksum of all its bytes as the zip file's comment: torch.load reads it too, but does not
-notice a flipped bit, which `read` does.
+A file is written under a temporary name, synced to the disk and renamed, so that it is there whole
+or not at all. It is what torch.save writes, a zip file, with a checksum of all its bytes as the zip
+file's comment: torch.load reads it too, but does not notice a flipped bit, which `read` does.
 """
 
 import io
@@ -26,13 +27,15 @@ class CheckpointError(Exception):
 
 
 def write(path: Path, value: Any) -> None:
-    """Write text, or what torch.save makes of any other value. Raises OSError, and leaves what was there before."""
+    """Write text, or what torch.save makes of any other value. Raises OSError, and leaves what was
+    there before."""
     if isinstance(value, str):
         data = value.encode()
     else:
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        data = buffer.getvalue()[:-2] + b"\x08\x00"  # the last two bytes are the length of the comment
+        # The last two bytes of a zip file are the length of its comment.
+        data = buffer.getvalue()[:-2] + b"\x08\x00"
         data += checksum(data)
 
     partial = path.with_name(path.name + ".partial")
@@ -49,9 +52,11 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path, **parts: type) -> Any:
-    """What `write` made of a value: of a dict, with parts of these types, finite in all its numbers.
+    """What `write` made of a value: of a dict, with parts of these types, finite in all its
+    numbers.
 
-    Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other parts.
+    Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other
+    parts.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}.")
@@ -69,18 +74,23 @@ def read(path: Path, **parts: type) -> Any:
 
 
 def checksum(data: bytes) -> bytes:
-    """Eight hexadecimal digits, different for any two files that differ in 32 neighbouring bits or fewer."""
+    """Eight hexadecimal digits, different for any two files that differ in 32 neighbouring bits or
+    fewer."""
     return b"%08x" % zlib.crc32(data)
 
 
 def state_of(keep: Any) -> dict[str, Any]:
-    """The tensors in nested containers, and the state_dict of everything else in them, by their paths."""
+    """The tensors in nested containers, and the state_dict of all else in them, by their paths."""
     leaves = tree_flatten_with_path(keep)[0]
-    return {keystr(path): leaf.detach() if isinstance(leaf, Tensor) else leaf.state_dict() for path, leaf in leaves}
+    state = {}
+    for path, leaf in leaves:
+        state[keystr(path)] = leaf.detach() if isinstance(leaf, Tensor) else leaf.state_dict()
+    return state
 
 
 def restore(keep: Any, state: dict[str, Any]) -> None:
-    """The opposite of state_of, in place; `state` may hold more. Raises CheckpointError if a part is missing or does not fit."""
+    """The opposite of state_of, in place; `state` may hold more. Raises CheckpointError if a part
+    is missing or does not fit."""
     for path, leaf in tree_flatten_with_path(keep)[0]:
         part = keystr(path)
         try:
@@ -88,10 +98,11 @@ def restore(keep: Any, state: dict[str, Any]) -> None:
                 leaf.data.copy_(state[part].view(leaf.shape))
             else:
                 leaf.load_state_dict(state[part])
-        except Exception as error:  # of what other flags, another version or a strange file have there
-            there = ", ".join(map(_words, state))
+        except Exception as error:  # other flags, another version or another program wrote it
+            names = ", ".join(map(_words, state))
             raise CheckpointError(
-                f"The checkpoint has no '{_words(part)}' of the kind and size that these flags ask for; it has {there}."
+                f"The checkpoint has no '{_words(part)}' of the kind and size that these flags ask "
+                f"for; it has {names}."
             ) from error
 
 
@@ -110,11 +121,13 @@ def first_not_finite(state: dict[str, Any]) -> str | None:
 
 def rng_state() -> list[Tensor]:
     """The state of torch's random numbers, on the CPU and on each GPU."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
 
 
 def set_rng_state(state: list[Tensor]) -> None:
-    """Go back to a state. GPUs that were not there when it was taken keep theirs. Raises CheckpointError if it is none."""
+    """Restore what `rng_state` returned. GPUs that were not there at that time keep their state.
+    Raises CheckpointError if it is no such state."""
     try:
         torch.set_rng_state(state[0])
         if torch.cuda.is_available() and len(state) > 1:

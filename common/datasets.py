@@ -600,8 +600,11 @@ class Tasks:
     seed: int = 0
 
     def __post_init__(self):
-        data, classes, shots = self.dataset, self.classes, self.shots
-        name, available = data.name, data.num_classes
+        data = self.dataset
+        name = data.name
+        classes = self.classes
+        shots = self.shots
+        available = data.num_classes
 
         if classes and not 2 <= classes <= available:
             raise DatasetError(
@@ -691,7 +694,8 @@ class Tasks:
         self, task: Tensor, position: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Examples of a stored dataset at the positions (s, t) of the sequences."""
-        data, count = self.dataset, self.dataset.counts
+        data = self.dataset
+        count = data.counts
         first = count.cumsum(0) - count  # index of the first example of each class
 
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
@@ -713,7 +717,8 @@ class Tasks:
         self, chosen: Tensor, position: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Few-shot episodes of the chosen classes (s, c), one after the other, at the positions."""
-        data, c = self.dataset, self.num_classes
+        data = self.dataset
+        c = self.num_classes
         count = data.counts
         first = count.cumsum(0) - count
 

@@ -34,49 +34,66 @@ def plot(
     columns: int = 4,
     **axis: Any,
 ) -> None:
-    """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a band around it.
+    """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a
+    band around it.
 
-    The band is one standard deviation, or with `confidence` the 95 % confidence interval of the mean. A row's optional
-    "values" are drawn as thin lines, one for each seed. labels, titles: what to write for a line and a panel; styles:
-    matplotlib's color and dashes for a line, such as "k--". Further arguments go to matplotlib's axis.set.
+    The band is one standard deviation, or with `confidence` the 95 % confidence interval of the
+    mean. A row's optional "values" are drawn as thin lines, one for each seed. labels, titles: what
+    to write for a line and a panel; styles: matplotlib's color and dashes for a line, such as
+    "k--". Further arguments go to matplotlib's axis.set.
     """
     panels = list(dict.fromkeys(row[panel] for row in rows))
     lines = list(dict.fromkeys(row[line] for row in rows))
     columns = min(columns, len(panels))
     height = math.ceil(len(panels) / columns)
+    size = (1 + 3.4 * columns, 0.9 + 2.7 * height)
     figure, axes = pyplot().subplots(
-        height, columns, figsize=(1 + 3.4 * columns, 0.9 + 2.7 * height), squeeze=False, layout="constrained"
+        height, columns, figsize=size, squeeze=False, layout="constrained"
     )
+
     handles = {}
     for ax, name in zip(axes.flat, panels, strict=False):
         for number, of in enumerate(lines):
             points = [row for row in rows if row[panel] == name and row[line] == of]
-            if not points:
-                continue
-            xs, mean, std, seeds = (np.array([row[key] for row in points]) for key in (x, "mean", "std", "seeds"))
-            band = 1.96 * std / np.sqrt(seeds) if confidence else std
-            style = (styles or {}).get(of, f"C{number}")
-            (handle,) = ax.plot(xs, mean, style)
-            ax.fill_between(xs, mean - band, mean + band, color=handle.get_color(), alpha=0.15, linewidth=0)
-            if all("values" in row for row in points):
-                ax.plot(xs, [row["values"] for row in points], color=handle.get_color(), alpha=0.5, linewidth=0.6)
-            handles[(labels or {}).get(of, of)] = handle
+            if points:
+                style = (styles or {}).get(of, f"C{number}")
+                handles[(labels or {}).get(of, of)] = draw_line(ax, points, x, style, confidence)
         ax.set(title=(titles or {}).get(name, name), xlabel=xlabel, ylabel=ylabel, **axis)
         ax.title.set_fontsize("medium")
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    band = "band: " + ("95 % confidence interval of the mean" if confidence else "standard deviation")
+
+    band = "95 % confidence interval of the mean" if confidence else "standard deviation"
     wide = max(map(len, handles)) + 8  # of a label and its line, in characters
     figure.legend(
         handles.values(),
         handles,
         loc="outside lower center",
         ncols=max(1, 52 * columns // wide),
-        title=band if any(row["std"] for row in rows) else None,
+        title=f"band: {band}" if any(row["std"] for row in rows) else None,
         fontsize="small",
     )
     save(figure, path)
+
+
+def draw_line(
+    ax: Any, points: Sequence[dict[str, Any]], x: str, style: str, confidence: bool
+) -> Any:
+    """Mean and band of the rows `points`, and their "values" if all have them. Returns the line."""
+    xs = np.array([row[x] for row in points])
+    mean = np.array([row["mean"] for row in points])
+    band = np.array([row["std"] for row in points])
+    if confidence:
+        band = 1.96 * band / np.sqrt([row["seeds"] for row in points])
+
+    (handle,) = ax.plot(xs, mean, style)
+    color = handle.get_color()
+    ax.fill_between(xs, mean - band, mean + band, color=color, alpha=0.15, linewidth=0)
+    if all("values" in row for row in points):
+        values = [row["values"] for row in points]
+        ax.plot(xs, values, color=color, alpha=0.5, linewidth=0.6)
+    return handle
 
 
 def matrix(
@@ -88,14 +105,16 @@ def matrix(
 ) -> None:
     """A heat-map for each name in `cells`, one under the other, of its numbers by (row, column).
 
-    limits: the numbers at both ends of the colours, the same for all (default: each heat-map's own).
+    limits: the numbers at both ends of the colours, the same for all (default: each heat-map's
+    own).
     """
     columns = list(dict.fromkeys(column for numbers in cells.values() for _, column in numbers))
     heights = [len({row for row, _ in numbers}) for numbers in cells.values()]
+    size = (3.5 + 0.9 * len(columns), 1.5 + 0.45 * sum(heights) + 0.4 * len(cells))
     figure, axes = pyplot().subplots(
         len(cells),
         1,
-        figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.45 * sum(heights) + 0.4 * len(cells)),
+        figsize=size,
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
@@ -112,7 +131,12 @@ def matrix(
             ax.text(column, row, text, ha="center", va="center", color="w" if dark else "k")
         ax.set_title(name)
         ax.set_yticks(range(len(rows)), rows)
-        ax.set_xticks(range(len(columns)), columns if ax is axes.flat[-1] else [""] * len(columns), rotation=30, ha="right")
+        ax.set_xticks(
+            range(len(columns)),
+            columns if ax is axes.flat[-1] else [""] * len(columns),
+            rotation=30,
+            ha="right",
+        )
     figure.suptitle(title)
     save(figure, path)
 

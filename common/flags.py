@@ -8,7 +8,8 @@
 
     check_ranges(tyro.cli(Args))      # --gamma nan: "--gamma has to be from 0 to 1, not nan."
 
-A range is the (low, high) in an Annotated, both ends included. A number that is not finite is in none.
+A range is the (low, high) in an Annotated, both ends included. A number that is not finite is in
+none.
 """
 
 from dataclasses import is_dataclass
@@ -29,9 +30,11 @@ class FlagError(Exception):
 
 
 def check_ranges(args: Any, prefix: str = "--") -> None:
-    """Raises FlagError at the first number of a dataclass that is out of the range that its annotation has.
+    """Raises FlagError at the first number of a dataclass that is out of the range that its
+    annotation has.
 
-    Tuples are checked number by number, nested dataclasses flag by flag; None and text are left alone.
+    Tuples are checked number by number, nested dataclasses flag by flag; None and text are left
+    alone.
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         flag = prefix + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""What depends on the machine that a script runs on: its compiler, its memory, locks on its folders."""
+"""What depends on the machine that runs a script: compiler, memory, locks on folders."""
 
 import ctypes
 import os
@@ -18,7 +18,8 @@ except ImportError:  # Windows
 
 
 def can_compile() -> bool:
-    """Whether torch.compile works on this CPU: it needs a C++ compiler, OpenMP and Python's headers. Takes 0.1 s."""
+    """Whether torch.compile works on this CPU: it needs a C++ compiler, OpenMP and Python's
+    headers. Takes 0.1 s."""
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     compiler = next((name for name in compilers if name and shutil.which(name)), None)
     if compiler is None:
@@ -37,7 +38,8 @@ def keep_memory() -> None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The device's name, and the most memory that this process needed so far: on its GPU, or else in all (None on Windows)."""
+    """The device's name, and the most memory that this process needed so far: on its GPU, or else
+    in all (None on Windows)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"device": name, "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
@@ -47,11 +49,13 @@ def facts(device: torch.device) -> dict[str, Any]:
     except ImportError:
         return {"device": name, "peak_memory_mb": None}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"device": name, "peak_memory_mb": peak / 2**20 if sys.platform == "darwin" else peak / 2**10}  # bytes; kB
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return {"device": name, "peak_memory_mb": peak * unit / 2**20}
 
 
 def sentence(error: Exception) -> str | None:
-    """What a user reads of a full or read-only disk, of a file that is not to be had, or of too little memory; else None."""
+    """What a user reads of a full or read-only disk, a file that cannot be read, or too little
+    memory; else None."""
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -63,9 +67,11 @@ _locks: list[int] = []
 
 
 def lock(folder: Path) -> None:
-    """Make a folder and keep other processes from writing to it until `unlock`, or until this process ends.
+    """Make a folder and keep other processes from writing to it until `unlock`, or until this
+    process ends.
 
-    Raises BlockingIOError if another process has locked it. Without a lock on Windows, and on file systems that have none.
+    Raises BlockingIOError if another process has locked it. Without a lock on Windows, and on file
+    systems that have none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -75,7 +81,8 @@ def lock(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise BlockingIOError(error.errno, "another process is writing to it", str(folder)) from error
+        reason = "another process is writing to it"
+        raise BlockingIOError(error.errno, reason, str(folder)) from error
     except OSError:
         pass
     _locks.append(handle)

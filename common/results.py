@@ -1,4 +1,4 @@
-"""What a run measures: metrics.csv and TensorBoard while it trains, rows of results.json when it is tested."""
+"""What a run measures: metrics.csv and TensorBoard in training, rows of results.json in tests."""
 
 import json
 import time
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class MetricsLog:
-    """metrics.csv and TensorBoard events in a run's folder, and Weights & Biases with `track`, the flags to show there.
+    """metrics.csv and TensorBoard events in a run's folder, and Weights & Biases with `track`, the
+    flags to show there.
 
-    first: the meta-step that the run starts or continues with. Lines from there on, which a run wrote that was cut off after
-    its last checkpoint, are dropped, and so is what is no line.
+    first: the meta-step that the run starts or continues with. Lines from there on, which a run
+    wrote that was cut off after its last checkpoint, are dropped, and so is what is no line.
     """
 
     def __init__(self, folder: Path, first: int, track: dict[str, Any] | None = None):
@@ -28,8 +29,11 @@ class MetricsLog:
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         steps = [line.partition(",")[0] for line in lines]
         kept = [
-            line for line, step in zip(lines, steps, strict=True) if step == "step" or (step.isdecimal() and int(step) < first)
+            line
+            for line, step in zip(lines, steps, strict=True)
+            if step == "step" or (step.isdecimal() and int(step) < first)
         ]
+
         self.path.write_text("".join(line + "\n" for line in kept))
         self.columns = kept[0].split(",")[2:] if kept else []
         self.board = SummaryWriter(str(folder), purge_step=first)
@@ -49,27 +53,40 @@ class MetricsLog:
             file.write(",".join(map(str, cells)) + "\n")
 
 
-def result_row(learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor) -> dict[str, Any]:
-    """A row of results.json from the values (seeds,) of independent meta-test runs. std is that of the values."""
+def result_row(
+    learner: str, task: str, novelty: str, metric: str, step: int, values: Tensor
+) -> dict[str, Any]:
+    """A row of results.json from the values (seeds,) of independent meta-test runs. std is that of
+    the values."""
     row = {"learner": learner, "task": task, "novelty": novelty, "metric": metric, "step": step}
-    return row | {"mean": values.mean().item(), "std": values.std(correction=0).item(), "seeds": len(values)}
+    mean = values.mean().item()
+    std = values.std(correction=0).item()
+    return row | {"mean": mean, "std": std, "seeds": len(values)}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines of text: of the first metric of each task, the first and the last row of each learner."""
+    """Lines of text: of the first metric of each task, the first and the last row of each
+    learner."""
     metric = {row["task"]: row["metric"] for row in reversed(rows)}
     ends: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["metric"] == metric[row["task"]]:
-            ends.setdefault((row["task"], row["novelty"], row["learner"], row["metric"]), []).append(row)
+            key = (row["task"], row["novelty"], row["learner"], row["metric"])
+            ends.setdefault(key, []).append(row)
 
-    cells = [("task", "novelty", "learner", "metric", "steps", "mean ± standard deviation over seeds")]
+    values = "mean ± standard deviation over seeds"
+    cells = [("task", "novelty", "learner", "metric", "steps", values)]
     for key, of in ends.items():
-        texts = ("{mean:.3f} ± {std:.3f}".format(**row) for row in (of[0], of[-1]))
-        cells.append((*key, f"{of[0]['step']} -> {of[-1]['step']}", " -> ".join(texts)))
+        first = of[0]
+        last = of[-1]
+        steps = f"{first['step']} -> {last['step']}"
+        values = " -> ".join("{mean:.3f} ± {std:.3f}".format(**row) for row in (first, last))
+        cells.append((*key, steps, values))
+
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        yield "  ".join(padded).rstrip()
 
 
 def to_json(value: Any) -> str:

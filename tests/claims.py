@@ -1,8 +1,9 @@
-"""The words in which tests/reproduce.py writes down what the thesis claims, and the verdict on a claim.
+"""The vocabulary in which tests/reproduce.py states what the thesis claims, and the verdicts.
 
-A claim is an inequality between two numbers of the same meta-training seed, each a result row of a learner or made of several.
-Averaged over seeds its difference is *reproduced* above two standard errors, *as far as it goes* above zero or with fewer than
-three seeds, else *not reproduced*. Several claims together are worth their weakest.
+A claim is an inequality between two numbers of the same meta-training seed, each a result row of a
+learner or made of several. Averaged over seeds its difference is *reproduced* above two standard
+errors, *as far as it goes* above zero or with fewer than three seeds, else *not reproduced*.
+Several claims together are worth their weakest.
 """
 
 import math
@@ -14,7 +15,17 @@ from typing import Any, NamedTuple
 
 VERDICTS = ("reproduced", "as far as it goes", "not reproduced", "not run")
 ENOUGH_SEEDS = 3
-KEYS = ("learner", "task", "novelty", "metric", "step", "mean", "std", "seeds", "values")  # of a row of results.json
+KEYS = (
+    "learner",
+    "task",
+    "novelty",
+    "metric",
+    "step",
+    "mean",
+    "std",
+    "seeds",
+    "values",
+)  # of a row
 NEW = {"none": "seen task", "task": "unseen task", "domain": "unseen"}
 
 
@@ -23,16 +34,33 @@ class UserError(Exception):
 
 
 class Seed:
-    """The runs of one meta-training seed: the contents of results.json by the label of the command. Notes what is used."""
+    """The runs of one meta-training seed: the contents of results.json by the label of the command.
+    Notes what is used."""
 
     def __init__(self, runs: dict[str, dict[str, Any]]):
-        self.runs, self.used = runs, set()
+        self.runs = runs
+        self.used = set()
 
-    def row(self, learner: str, task: str, step: int | None, run: str, metric: str | None, novelty: str | None) -> dict:
-        """The row at the first step from `step` on (None: the last step) of a metric (None: the task's first)."""
-        rows = [row for row in self.runs[run]["results"] if row["task"] == task and novelty in (None, row["novelty"])]
-        rows = [row for row in rows if row["metric"] == (metric or rows[0]["metric"]) and row["learner"] == learner]
-        rows = sorted((row for row in rows if row["step"] >= (step or 0)), key=lambda row: row["step"])
+    def row(
+        self,
+        learner: str,
+        task: str,
+        step: int | None,
+        run: str,
+        metric: str | None,
+        novelty: str | None,
+    ) -> dict:
+        """The row at the first step from `step` on (None: the last step) of a metric (None: the
+        task's first)."""
+        rows = [
+            row
+            for row in self.runs[run]["results"]
+            if row["task"] == task and novelty in (None, row["novelty"])
+        ]
+        metric = metric or (rows[0]["metric"] if rows else None)
+        rows = [row for row in rows if row["metric"] == metric and row["learner"] == learner]
+        rows = [row for row in rows if row["step"] >= (step or 0)]
+        rows.sort(key=lambda row: row["step"])
         if not rows:
             raise LookupError(f"no row of {learner} on {task}")
 
@@ -48,7 +76,8 @@ class Seed:
 
 @dataclass(frozen=True, eq=False)
 class Number:
-    """A number that each meta-training seed has, and words for it. Arithmetic makes further ones; > and < make claims."""
+    """A number that each meta-training seed has, and words for it. Arithmetic makes further ones; >
+    and < make claims."""
 
     words: str
     of: Callable[[Seed], float]
@@ -84,10 +113,12 @@ def at(
     novelty: str | None = None,
     field: str = "mean",
 ) -> Number:
-    """A result row's mean (or std) at the first step from `step` on (None: the last). novelty: where tasks share a name."""
+    """A result row's mean (or std) at the first step from `step` on (None: the last). novelty:
+    where tasks share a name."""
     when = "first" if step == 0 else step and f"after {step}"
-    words = [learner, task, novelty and NEW[novelty], run, metric, when, field == "std" and "deviation"]
-    return Number(", ".join(filter(None, words)), lambda seed: seed.row(learner, task, step, run, metric, novelty)[field])
+    what = "deviation" if field == "std" else ""
+    words = ", ".join(filter(None, [learner, task, NEW.get(novelty), run, metric, when, what]))
+    return Number(words, lambda seed: seed.row(learner, task, step, run, metric, novelty)[field])
 
 
 def mean(words: str, numbers: Iterable[Number]) -> Number:
@@ -96,7 +127,8 @@ def mean(words: str, numbers: Iterable[Number]) -> Number:
 
 
 class Outcome(NamedTuple):
-    """A claim over all seeds: both sides and their signed difference on average, its standard error, number of seeds."""
+    """A claim over all seeds: both sides and their signed difference on average, its standard
+    error, number of seeds."""
 
     claim: str
     left: float
@@ -118,22 +150,32 @@ class Claim(NamedTuple):
         words = f"{self.left.words} {'>' if self.sign > 0 else '<'} {self.right.words}"
         try:
             left, right = ([side.of(seed) for seed in seeds] for side in (self.left, self.right))
-        except (LookupError, TypeError, statistics.StatisticsError):  # what is missing was not at hand
+        except (LookupError, TypeError, statistics.StatisticsError):  # a row is missing
             return Outcome(words, math.nan, math.nan, math.nan, math.nan, 0, "not run")
 
         differences = [self.sign * (a - b) for a, b in zip(left, right, strict=True)]
         difference, error, verdict = judge(differences, enough)
-        return Outcome(words, statistics.fmean(left), statistics.fmean(right), difference, error, len(seeds), verdict)
+        left = statistics.fmean(left)
+        right = statistics.fmean(right)
+        return Outcome(words, left, right, difference, error, len(seeds), verdict)
 
 
-def higher(learner: str, than: Iterable[str], tasks: Iterable[str], *where: Any, **which: Any) -> list[Claim]:
+def higher(
+    learner: str, than: Iterable[str], tasks: Iterable[str], *where: Any, **which: Any
+) -> list[Claim]:
     """A learner is above others, in each task."""
-    return [at(learner, task, *where, **which) > at(other, task, *where, **which) for task in tasks for other in than]
+    return [
+        at(learner, task, *where, **which) > at(other, task, *where, **which)
+        for task in tasks
+        for other in than
+    ]
 
 
 def rises(learner: str, tasks: Iterable[str], run: str = "", **which: Any) -> list[Claim]:
     """A learner's last value is above its first, in each task."""
-    return [at(learner, task, None, run, **which) > at(learner, task, 0, run, **which) for task in tasks]
+    return [
+        at(learner, task, None, run, **which) > at(learner, task, 0, run, **which) for task in tasks
+    ]
 
 
 def within(left: Number, right: Number | float, margin: float) -> list[Claim]:
@@ -142,28 +184,33 @@ def within(left: Number, right: Number | float, margin: float) -> list[Claim]:
 
 
 def judge(differences: list[float], enough: int = ENOUGH_SEEDS) -> tuple[float, float, str]:
-    """Mean difference over seeds, its standard error (of one seed: infinite), the verdict on the claim that it is positive."""
+    """Mean difference over seeds, its standard error (of one seed: infinite), the verdict on the
+    claim that it is positive."""
     count = len(differences)
     if not all(map(math.isfinite, differences)):
         return math.nan, math.nan, "not reproduced"
     difference = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.inf if enough > 1 else 0.0
+    error = math.inf if enough > 1 else 0.0
+    if count > 1:
+        error = statistics.stdev(differences) / math.sqrt(count)
     if not difference > 0:
         return difference, error, "not reproduced"
-    return difference, error, "reproduced" if difference > 2 * error and count >= enough else "as far as it goes"
+    clear = difference > 2 * error and count >= enough
+    return difference, error, "reproduced" if clear else "as far as it goes"
 
 
 def weakest(outcomes: list[Outcome]) -> str:
-    """The verdict on claims together. Those that were not run keep the others from being reproduced."""
+    """The verdict on claims together. Those that were not run keep the others from being
+    reproduced."""
     verdicts = {outcome.verdict for outcome in outcomes} or {"not run"}
     if verdicts == {"reproduced", "not run"}:
         return "as far as it goes"
     return max(verdicts - {"not run"} or verdicts, key=VERDICTS.index)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Numbers that are made of several rows, or of what results.json and metrics.csv have beside rows
-# ======================================================================================================================
+# ==================================================================================================
 def gain(env: str, run: str = "", learner: str = "metagenrl") -> Number:
     """MetaGenRL: return above that of the untrained objective."""
     return at(learner, env, run=run) - at("untrained", env)
@@ -174,7 +221,9 @@ def above_random(learner: str, env: str, run: str) -> Number:
     return at(learner, env, run=run) - at("uniform", env, run=run)
 
 
-def reached(task: str, novelty: str, run: str = "", step: int | None = None, learner: str = "transformer") -> Number:
+def reached(
+    task: str, novelty: str, run: str = "", step: int | None = None, learner: str = "transformer"
+) -> Number:
     """GPICL: accuracy at the last example."""
     return at(learner, task, step, run, "accuracy", novelty)
 
@@ -215,11 +264,14 @@ def plateau(run: str) -> Number:
 
 
 def exponent(words: str, runs: dict[float, str], tasks: bool = False) -> Number:
-    """GPICL: of the power law between batch size and the steps of the plateau, or the tasks in it."""
+    """GPICL: of the power law between batch size and the steps of the plateau, or the tasks in
+    it."""
 
     def of(seed: Seed) -> float:
         values = [plateau(run).of(seed) * (batch if tasks else 1) for batch, run in runs.items()]
-        return statistics.linear_regression(list(map(math.log, runs)), list(map(math.log, values))).slope
+        return statistics.linear_regression(
+            list(map(math.log, runs)), list(map(math.log, values))
+        ).slope
 
     return Number(f"exponent of {words} against batch size", of)
 
@@ -228,7 +280,9 @@ def correlation(what: str, runs: Iterable[str], task: str) -> Number:
     """GPICL: of the last accuracy on unseen tasks with the logarithm of a size."""
 
     def of(seed: Seed) -> float:
-        reached = [at(run.split()[1].rstrip(","), task, run=run, novelty="task").of(seed) for run in runs]
+        reached = [
+            at(run.split()[1].rstrip(","), task, run=run, novelty="task").of(seed) for run in runs
+        ]
         return statistics.correlation([math.log(seed.fact(run, what)) for run in runs], reached)
 
     return Number(f"correlation of accuracy with {what}", of)
@@ -251,29 +305,38 @@ def gradient_norm(words: str, choose: Callable[[dict[str, float]], float]) -> Nu
     def of(seed: Seed) -> float:
         curves = seed.fact("", "curves")
         steps = sum(step < plateau("").of(seed) for step in curves["step"])
-        norms = {name.split()[-1]: curve for name, curve in curves.items() if name.startswith("transformer gradient norm ")}
-        return statistics.fmean(choose({name: curve[step] for name, curve in norms.items()}) for step in range(steps))
+        norms = {
+            name.split()[-1]: curve
+            for name, curve in curves.items()
+            if name.startswith("transformer gradient norm ")
+        }
+        return statistics.fmean(
+            choose({name: curve[step] for name, curve in norms.items()}) for step in range(steps)
+        )
 
     return Number(f"gradient norm in the plateau, {words}", of)
 
 
 def until_solved(learner: str, env: str) -> Number:
-    """FME: executions until a population's first good one, on average; of a population that has none, all it had."""
+    """FME: executions until a population's first good one, on average; of a population that has
+    none, all it had."""
 
     def of(seed: Seed) -> float:
         most = seed.row(learner, env, None, "", None, None)["step"]
-        return statistics.fmean(most if n is None else n for n in seed.fact("", "solved_after")[f"{env} {learner}"])
+        return statistics.fmean(
+            most if n is None else n for n in seed.fact("", "solved_after")[f"{env} {learner}"]
+        )
 
     return Number(f"{learner}, {env}, executions until solved", of)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Entries
-# ======================================================================================================================
+# ==================================================================================================
 class Row(NamedTuple):
-    """An experiment. Claims name commands by their labels, and may depend on the preset. {V3.0} in a command is the folder of
-    V3's first command with the same seed; V3.0 as a command is that run itself. thesis: the commands at that preset, where
-    they differ. needs: why it was never run."""
+    """An experiment. Claims name commands by their labels, and may depend on the preset. {V3.0} in
+    a command is the folder of V3's first command with the same seed; V3.0 as a command is that run
+    itself. thesis: the commands at that preset, where they differ. needs: why it was never run."""
 
     figure: str
     says: str
@@ -291,7 +354,9 @@ class Row(NamedTuple):
         return self.claims(preset) if callable(self.claims) else self.claims
 
 
-def per(values: dict[str, Iterable[Any]], claims: Callable[[Any], list[Claim]]) -> Callable[[str], list[Claim]]:
+def per(
+    values: dict[str, Iterable[Any]], claims: Callable[[Any], list[Claim]]
+) -> Callable[[str], list[Claim]]:
     """The same claims for each of a preset's values, such as its environments."""
     return lambda preset: [claim for value in values[preset] for claim in claims(value)]
 

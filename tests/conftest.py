@@ -45,27 +45,32 @@ KILLED = killed(nth=2)  # the first one is that of step 0
 def run_script(name, run_dir, flags, launcher=None):
     """A script's command line, typed in an empty folder without a network.
 
-    With a launcher in a process of its own, as a user does; without one main() is called here, on one thread as there, because
-    importing torch anew takes seconds."""
+    With a launcher in a process of its own, as a user does; without one main() is called here, on
+    one thread as there, because importing torch again takes seconds.
+    """
     line = [str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
     if launcher:
         return subprocess.run([*launcher, *line], cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
-    script, code = importlib.import_module(name.removesuffix(".py")), 0
-    said, complained, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as here, redirect_stdout(said), redirect_stderr(complained):
-        here.setattr(sys, "argv", line)
-        here.chdir(run_dir)
+
+    script = importlib.import_module(name.removesuffix(".py"))
+    code = 0
+    stdout = io.StringIO()
+    stderr = io.StringIO()
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", line)
+        patch.chdir(run_dir)
         for variable in ("TORCH_HOME", *NO_NETWORK):
-            here.setenv(variable, ENV[variable])
+            patch.setenv(variable, ENV[variable])
         torch.set_num_threads(1)
         try:
             script.run_as_script(script.main)
         except SystemExit as stopped:  # Python prints a text and exits with code 1
             code = 1
-            print(stopped.code, file=complained)
+            print(stopped.code, file=stderr)
         finally:
             torch.set_num_threads(threads)
-    return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+    return subprocess.CompletedProcess(line, code, stdout.getvalue(), stderr.getvalue())
 
 
 def rows(folder):
@@ -75,12 +80,12 @@ def rows(folder):
 
 @pytest.fixture
 def complain(tmp_path):
-    """What a script says in one line on its way out; one mistake of each script is made in a process of its own."""
+    """The one line with which a script refuses its flags."""
 
     def typed(name, flags):
         done = run_script(f"{name}.py", tmp_path, flags)
-        said = done.stderr.strip().splitlines()[-1]  # a second line of it would not begin with the script's name
-        assert done.returncode == 1 and said.startswith(f"{name}.py: "), said
-        return said
+        line = done.stderr.strip().splitlines()[-1]  # a second one would not begin with the name
+        assert done.returncode == 1 and line.startswith(f"{name}.py: "), line
+        return line
 
     return typed

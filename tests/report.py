@@ -1,7 +1,8 @@
-"""The rows that tests/reproduce.py saves, the tables that are made from them, and the figure of the README.
+"""The rows that tests/reproduce.py saves, and the tables and the README's figure made of them.
 
-.github/results/rows/ROW-PRESET.json has for each seed and command the device, seconds, and the facts and rows that claims use.
-Tables stand between `<!-- reproduce:NAME begin -->` and `<!-- reproduce:NAME end -->` in the README and on the results pages.
+.github/results/rows/ROW-PRESET.json has for each seed and command the device, seconds, and the
+facts and rows that claims use. In the README and on the results pages a table is between
+`<!-- reproduce:NAME begin -->` and `<!-- reproduce:NAME end -->`.
 """
 
 import json
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".github" / "results"
 SCRIPTS = {"M": "metagenrl", "V": "vsml", "S": "symla", "G": "gpicl", "L": "gla", "F": "fme"}
 
-# The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, used until the entry has saved rows.
+# The README's figure: entry, task, logarithmic steps; and a panel of an earlier figure, used until
+# the entry has saved rows.
 STRIP = {
     "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 354)),
     "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 876, 312)),
@@ -29,9 +31,9 @@ STRIP = {
 }
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Saved rows
-# ======================================================================================================================
+# ==================================================================================================
 def saved_path(name: str, preset: str) -> Path:
     return PAGES / "rows" / f"{name}-{preset}.json"
 
@@ -43,19 +45,29 @@ def save(name: str, preset: str, entry: dict[str, Any]) -> None:
     path.write_text(re.sub(r'(?=\["|\{"device)', "\n", json.dumps(entry)) + "\n")
 
 
-def compact(name: str, row: Row, preset: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is saved of a seed's runs: where a claim uses a row, those of all learners; for the README's figure whole curves."""
-    seed, short = Seed(runs), []
+def compact(
+    name: str, row: Row, preset: str, runs: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What is saved of a seed's runs: where a claim uses a row, those of all learners; for the
+    README's figure whole curves."""
+    seed = Seed(runs)
     for claim in row.claims_at(preset):
-        claim.check([seed])
+        claim.check([seed])  # notes in seed.used what it reads
+
+    short = []
     for label, results in runs.items():
         used = {key[1:] for key in seed.used if key[0] == label}
-        drawn = [task for entry, task, *_ in STRIP.values() if entry == name and label == next(iter(runs))]
-        rows = [r for r in results["results"] if tuple(r[key] for key in KEYS[1:5]) in used or r["task"] in drawn]
-        rows = [[rounded(row[key]) for key in KEYS if key in row] for row in rows]
+        first = label == next(iter(runs))
+        drawn = [task for entry, task, *_ in STRIP.values() if first and entry == name]
+        rows = []
+        for one in results["results"]:
+            if tuple(one[key] for key in KEYS[1:5]) in used or one["task"] in drawn:
+                rows.append([rounded(one[key]) for key in KEYS if key in one])
+
         facts = {key[0]: results[key[0]] for key in used if len(key) == 1}
         seconds = round(sum(results["seconds"].values()))
-        short.append({"device": results["device"], "seconds": seconds, "facts": facts, "results": rows})
+        device = {"device": results["device"], "seconds": seconds}
+        short.append(device | {"facts": facts, "results": rows})
     return short
 
 
@@ -72,32 +84,49 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged; delete it to run anew.") from error
 
 
-def checked(name: str, row: Row, preset: str) -> tuple[dict[str, Any], list[Seed], list[Outcome]] | None:
+def checked(
+    name: str, row: Row, preset: str
+) -> tuple[dict[str, Any], list[Seed], list[Outcome]] | None:
     """The saved entry, its seeds and its claims, checked on them; None where nothing was saved."""
     if not saved_path(name, preset).exists():
         return None
-    saved, seeds = read_json(saved_path(name, preset)), []
+    saved = read_json(saved_path(name, preset))
+    seeds = []
     for runs in saved["seeds"].values():
-        results = [run["facts"] | {"results": [dict(zip(KEYS, r, strict=False)) for r in run["results"]]} for run in runs]
+        results = [
+            run["facts"] | {"results": [dict(zip(KEYS, r, strict=False)) for r in run["results"]]}
+            for run in runs
+        ]
         seeds.append(Seed(dict(zip(saved["commands"], results, strict=True))))
     return saved, seeds, [claim.check(seeds, row.enough_seeds) for claim in row.claims_at(preset)]
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Tables
-# ======================================================================================================================
+# ==================================================================================================
 def status(name: str, row: Row) -> tuple[str, str]:
-    """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that decides, and how many of its
-    claims are reproduced."""
+    """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that
+    decides, and how many of its claims are reproduced."""
     for preset in ("thesis", "laptop"):
         if entry := checked(name, row, preset):
-            outcomes = entry[2]
-            verdict = weakest(outcomes)
-            deciding = next((outcome for outcome in outcomes if outcome.verdict == verdict), outcomes[0])
-            held = sum(outcome.verdict == "reproduced" for outcome in outcomes)
-            numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({held}/{len(outcomes)})"
-            return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers
-    return (f"not run: {row.needs}" if row.needs else "earlier run"), ""
+            saved, _, outcomes = entry
+            break
+    else:
+        return (f"not run: {row.needs}" if row.needs else "earlier run"), ""
+
+    verdict = weakest(outcomes)
+    of_verdict = [outcome for outcome in outcomes if outcome.verdict == verdict]
+    deciding = (of_verdict or outcomes)[0]
+    reproduced = sum(outcome.verdict == "reproduced" for outcome in outcomes)
+    numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({reproduced}/{len(outcomes)})"
+    if is_test(saved["commands"]):
+        numbers = "test passes" if deciding.left else "test fails"
+    return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers
+
+
+def is_test(commands: dict[str, str]) -> bool:
+    """Whether the claim of an entry is a test's exit code."""
+    return all(command.startswith("pytest") for command in commands.values())
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -119,25 +148,47 @@ def page_text(script: str, rows: dict[str, Row]) -> str:
     """Results page: all entries of a script, then those that were run."""
     own = {name: row for name, row in rows.items() if SCRIPTS[name[0]] == script}
     lines = [
-        [f'<a id="{name.lower()}"></a>{row.figure}', f"`python tests/reproduce.py {name}`", *status(name, row), row.says]
+        [
+            f'<a id="{name.lower()}"></a>{row.figure}',
+            f"`python tests/reproduce.py {name}`",
+            *status(name, row),
+            row.says,
+        ]
         for name, row in own.items()
     ]
     parts = [table(["figure", "command", "verdict", "here", "thesis"], lines)]
     runs = [(name, row, preset) for name, row in own.items() for preset in ("thesis", "laptop")]
-    return "\n\n".join(parts + [section(*run) for run in runs if saved_path(run[0], run[2]).exists()])
+    parts += [section(*run) for run in runs if saved_path(run[0], run[2]).exists()]
+    return "\n\n".join(parts)
 
 
 def section(name: str, row: Row, preset: str) -> str:
-    """One entry at one preset: commands, claims, and the rows that they use, as means and standard errors over seeds."""
+    """One entry at one preset: commands, claims, and the rows that they use, as means and standard
+    errors over seeds."""
     saved, seeds, outcomes = checked(name, row, preset)
     runs = [run for seed in saved["seeds"].values() for run in seed]
+    head = f"### {name}, {row.figure}: {weakest(outcomes)}, {preset} preset"
+
     minutes = sum(run["seconds"] for run in runs) / len(seeds) / 60
+    device = re.sub("^1 CPU threads$", "1 CPU thread", runs[0]["device"])
+    word = "Seed" if len(seeds) == 1 else "Seeds"
+    time = "1 minute" if round(minutes) == 1 else f"{minutes:.0f} minutes"
     numbers = ", ".join(saved["seeds"])
-    conditions = f"Seeds {numbers}; {runs[0]['device']}; torch {saved['torch']}; {minutes:.0f} minutes a seed."
-    labels = {label: f"  # {label}" if label else "" for label in saved["commands"]}
-    commands = "\n".join(f"    python {command}{labels[label]}" for label, command in saved["commands"].items())
+    conditions = f"{word} {numbers}; {device}; torch {saved['torch']}; {time} a seed."
+
+    commands = "\n".join(
+        f"    python {command}" + (f"  # {label}" if label not in command else "")
+        for label, command in saved["commands"].items()
+    )
     commands = commands.replace("python pytest", "python -m pytest")
-    claims = [[o.claim, text(o.left), text(o.right), f"{text(o.difference)} ± {text(o.error)}", o.verdict] for o in outcomes]
+    if is_test(saved["commands"]):
+        return "\n\n".join([head, f"A test, run with torch {saved['torch']}.", commands])
+
+    claims = []
+    for one in outcomes:
+        difference = f"{text(one.difference)} ± {text(one.error)}"
+        claims.append([one.claim, text(one.left), text(one.right), difference, one.verdict])
+    claim_head = ["claim", "left", "right", "difference ± standard error", "verdict"]
 
     cells: dict[tuple, dict[str, list[float]]] = {}
     used = set().union(*(seed.used for seed in seeds))
@@ -148,22 +199,23 @@ def section(name: str, row: Row, preset: str) -> str:
                 if key in used:
                     cells.setdefault(key, {}).setdefault(one["learner"], []).append(one["mean"])
     learners = list(dict.fromkeys(learner for cell in cells.values() for learner in cell))
-    lines = [
-        [label, task, novelty, metric.replace("_", " "), str(step), *(over_seeds(cell.get(learner)) for learner in learners)]
-        for (label, task, novelty, metric, step), cell in cells.items()
-    ]
+    lines = []
+    for (label, task, novelty, metric, step), cell in cells.items():
+        values = [over_seeds(cell.get(learner)) for learner in learners]
+        lines.append([label, task, novelty, metric.replace("_", " "), str(step), *values])
 
-    head = f"### {name}, {row.figure}: {weakest(outcomes)}, {preset} preset"
-    claim_table = table(["claim", "left", "right", "difference ± standard error", "verdict"], claims)
-    row_table = table(["run", "task", "new", "metric", "after", *learners], lines)
-    return "\n\n".join([head, conditions, commands, claim_table, row_table])
+    row_head = ["run", "task", "new", "metric", "after", *learners]
+    tables_of_both = [table(claim_head, claims), table(row_head, lines)]
+    return "\n\n".join([head, conditions, commands, *tables_of_both])
 
 
 def over_seeds(values: list[float] | None) -> str:
     if not values:
         return ""
-    error = f" ± {text(statistics.stdev(values) / math.sqrt(len(values)))}" if len(values) > 1 else ""
-    return text(statistics.fmean(values)) + error
+    mean = text(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {text(statistics.stdev(values) / math.sqrt(len(values)))}"
 
 
 def text(value: float) -> str:
@@ -176,29 +228,36 @@ def text(value: float) -> str:
 def tables(rows: dict[str, Row]) -> dict[Path, str]:
     """README and results pages with what stands between their markers made anew."""
     blocks = {ROOT / "README.md": ("status", status_table(rows))}
-    blocks |= {PAGES / f"{script}.md": (script, page_text(script, rows)) for script in SCRIPTS.values()}
+    for script in SCRIPTS.values():
+        blocks[PAGES / f"{script}.md"] = (script, page_text(script, rows))
+
     new = {}
     for path, (name, block) in blocks.items():
         begin, end = (f"<!-- reproduce:{name} {word} -->" for word in ("begin", "end"))
         old = path.read_text() if path.exists() else ""
         if begin not in old or end not in old:
-            raise UserError(f"{path} has no place for its table; write {begin} and {end} into it.")
+            raise UserError(
+                f"{path} has no markers for its table; write {begin} and {end} into it."
+            )
         new[path] = f"{old.partition(begin)[0]}{begin}\n\n{block}\n\n{end}{old.partition(end)[2]}"
     return new
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # The figure
-# ======================================================================================================================
+# ==================================================================================================
 def draw_strip(rows: dict[str, Row]) -> None:
-    """A panel for each script: a task's first metric by learner, from saved rows; else a panel of an earlier figure."""
+    """A panel for each script: a task's first metric by learner, from saved rows; else a panel of
+    an earlier figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STRIP), figsize=(2.9 * len(STRIP), 2.6), layout="constrained")
-    for axis, (script, (name, task, logarithmic, earlier, (left, top, right, bottom))) in zip(axes, STRIP.items(), strict=True):
+    size = (2.9 * len(STRIP), 2.6)
+    figure, axes = plt.subplots(1, len(STRIP), figsize=size, layout="constrained")
+    for axis, (script, panel) in zip(axes, STRIP.items(), strict=True):
+        name, task, logarithmic, earlier, (left, top, right, bottom) = panel
         entry = checked(name, rows[name], "laptop")
         if entry is None:
             axis.imshow(plt.imread(PAGES / earlier)[top:bottom, left:right], aspect="auto")
@@ -206,15 +265,23 @@ def draw_strip(rows: dict[str, Row]) -> None:
             axis.axis("off")
             continue
 
-        all_seeds = [row for seed in entry[1] for row in next(iter(seed.runs.values()))["results"] if row["task"] == task]
-        metric = all_seeds[0]["metric"]
+        drawn = []
+        for seed in entry[1]:
+            first = next(iter(seed.runs.values()))
+            drawn += [row for row in first["results"] if row["task"] == task]
+        metric = drawn[0]["metric"]
         curves: dict[str, dict[int, list[float]]] = {}
-        for row in all_seeds:
+        for row in drawn:
             if row["metric"] == metric:
-                curves.setdefault(row["learner"], {}).setdefault(row["step"], []).append(row["mean"])
+                curve = curves.setdefault(row["learner"], {})
+                curve.setdefault(row["step"], []).append(row["mean"])
+
         for learner, curve in curves.items():
-            axis.plot(curve.keys(), [statistics.fmean(values) for values in curve.values()], ".-", label=learner, markersize=3)
-        axis.set(title=f"{script}: {task}", ylabel=metric.replace("_", " "), xscale="log" if logarithmic else "linear")
+            means = [statistics.fmean(values) for values in curve.values()]
+            axis.plot(curve.keys(), means, ".-", label=learner, markersize=3)
+        scale = "log" if logarithmic else "linear"
+        axis.set(title=f"{script}: {task}", ylabel=metric.replace("_", " "))
+        axis.set(xlabel="step", xscale=scale)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
     figure.savefig(PAGES / "strip.png", dpi=100)

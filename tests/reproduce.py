@@ -396,7 +396,8 @@ def execute(line: list[str], folder: Path, words: str) -> None:
 
 def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
     """Run all commands of an entry with all seeds, and save what its claims and tables need."""
-    row, seeds = ROWS[name], {}
+    row = ROWS[name]
+    seeds = {}
     commands = row.commands(preset)
     for seed in range(num_seeds if row.enough_seeds > 1 else 1):
         folders = [finished_run(name, index, seed, preset, data_dir) for index in range(len(commands))]

@@ -333,8 +333,19 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     assert "| Fig. 1 | `V1` | reproduced | 2 vs 0 (1/1) | grows |" in status
     assert "| Fig. 2 | `V2` | earlier run |" in status
     page = (fake / "pages" / "vsml.md").read_text()
-    assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "1 minutes a seed" in page
+    assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "1 minute a seed" in page
     assert all(path.read_text() == text for path, text in report.tables(reproduce.ROWS).items())
+
+
+@pytest.mark.parametrize("code, verdict, cell", [(0.0, "not reproduced", "test fails"), (1.0, "reproduced", "test passes")])
+def test_a_claim_that_is_a_test_has_words_instead_of_numbers(fake, code, verdict, cell):
+    passed = at("pytest", "test") > 0.5
+    reproduce.ROWS["V1"] = row = Row("Theorem", "holds", "pytest tests/test_a.py", [passed], enough_seeds=1)
+    one = {"device": "CPU", "seconds": 0, "facts": {}, "results": [["pytest", "test", "none", "passed", 1, code, 0.0, 1]]}
+    report.save("V1", "laptop", {"commands": {"": row.laptop}, "torch": "2", "seeds": {"0": [one]}})
+    assert report.status("V1", row) == (verdict, cell)
+    section = report.section("V1", row, "laptop")
+    assert "python -m pytest tests/test_a.py" in section and " vs " not in section and "0.5" not in section
 
 
 def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monkeypatch):
@@ -366,5 +377,5 @@ def test_damaged_rows_and_pages_without_markers_are_refused(fake):
         report.tables(reproduce.ROWS)
     report.saved_path("V1", "laptop").unlink()
     (fake / "README.md").write_text("no markers")
-    with pytest.raises(UserError, match="no place for its table"):
+    with pytest.raises(UserError, match="no markers for its table"):
         report.tables(reproduce.ROWS)
