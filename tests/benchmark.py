@@ -45,11 +45,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, envs, machine
 from common.datasets import Tasks, compile_draws, load
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ==================================================================================================
@@ -166,7 +167,6 @@ def measure_card(bench: Bench) -> None:
     target = torch.empty_like(source)
     seconds = median(lambda: target.copy_(source), 10)
     bench.log(1, "copy", TB_per_s=2 * source.nbytes / seconds / 1e12)
-    del source, target
     for dtype in (torch.float32, torch.bfloat16):
         bench.log(1, f"{dtype} product", TFLOP_per_s=product_flops(bench, dtype) / 1e12)
 
@@ -254,10 +254,41 @@ def measure_vsml_learners(bench: Bench, args: Any, tasks: Tasks) -> None:
             note(f"a batch, {name}", partial(vsml.one_example, learner, params, state, x, y), 1, 64)
 
 
+def measure_meta_step(
+    bench: Bench,
+    what: str,
+    sample: Callable[[], list[Any]],
+    loss: Callable[..., Tensor],
+    optimise: Callable[[], None],
+    flops: int,
+) -> None:
+    """A meta-step and its parts. Utilisation: FLOPs of the Transformer's matrix products, forward
+    and backward, against those of one large product."""
+
+    def forward_backward(*batch: Any) -> None:
+        loss(*batch).backward()
+
+    def meta_step() -> None:
+        forward_backward(*sample())
+        optimise()
+
+    bench.warm(f"{what}, sampling", sample)
+    bench.warm(f"{what}, learning", meta_step)
+    bench.ready()
+    count = 4 * bench.repetitions if bench.cuda or not bench.thesis else 2
+    seconds = steady(meta_step, count)
+    synchronised = 1e3 * median(meta_step, count)
+    share = flops / seconds / product_flops(bench)
+    figures = {"ms": 1e3 * seconds, "synchronised_ms": synchronised, "flops": float(flops)}
+    bench.note(f"{what}: a meta-step", **figures, utilisation=share)
+    bench.ms(f"{what}: sampling", sample, count)
+    bench.ms(f"{what}: forward and backward", partial(forward_backward, *sample()), count)
+    bench.ms(f"{what}: optimiser", optimise, count)
+    bench.kernels(f"{what}: a meta-step", meta_step)
+
+
 def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
-    """A meta-step of the Transformer and its parts. Utilisation: FLOPs of its matrix products,
-    forward and backward, against those of one large product. The dataset is digits, scaled; time
-    depends on its size only."""
+    """A meta-step of the Transformer. The dataset is digits, scaled; time depends on its size."""
     import gpicl
 
     args = bench.args(gpicl, size=size, channels=channels)
@@ -270,44 +301,26 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     loss_of = gpicl.compiled(bench.run, learner, 10)
     number = itertools.count()
 
-    def ids() -> tuple[Tensor, Tensor]:
-        return gpicl.batch_ids(args, next(number), bench.device)
-
     def sample() -> tuple[Tensor, Tensor]:
-        return tasks.sample(*ids(), args.sequence_length)
+        ids = gpicl.batch_ids(args, next(number), bench.device)
+        return tasks.sample(*ids, args.sequence_length)
 
-    def forward_backward(x: Tensor, y: Tensor) -> None:
-        loss_of(x, y)[0].backward()
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        return loss_of(x, y)[0]
 
     def optimise() -> None:
         gpicl.average_gradients(learner, args.clip)
         optimizer.step()
 
-    def meta_step() -> None:
-        optimizer.zero_grad()
-        forward_backward(*sample())
-        optimise()
-
-    what = f"gpicl: {args.batch} x {args.sequence_length}, {size} x {size} x {channels}"
-    bench.warm(f"{what}, sampling", sample)
-    bench.warm(f"{what}, learning", meta_step)
-    bench.ready()
-    count = 2 if bench.toy or (bench.thesis and not bench.cuda) else 20
-    seconds = steady(meta_step, count)
-    synchronised = 1e3 * median(meta_step, count)
-    bench.note(f"{what}: a meta-step", ms=1e3 * seconds, synchronised_ms=synchronised)
-    bench.ms(f"{what}: sampling", sample, count)
-    bench.ms(f"{what}: projections", lambda: tasks.projections(tasks.keys(ids()[0], 1)), count)
-    bench.ms(f"{what}: forward and backward", partial(forward_backward, *sample()), count)
-    bench.ms(f"{what}: optimiser", optimise, count)
-
     named = learner.named_parameters()
     weights = sum(x.numel() for name, x in named if x.ndim == 2 and name != "position")
     attention = args.layers * args.heads * args.key_size * args.sequence_length  # half is masked
     flops = 6 * args.batch * args.sequence_length * (weights + attention)
-    share = flops / seconds / product_flops(bench)
-    bench.note(f"{what}: counts", flops=float(flops), utilisation=share)
-    bench.kernels(f"{what}: a meta-step", meta_step)
+    what = f"gpicl: {args.batch} x {args.sequence_length}, {size} x {size} x {channels}"
+    measure_meta_step(bench, what, sample, loss, optimise, flops)
+    keys = tasks.keys(torch.arange(args.batch, device=bench.device), 1)
+    bench.ms(f"{what}: projections, a part of sampling", lambda: tasks.projections(keys))
 
 
 def measure_fme(bench: Bench, env: str, populations: int, solutions: int) -> None:
@@ -431,8 +444,8 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
 
 
 def measure_gla(bench: Bench) -> None:
-    """A meta-step of one student and its parts; and a step of lifetimes at the end of a context of
-    1,024 steps, with and without the cache."""
+    """A meta-step of one student; and a step of lifetimes at the end of a context of 1,024 steps,
+    with and without the cache."""
     import gla
 
     args = bench.args(gla)
@@ -448,39 +461,26 @@ def measure_gla(bench: Bench) -> None:
     own = torch.arange(args.batch, device=bench.device)
     number = itertools.count()
 
-    def project() -> Any:
-        return gla.draw_projection(args, env, args.batch * next(number) + own)
+    def sample() -> tuple[Any, ...]:
+        projection = gla.draw_projection(args, env, args.batch * next(number) + own)
+        discrete = env.num_actions is not None
+        return projection, *gla.subsample(args, 1, trajectories, discrete, args.batch, own)
 
-    def subsample() -> Any:
-        return gla.subsample(args, 1, trajectories, env.num_actions is not None, args.batch, own)
-
-    def forward_backward(*task: Any) -> None:
-        gla.meta_loss(args, 1, net, [task]).mean().backward()
+    def loss(*task: Any) -> Tensor:
+        adam.zero_grad()
+        return gla.meta_loss(args, 1, net, [task]).mean()
 
     def optimise() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         adam.step()
 
-    def meta_step() -> None:
-        adam.zero_grad()
-        forward_backward(project(), *subsample())
-        optimise()
-
-    bench.warm("gla: a meta-step", meta_step)
-    bench.ready()
+    length = args.chunks * args.chunk
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
+    flops = 6 * args.batch * length * (weights + args.layers * args.width * length)
+    what = f"gla: {args.batch} x {length} tokens"
+    measure_meta_step(bench, what, sample, loss, optimise, flops)
     if not bench.thesis and not bench.toy:
         measure_ppo(bench, args)
-    length = args.chunks * args.chunk
-    seconds = steady(meta_step, 4 * bench.repetitions)
-    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
-    rates = {"tokens_per_s": args.batch * length / seconds}
-    rates["utilisation"] = 6 * weights * args.batch * length / seconds / product_flops(bench)
-    bench.note(f"gla: a meta-step, {args.batch} x {length} tokens", ms=1e3 * seconds, **rates)
-    parts = {"projections": project, "subsampling": subsample, "optimiser": optimise}
-    parts["forward and backward"] = partial(forward_backward, project(), *subsample())
-    for name, work in parts.items():
-        bench.ms(f"gla: {name}", work)
-    bench.kernels("gla: a meta-step", meta_step)
 
     count, steps = (4, length) if bench.toy else (32, 1024)
     model = gla.GLA(replace(args, chunks=steps // args.chunk)).to(bench.device)
@@ -515,13 +515,14 @@ MEASURES = {  # by what matters on a GPU, but what compiles longest comes first
     "fme": measure_fme,
 }
 SCRIPTS = list(MEASURES)
+SYMLA_ENVS = ["independent_bandit", "independent_bandit:10", "upright_cartpole"]
+SYMLA_ENVS += ["grid_world:3", "acrobot"]
 CASES = {  # arguments of the functions above; toy: the first small one, with flags from below
     "small": {
         "metagenrl": [(1,), (5,), (20,)],
         "gpicl": [(8, 1)],
         "vsml": [(8, 24, 250), (28, 2, 250)],
-        "symla": [("independent_bandit",), ("independent_bandit:10",), ("upright_cartpole",)]
-        + [("grid_world:3",), ("acrobot",)],
+        "symla": [(env,) for env in SYMLA_ENVS],
         "gla": [()],
         "fme": [(env, 1, count) for env in ("bandit", "cartpole") for count in (1, 64, 1024)],
     },
@@ -739,9 +740,6 @@ class Gpu:
             shutil.rmtree(self.work, ignore_errors=True)
         self.table()
 
-    def info(self, text: str) -> None:
-        print(f"[{time.time() - self.began:6.1f} s] {text}", flush=True)
-
     def left(self) -> float:
         """Seconds that a step may take: what is left, without what GPICL's meta-test needs."""
         reserve = self.options.test_seconds if 4 in self.options.steps else 0
@@ -750,8 +748,7 @@ class Gpu:
     def guarded(self, number: int, step: Callable[[], None]) -> None:
         """A step that breaks costs only itself."""
         if (self.end - time.time() if number == 4 else self.left()) < 1:
-            return self.info(f"{number}: no time is left")
-        self.info(f"{number} begins, {self.left():.0f} s are left")
+            return self.log(number, "no time is left")
         try:
             step()
         except Exception:
@@ -778,24 +775,22 @@ class Gpu:
         flags = [script, "--out", self.out, *flags, "--setting", *sizes]
         return self.start(name, "tests/benchmark.py", *flags)
 
-    def report(self, step: int, job: Job, quiet: bool = False, **figures: Any) -> None:
-        """Note how a process ended; if quiet, only if it failed."""
+    def report(self, step: int, job: Job, **figures: Any) -> None:
+        """Note how a process ended."""
         good = job.returncode == 0 and not job.late
         how = "done" if good else "late" if job.late else f"failed with exit code {job.returncode}"
         seconds = job.ended - job.started
-        self.info(f"{step} {job.name}: {how} after {seconds:.1f} s")
         with open(self.out / "logs.txt", "a") as file:
             file.write(f"\n==== {step} {job.name}: {how} after {seconds:.1f} s\n")
             file.write(job.text(2000 if good else 12_000) + "\n")
         if not good:
             figures |= {"late": job.late, "error": job.text()}
-        if not good or not quiet:
-            self.log(step, job.name, exit_code=job.returncode, seconds=seconds, **figures)
+        self.log(step, job.name, exit_code=job.returncode, seconds=seconds, **figures)
 
     def card(self) -> None:
         job = self.worker("card", "card")
         wait([job], time.time() + min(60, self.left()))
-        self.report(1, job, quiet=True)
+        self.report(1, job)
 
     def scripts(self) -> None:
         """Every script whole: on the CPU, on the GPU, and on the GPU compiled; all at once."""
@@ -915,7 +910,7 @@ class Gpu:
     def start_gpicl(self) -> None:
         if self.options.resume:
             run = self.work / "gpicl"
-            self.log(4, "gpicl resumed", meta_steps=unpack(self.options.resume, run))
+            self.log(4, "gpicl: resumed", meta_steps=unpack(self.options.resume, run))
             job = self.start("gpicl training", "gpicl.py", "--resume", run, *self.device)
         else:
             first = self.data[0] if self.data else "digits"
@@ -928,23 +923,10 @@ class Gpu:
         until = time.time() + self.left() / (2 if 5 in self.options.steps else 1)
         for job in self.background:
             if self.end_training(4, "gpicl", job, until):
-                self.guarded(4, self.keep_gpicl)
+                self.guarded(4, partial(pack, self.work / "gpicl", self.out))
                 seconds = self.options.test_seconds
                 self.test(4, "gpicl", min(self.end - 4, time.time() + seconds), *self.tests)
         self.background = []
-        path = self.out / "gpicl_results.json"
-        accuracies = {}
-        for row in json.loads(path.read_text())["results"] if path.exists() else ():
-            if row["metric"] == "accuracy" and row["step"] in (1, 10, 20, 50, 100):
-                what = "gpicl on {task} ({novelty}), {learner}".format(**row)
-                accuracies.setdefault(what, {})[f"after_{row['step']}"] = row["mean"]
-        for what, figures in accuracies.items():
-            self.log(4, what, **figures)
-
-    def keep_gpicl(self) -> None:
-        steps = pack(self.work / "gpicl", self.out)
-        sizes = {f"{x.stem}_mb": x.stat().st_size / 2**20 for x in self.out.glob("gpicl_*.pt")}
-        self.log(4, "gpicl checkpoint kept", meta_steps=steps, **sizes)
 
     def more(self) -> None:
         """SymLA's bandits for half of what is left, and its meta-test; then VSML's ES."""
@@ -967,9 +949,9 @@ FEWER_TO_COMPILE = {
 }
 
 
-def pack(folder: Path, out: Path) -> int:
+def pack(folder: Path, out: Path) -> None:
     """A checkpoint of GPICL in two files of less than 16 MB, without what can be made again: the
-    learner, and Adam's averages in bfloat16. Returns its meta-step."""
+    learner, and Adam's averages in bfloat16."""
     import gpicl
 
     saved = checkpoints.read(folder / "checkpoint.pt", state=dict)
@@ -980,7 +962,8 @@ def pack(folder: Path, out: Path) -> int:
     adam = tree_map_only(Tensor, lambda x: x.bfloat16() if x.ndim else x, adam)
     checkpoints.write(out / "gpicl_checkpoint.pt", saved)
     checkpoints.write(out / "gpicl_averages.pt", adam)
-    return saved["step"]
+    sizes = {f"{path.stem}_mb": path.stat().st_size / 2**20 for path in out.glob("gpicl_*.pt")}
+    log(out, 4, "gpicl: checkpoint kept", meta_steps=saved["step"], **sizes)
 
 
 def unpack(kept: Path, folder: Path) -> int:
