@@ -1,4 +1,4 @@
-"""`benchmark.py gpu` as a whole, at toy sizes: everything that it runs, in processes of their own."""
+"""`benchmark.py gpu` as a whole, at toy sizes: all that it runs, in processes of their own."""
 
 import json
 import os
@@ -6,45 +6,69 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ENV, ROOT
 
-COMMAND = [sys.executable, ROOT / "tests" / "benchmark.py", "gpu"]
+COMMAND = [sys.executable, ROOT / "tests" / "benchmark.py"]
 NO_GPU = ENV | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
 
 
-def test_gpu(tmp_path):
-    """Ceilings, a script whole, the speed of its steps, and GPICL on images, which are read from .npz files."""
-    images = {f"x_{split}": np.random.randint(256, size=(60, 28, 28), dtype=np.uint8) for split in ("train", "test")}
-    labels = {f"y_{split}": (np.arange(60) % 10).astype(np.uint8) for split in ("train", "test")}
-    np.savez(tmp_path / "mnist.npz", **images, **labels)
-    out = tmp_path / "out"
-    flags = ["--minutes", "4", "--out", out, "--data", tmp_path, "--only", "gpicl"]
-    done = subprocess.run([*COMMAND, *flags], env=NO_GPU, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def gpu(out, *flags):
+    """Lines of gpu.jsonl by what was measured, and what is printed."""
+    command = [*COMMAND, "gpu", "--out", out, *flags]
+    options = dict(env=NO_GPU, cwd=out.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(word) for word in command], **options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
-    assert not [line for line in lines if "error" in line]
-    assert {line["step"] for line in lines} == {1, 2, 3, 4} and {line["card"] for line in lines} == {"CPU"}
-    found = {line["what"]: line for line in lines}
-    assert found["copy"]["TB_per_s"] > 0
-    assert found["gpicl cpu eager"]["rows"] > 0 and found["gpicl cpu eager"]["differ"] == 0
-    assert found["gpicl: 4 x 12, 8 x 8 x 1: a meta-step"]["ms"] > 0
-    assert found["checkpoint kept"]["meta_steps"] >= 5 and found["gpicl on mnist (task), transformer"]["after_10"] >= 0
-    assert json.loads((out / "gpicl_results.json").read_text())["args"]["dataset"] == ["mnist"]
-    assert "gpicl on mnist (task), transformer" in done.stdout
+    assert {line["card"] for line in lines} == {"CPU"}
+    return {line["what"]: line for line in lines}, done.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """28 x 28 images as a user's own file."""
+    path = tmp_path_factory.mktemp("images") / "mnist_28.npz"
+    shape = (60, 28, 28)
+    arrays = {
+        f"x_{x}": np.random.randint(256, size=shape, dtype=np.uint8) for x in ("train", "test")
+    }
+    arrays |= {f"y_{split}": np.arange(60) % 10 for split in ("train", "test")}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_gpu(tmp_path, images):
+    """The card, a script whole, the speed of its steps, its training on images and its meta-test;
+    and a call that continues this training and measures the other scripts."""
+    out = tmp_path / "out"
+    lines, printed = gpu(out, "--minutes", 4, "--data", images, "--only", "gpicl")
+    assert not [line for line in lines.values() if "error" in line]
+    assert {line["step"] for line in lines.values()} == {1, 2, 3, 4}
+    assert lines["copy"]["TB_per_s"] > 0
+    assert lines["gpicl cpu eager"]["rows"] > 0 and lines["gpicl cpu eager"]["differ"] == 0
+    assert lines["gpicl: 4 x 12, 8 x 8 x 1: a meta-step"]["ms"] > 0
+    assert lines["gpicl: checkpoint kept"]["meta_steps"] >= 5
+    assert "gpicl: checkpoint kept" in printed.split("After")[-1]
+    results = json.loads((out / "gpicl_results.json").read_text())
+    assert results["args"]["dataset"] == ["mnist_28.npz"]
+    assert ("transformer", "mnist_28", "task") in {
+        (row["learner"], row["task"], row["novelty"]) for row in results["results"]
+    }
 
     again = tmp_path / "again"
-    flags = ["--minutes", "4", "--out", again, "--data", tmp_path, "--steps", "4", "--resume", out]
-    done = subprocess.run([*COMMAND, *flags], env=NO_GPU, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (again / "gpu.jsonl").read_text().splitlines()]
-    steps = [line["meta_steps"] for line in lines if line["what"] in ("goes on", "checkpoint kept")]
-    assert not [line for line in lines if "error" in line] and steps[0] == found["checkpoint kept"]["meta_steps"] <= steps[1]
+    flags = ["--minutes", 4, "--data", images, "--steps", 3, 4, "--resume", out]
+    scripts = ["metagenrl", "vsml", "symla", "gla", "fme"]
+    lines_after, _ = gpu(again, *flags, "--only", *scripts)
+    assert not [line for line in lines_after.values() if "error" in line]
+    kept = lines["gpicl: checkpoint kept"]["meta_steps"]
+    assert lines_after["gpicl: resumed"]["meta_steps"] == kept
+    assert lines_after["gpicl: checkpoint kept"]["meta_steps"] >= kept
+    assert (again / "gpicl_results.json").exists()
+    for script in scripts:
+        assert "measuring" in lines_after[f"{script}-0"]
 
 
 def test_a_deadline(tmp_path):
-    """What does not end in time is ended, and said."""
-    flags = ["--minutes", "0.08", "--out", tmp_path, "--steps", "2", "--only", "vsml"]
-    done = subprocess.run([*COMMAND, *flags], env=NO_GPU, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["late"] and "error" in line for line in lines)
+    """A process that does not end in time is ended, and its line says so."""
+    lines, _ = gpu(tmp_path / "out", "--minutes", 0.08, "--steps", 2, "--only", "vsml")
+    assert len(lines) == 2 and all(x["late"] and "error" in x for x in lines.values())
