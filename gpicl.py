@@ -1168,7 +1168,7 @@ class Run:
         flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
         words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
         name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
-        if name != Path(name).name:
+        if name != Path(name).name or name == "..":
             raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
         folder = [Path(args.resume or Path(args.run_dir, name))]
         if self.rank == 0:
@@ -1187,7 +1187,7 @@ class Run:
         files = {path.name for path in folder.iterdir()}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            raise UserError(f"{folder} exists; choose another --run-name, or --resume a run that was cut off.")
+            raise UserError(f"{folder} holds a run: --resume it, test it with --mode test, or choose another --run-name.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)

@@ -423,7 +423,7 @@ MISTAKES = {
     "--envs": "--envs needs at least one environment",
     "--envs independent_bandit cartpole": "--envs mixes bandits and others",
     "--envs independent_bandit:1": "has to be a number from 2 to",
-    "--envs contextual_bandit:1000000000": "too large",
+    "--envs contextual_bandit:1000000000": "has to be a number from",
     "--envs shuffled_shuffled_cartpole": "twice",
     "--test-envs grid_world:400": "480000 observations",
     "--test-envs shuffled_independent_bandit": "nothing to be shuffled",

@@ -21,6 +21,7 @@ from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from torch import Tensor
 
 import vsml
+from common import checkpoints
 from common.datasets import Tasks, fold, key, load
 from common.machine import can_compile
 
@@ -581,13 +582,20 @@ def test_deep_network_and_es(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """The run stops at the meta-step whose loss is not finite; what it had saved before is whole and finite."""
-    wild = command(tmp_path, "--backprop-lr 1e30 --checkpoint-every 1 --run-name wild --baselines")
-    assert wild.returncode == 1 and "Traceback" not in wild.stderr
-    assert re.search(r"not finite at meta-step \d+; .*checkpoint.pt is from before", wild.stderr)
-    state = torch.load(tmp_path / "wild" / "checkpoint.pt", weights_only=True)["state"]
-    assert state["['thetas']['vsml']"].isfinite().all()
+    gradient = vsml.backprop_gradient
+
+    def diverging(args, learner, theta, tasks, step, *rest):
+        grad, loss, accuracy = gradient(args, learner, theta, tasks, step, *rest)
+        return (grad, loss, accuracy) if step < 4 else (grad * math.nan, loss * math.nan, accuracy)
+
+    monkeypatch.setattr(vsml, "backprop_gradient", diverging)
+    wild = command(tmp_path, "--run-name wild --baselines")
+    assert wild.returncode == 1
+    assert re.search(r"not finite at meta-step 4; .*checkpoint.pt is from before", wild.stderr)
+    checkpoint = checkpoints.read(tmp_path / "wild" / "checkpoint.pt")
+    assert checkpoint["step"] == 4 and checkpoint["state"]["['thetas']['vsml']"].isfinite().all()
 
 
 def test_all_baselines_and_the_heat_map(tmp_path):
@@ -721,10 +729,10 @@ def broken_checkpoints(finished, folder):
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pt").write_text("not a checkpoint")
     checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
-    torch.save(checkpoint | {"method": "fme"}, folder / "foreign.pt")
-    torch.save({"weights": torch.zeros(3)}, folder / "unknown.pt")
+    checkpoints.write(folder / "foreign.pt", checkpoint | {"method": "fme"})
+    checkpoints.write(folder / "unknown.pt", {"weights": torch.zeros(3)})
     (folder / "foreign_run").mkdir()
-    torch.save(checkpoint | {"method": "fme"}, folder / "foreign_run" / "checkpoint.pt")
+    checkpoints.write(folder / "foreign_run" / "checkpoint.pt", checkpoint | {"method": "fme"})
 
 
 MISTAKES = {
@@ -740,7 +748,7 @@ MISTAKES = {
     "--mode test --checkpoint {tmp}/unknown.pt": "unknown.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
     "--checkpoint {done}/checkpoint.pt": "need each other, and exclude --resume",
-    "--resume {done}": "is finished",
+    "--resume {done}": "holds a run: --resume it, test it with",
     "--resume {tmp}": "There is no checkpoint",
     "--resume {tmp}/foreign_run": "is a checkpoint of fme.py, not of vsml.py",
     "--run-name {done}": "is not a name",
