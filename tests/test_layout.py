@@ -47,7 +47,15 @@ def test_a_common_module_stands_alone_but_for_the_base_of_environments(name):
     assert imported(COMMON[name]) <= allowed
 
 
-LAZY = {"torch._dynamo", "torchvision", "gymnasium", "mujoco", "matplotlib", "sklearn", "tensorboard"}
+LAZY = {
+    "torch._dynamo",
+    "torchvision",
+    "gymnasium",
+    "mujoco",
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+}
 
 
 def test_scripts_import_what_is_slow_only_when_it_is_used():

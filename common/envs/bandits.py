@@ -12,8 +12,10 @@ from common.envs.base import Env, State, never
 
 
 class Bandit(Env):
-    """Two arms, of which the first pays 1 and the other 0 (thesis, section 7.4). The best policy
-    gets 1 per step. state: good (p,), the arm that pays."""
+    """Two arms, of which the first pays 1 and the other 0 (thesis, section 7.4).
+
+    The best policy gets 1 per step. state: good (p,), the arm that pays.
+    """
 
     num_actions = 2
     episodic = False
@@ -35,8 +37,9 @@ class SwappingBandit(Bandit):
     `shortest` to `longest` (the thesis has "random intervals", section 7.4).
 
     Repeating an arm that paid and leaving one that did not misses one pull in twenty on average,
-    and gets 0.95 per step. state: good (p,), the arm that pays; since (p,), pulls since the last
-    swap; left (p,), pulls until the next one.
+    and gets 0.95 per step.
+    state: good (p,), the arm that pays; since (p,), pulls since the last swap; left (p,), pulls
+    until the next one.
     """
 
     stationary = False
@@ -68,9 +71,11 @@ class SwappingBandit(Bandit):
 
 
 class IndependentBandit(Bandit):
-    """Arms that pay 1 or 0. The probability of each is drawn from U[0, 1] once per lifetime
-    (thesis, section 4.5.2 and appendix C.1). The size is the number of arms. state: chances (p,
-    b)."""
+    """Arms that pay 1 or 0, each with a probability that is drawn from U[0, 1] once per lifetime
+    (thesis, section 4.5.2 and appendix C.1).
+
+    The size is the number of arms. state: chances (p, b), the probabilities.
+    """
 
     min_size = 2
     step_draws = 1
@@ -93,8 +98,10 @@ class IndependentBandit(Bandit):
 
 
 class DependentBandit(IndependentBandit):
-    """Two arms that pay with probabilities q and 1 - q (thesis, appendix C.1). q is drawn once per
-    lifetime: from U[0, 1], or with `better` from {better, 1 - better}."""
+    """Two arms that pay 1 with probabilities q and 1 - q, else 0 (thesis, appendix C.1).
+
+    q is drawn once per lifetime, from U[0, 1] or, with `better`, from {better, 1 - better}.
+    """
 
     min_size = None
 
@@ -115,8 +122,8 @@ class ContextualBandit(Env):
     one-hot vector.
 
     In each context one arm pays 1, another one -1, and the others 0, for the whole lifetime. The
-    best policy gets 1 per step. The size is the number of arms. state: good and bad (p, contexts),
-    arms; context (p,).
+    best policy gets 1 per step. The size is the number of arms.
+    state: good and bad (p, contexts), an arm each; context (p,).
     """
 
     episodic = False

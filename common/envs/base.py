@@ -16,8 +16,7 @@ State = dict[str, Tensor]  # tensors (p, ...)
 
 
 class EnvError(Exception):
-    """An environment that cannot be made or used. The message is one sentence that says what to
-    do."""
+    """An environment cannot be made or used; the message is one sentence that says what to do."""
 
 
 class Step(NamedTuple):

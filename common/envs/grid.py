@@ -18,8 +18,9 @@ class GridWorld(Env):
     (thesis, section 4.5.4). Agent, heart and trap start in different random cells, and reaching
     either ends the episode. The size is that of a side.
 
+    The thesis names neither a size nor a time limit.
     Observations: three images of zeros and ones, with the agent, the heart and the trap.
-    The thesis names neither a size nor a time limit. state: cells of agent, heart, trap.
+    state: cells of agent, heart and trap.
     """
 
     num_actions = 4
@@ -113,8 +114,8 @@ class HiddenGoal(GridWorld):
     pays 1 and ends the episode; the next one starts in any other cell, and there is no time limit.
 
     The size is the goal's cell, from hidden_goal:0 to hidden_goal:8, and defines the task.
-    Observations: the agent's cell, one-hot. state: the agent's cell. Raises EnvError for a larger
-    size.
+    Raises EnvError for a larger size.
+    Observations: the agent's cell, one-hot. state: the agent's cell.
     """
 
     min_size = 0

@@ -111,8 +111,8 @@ class Gymnasium(Env):
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.dtype)
 
     def check_finite(self, what: str, values: Tensor) -> None:
-        """Raise EnvError if values are not finite, unless an action was not: then it is no fault of
-        the environment."""
+        """Raise EnvError if values are not finite. After an action that was not finite nothing is
+        checked: then the fault is the policy's."""
         if self.finite_actions and not values.isfinite().all():
             raise EnvError(
                 f"{self.name} returned {what} that are not finite numbers; correct it, or choose "
@@ -183,8 +183,10 @@ def registered_id(name: str) -> str:
 
 
 class MuJoCo(Env):
-    """A model that MuJoCo simulates in batches, on as many threads as there are cores. state:
-    physics (p, positions and velocities), float64, and nothing else, so that it can be saved."""
+    """A model that MuJoCo simulates in batches, on as many threads as there are cores.
+
+    state: physics (p, positions and velocities), float64, and nothing else, so it can be saved.
+    """
 
     compilable = False
     skip = 1  # MuJoCo's own steps in one step
@@ -219,8 +221,7 @@ class MuJoCo(Env):
         return {"physics": torch.cat([positions, velocity * normals(normal)], -1)}
 
     def simulate(self, physics: Tensor, action: Tensor) -> Tensor:
-        """Positions and velocities (p, ...) after `skip` of MuJoCo's steps with one action (p,
-        b)."""
+        """Positions and velocities (p, ...) after `skip` of MuJoCo's steps. action (p, b)."""
         before = torch.nn.functional.pad(physics.cpu(), (1, 0))  # the time, not used
         control = action.clamp(-1, 1).double().cpu()[:, None].repeat(1, self.skip, 1)
         after, _ = self.pool.rollout(self.model, self.scratch, before.numpy(), control.numpy())
@@ -309,8 +310,7 @@ class Ant(MuJoCo):
 
 class DMCartPole(MuJoCo):
     """DeepMind Control's cartpole: a cart of 1 kg on a rail of 3.6 m, a pole of 1 m and 0.1 kg. The
-    pole starts near upright, or for `swing_up` near the opposite. 1,000 steps of 0.01 s, no
-    failure.
+    pole starts near upright, or with `swing_up` near the opposite. 1,000 steps of 0.01 s.
 
     One action, the force in units of 10 N. Observations: position, cos and sin of the angle,
     velocity, angular velocity. Reward, at most 1: how upright, times how near to the centre, times

@@ -1,10 +1,10 @@
-"""Small continuous control: a point mass and an arm with targets, and motion in an unknown
-direction.
+"""Small continuous control: reach a target with a point mass or an arm, move in a direction.
 
 Axes: p environments in parallel.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from common.envs.base import Env, State, never
 
 
 class PointMass(Env):
-    """A point between four walls, which two forces move to a target. 100 steps of 0.1 s, with
-    friction.
+    """A point with friction between four walls, which two forces move to a target. 100 steps of
+    0.1 s.
 
-    Observations: position, velocity, and the vector to the target (two numbers each).
-    Reward: minus the distance to the target. state: physics (p, 6), position, velocity, target.
+    Observations: position, velocity, and the vector to the target, two numbers each.
+    Reward: minus the distance to the target.
+    state: physics (p, 6), position, velocity, target.
     """
 
     obs_size = 6
@@ -52,7 +53,8 @@ class Reacher(Env):
     The joints have friction, and neither feels the motion of the other. 100 steps of 0.05 s.
 
     Observations: cos and sin of both angles, angular velocities, the vector from the tip to the
-    target. Reward: minus its length. state: physics (p, 6), angles, angular velocities, target.
+    target. Reward: minus the length of that vector.
+    state: physics (p, 6), angles, angular velocities, target.
     """
 
     obs_size = 8
@@ -99,8 +101,9 @@ class Heading(Env):
 
     The drag grows with the speed in the plane and with its square in space. The size is the
     direction in degrees, in space 30 degrees above the horizon, and defines the task: heading:0 to
-    heading:359, flight:0 to flight:359. Observations: the velocity. Reward: the velocity along the
-    direction, in the long run at most 1. state: velocity (p, dims).
+    heading:359, flight:0 to flight:359.
+    Observations: the velocity. Reward: the velocity along the direction, in the long run at most 1.
+    state: velocity (p, dims).
     """
 
     episodic = False
@@ -115,14 +118,13 @@ class Heading(Env):
         self.obs_scale = (1.0,) * dims
         self.action_size = dims
         self.reset_draws = dims
+
         angle = math.radians(size)
-        plane = [math.cos(angle), math.sin(angle)]
-        self.direction = torch.tensor(plane, dtype=self.dtype, device=self.device)
+        tensor = partial(torch.tensor, dtype=self.dtype, device=self.device)
+        self.direction = tensor([math.cos(angle), math.sin(angle)])
         if dims == 3:
-            self.direction = math.cos(self.climb) * self.direction
-            self.direction = torch.nn.functional.pad(
-                self.direction, (0, 1), value=math.sin(self.climb)
-            )
+            level = math.cos(self.climb) * self.direction
+            self.direction = torch.cat([level, tensor([math.sin(self.climb)])])
 
     def reset_env(self, draws: Tensor) -> State:
         return {"velocity": (2 * draws.to(self.dtype) - 1) / 10}

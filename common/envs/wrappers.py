@@ -83,8 +83,10 @@ class Scaled(Wrapper):
 
 class Shuffled(Scaled):
     """Scaled, with observations and actions in an order that is drawn for each lifetime (thesis,
-    section 4.5.3). state: obs_order (p, a), action_order (p, b). Raises EnvError for continuous
-    actions."""
+    section 4.5.3). Raises EnvError for continuous actions.
+
+    state: obs_order (p, a), action_order (p, b).
+    """
 
     def __init__(self, env: Env):
         super().__init__(env)
