@@ -96,13 +96,8 @@ def make(
     scaled: observations of magnitude one, also where the name does not say so (of gymnasium's
     environments the magnitude is not known; they stay as they are).
     parallel: each copy of a gymnasium environment in a process of its own.
-<<<<<<< HEAD
-    compile: a step that torch.compile made, 2 to 10 times as fast on a CPU. It takes seconds for
-    each environment and number of copies, and a C++ compiler; PyTorch keeps 8 of them in a process.
-=======
     compile: a step made by torch.compile, 2 to 10 times as fast on a CPU. It needs a C++ compiler
     and seconds for each environment and number of copies; PyTorch keeps 8 of them in a process.
->>>>>>> envs
     Environments that are not made of tensor operations stay as they are.
     Raises EnvError for a name or a size that does not exist.
     """
