@@ -93,8 +93,8 @@ class Args:
     """What else is meta-trained and meta-tested."""
 
     envs: tuple[str, ...] = ("ant",)
-    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Names with a capital are
-    gymnasium's, any of them; our ant is its Ant-v4, batched."""
+    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own names, or
+    package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
     """Environments to meta-test in, beside --envs (Figure 6.5)."""
 

@@ -99,7 +99,8 @@ class Args:
     """What else trains agents, for as many steps; nothing that would have to be meta-learned."""
 
     envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
-    """Environments to meta-train in (section 2.5). Names with a capital are gymnasium's, any of them."""
+    """Environments to meta-train in (section 2.5). Gymnasium's have their own names, or
+    package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Hopper-v4",)
     """Environments to meta-test in, beside --envs (section 2.5)."""
     test_seen: bool = True
