@@ -1168,7 +1168,7 @@ class Run:
         flags = [getattr(args, name) for name in NAMED_AFTER] + ["test"] * (args.mode == "test")
         words = [METHOD, *(flag if isinstance(flag, str) else "-".join(flag) for flag in flags), f"s{args.seed}"]
         name = args.run_name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")]).replace("/", "-")
-        if name != Path(name).name:
+        if name != Path(name).name or name == "..":
             raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
         folder = [Path(args.resume or Path(args.run_dir, name))]
         if self.rank == 0:

@@ -305,6 +305,8 @@ def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
     for flags, sentence in {
         "--dataset digitz --run-name typo": "There is no dataset 'digitz'",
         "--run-name ../typo": "is not a name",
+        "--run-name ..": "is not a name",
+        f"--run-dir new/folder --run-name {'n' * 300}": "File name too long",
         f"--run-name {finished}": "is not a name",
         f"--run-dir {finished / 'args.json'}": "Not a directory",
         "--run-dir /proc/none": "/proc/none: No such file or directory",
