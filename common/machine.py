@@ -1,6 +1,7 @@
 """What depends on the machine that a script runs on: its compiler, its memory, locks on its folders."""
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -69,6 +70,8 @@ def lock(folder: Path) -> None:
     Raises OSError, and leaves no folder that was not there, if it cannot be made; BlockingIOError if another process has
     locked it. Without a lock on Windows, and on file systems that have none.
     """
+    if not str(folder).isprintable():  # TensorBoard takes no name that is not UTF-8
+        raise OSError(errno.EINVAL, "it has characters that cannot be printed", ascii(str(folder)))
     made = [path for path in folder.parents if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
