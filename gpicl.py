@@ -921,7 +921,10 @@ def sweep(args: Args) -> None:
         raise UserError(f"--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1{text}.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("A sweep runs in one process; start it without torchrun.")
-    folder = Path(args.run_dir, args.run_name or "-".join([METHOD, "sweep", *axes]))
+    name = args.run_name or "-".join([METHOD, "sweep", *axes])
+    if name != Path(name).name or name == "..":
+        raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
+    folder = Path(args.run_dir, name)
     runs = {}
     for texts in itertools.product(*axes.values()):
         flags = [f"--{axis.replace('_', '-')}={text}" for axis, text in zip(axes, texts, strict=True)]
