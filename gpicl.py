@@ -921,7 +921,10 @@ def sweep(args: Args) -> None:
         raise UserError(f"--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1{text}.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("A sweep runs in one process; start it without torchrun.")
-    folder = Path(args.run_dir, args.run_name or "-".join([METHOD, "sweep", *axes]))
+    name = args.run_name or "-".join([METHOD, "sweep", *axes])
+    if name != Path(name).name or name == "..":
+        raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
+    folder = Path(args.run_dir, name)
     runs = {}
     for texts in itertools.product(*axes.values()):
         flags = [f"--{axis.replace('_', '-')}={text}" for axis, text in zip(axes, texts, strict=True)]
@@ -1179,7 +1182,7 @@ class Run:
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
         of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
-        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        cache = checkpoints.read_cache(path, of=str)
         self.cache = cache if cache.get("of") == of else {"of": of}
 
     def write_first(self, folder: Path) -> None:
@@ -1267,7 +1270,7 @@ def run_as_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}")
+        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
     except (OSError, MemoryError, RuntimeError) as error:
         if not (sentence := machine.sentence(error)):
             raise

@@ -1284,7 +1284,7 @@ class Run:
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
         of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
-        cache = checkpoints.read(path, of=str) if path.exists() else {}
+        cache = checkpoints.read_cache(path, of=str)
         self.cache = cache if cache.get("of") == of else {"of": of}
 
     def write_first(self, folder: Path) -> None:
@@ -1372,7 +1372,7 @@ def run_as_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}")
+        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
     except (OSError, MemoryError, RuntimeError) as error:
         if not (sentence := machine.sentence(error)):
             raise

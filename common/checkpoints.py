@@ -56,12 +56,12 @@ def read(path: Path, **parts: type) -> Any:
     numbers.
 
     Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other
-    parts.
+    parts, and OSError if it cannot be read.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}.")
+    data = path.read_bytes()
     try:
-        data = path.read_bytes()
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
         intact = data[-8:] == checksum(data[:-8]) and all(x.isfinite().all() for x in tensors)
@@ -71,6 +71,15 @@ def read(path: Path, **parts: type) -> Any:
     if not intact:
         raise CheckpointError(f"{path} is damaged.")
     return value
+
+
+def read_cache(path: Path, **parts: type) -> dict[str, Any]:
+    """As `read`, of a dict that can be computed again: an empty one if the file is missing, damaged
+    or has other parts."""
+    try:
+        return read(path, **parts)
+    except CheckpointError:
+        return {}
 
 
 def checksum(data: bytes) -> bytes:

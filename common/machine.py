@@ -1,11 +1,13 @@
 """What depends on the machine that runs a script: compiler, memory, locks on folders."""
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,20 @@ def lock(folder: Path) -> None:
     """Make a folder and keep other processes from writing to it until `unlock`, or until this
     process ends.
 
-    Raises BlockingIOError if another process has locked it. Without a lock on Windows, and on file
-    systems that have none.
+    Raises OSError, and leaves no folder that was not there, if it cannot be made; BlockingIOError
+    if another process has locked it. Without a lock on Windows, and on file systems that have none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not str(folder).isprintable():  # TensorBoard takes no name that is not UTF-8
+        raise OSError(errno.EINVAL, "it has characters that cannot be printed", ascii(str(folder)))
+    made = [path for path in folder.parents if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for path in made:
+            with suppress(OSError):  # not made, or another process uses it
+                path.rmdir()
+        raise
+
     if fcntl is None:
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,6 +1,7 @@
 """What a run measures: metrics.csv and TensorBoard in training, rows of results.json in tests."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ class MetricsLog:
 
         self.path.write_text("".join(line + "\n" for line in kept))
         self.columns = kept[0].split(",")[2:] if kept else []
+        threading.excepthook = lambda error: None  # TensorBoard's thread ends; its error is raised by the next `write`
         self.board = SummaryWriter(str(folder), purge_step=first)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -582,6 +582,47 @@ def test_a_reward_or_an_observation_that_is_not_finite_is_the_environments_fault
         env.reset(draw)
 
 
+class Broken(gymnasium.Env):
+    """Raises where `fault` says."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, fault):
+        self.fault = fault
+        self.fail("init")
+
+    def fail(self, where):
+        if where == self.fault:
+            raise KeyError("no\nlicence")
+
+    def reset(self, *, seed=None, options=None):
+        self.fail("reset")
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.fail("step")
+
+
+gymnasium.register("Broken-v0", Broken, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("fault", ["init", "reset", "step"])
+def test_a_gymnasium_environment_that_raises_is_a_sentence(fault):
+    with pytest.raises(envs.EnvError, match=r"Broken-v0.* 'no.*licence'[^\n]*$"):
+        env = envs.make("Broken-v0", 1, fault=fault)
+        state, _ = env.reset(torch.zeros(1, 1))
+        env.step(state, torch.zeros(1, dtype=torch.int64), torch.zeros(1, env.num_draws))
+
+
+def test_a_module_that_raises_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, code in enumerate(["def (", "raise RuntimeError('no licence')", "exit()"]):
+        (tmp_path / f"broken{number}.py").write_text(code)
+        with pytest.raises(envs.EnvError, match=f"The module of broken{number}:X-v0 cannot be"):
+            envs.make(f"broken{number}:X-v0", 1)
+
+
 def test_gymnasium_has_as_many_copies_as_the_reset_has_draws():
     """Copies with the same draws are the same environment: what a population shares."""
     env = envs.make("shuffled_CartPole-v1", 2)

@@ -646,6 +646,7 @@ MISTAKES = {
     "--mode sweep": "--mode sweep needs --vary",
     "--mode sweep --vary seed=0 seed=1": "each flag once",
     "--mode sweep --vary num_taks=1,2": "'num_taks' cannot be varied",
+    "--mode sweep --vary seed=0 --run-name ..": "is not a name",
     "--mode sweep --vary run_name=a,b": "'run_name' cannot be varied",
     "--mode sweep --vary mode=test": "'mode' cannot be varied",
     "--mode sweep --vary dataset=digits,wine": "'dataset' cannot be varied",

@@ -150,6 +150,25 @@ def test_what_is_no_whole_checkpoint_is_refused(damage, tmp_path):
         checkpoints.read(path, step=int, state=dict)
 
 
+def test_a_cache_that_is_damaged_is_computed_again(tmp_path):
+    path = tmp_path / "x.pt"
+    assert checkpoints.read_cache(path, of=str) == {}
+    checkpoints.write(path, {"of": "flags"})
+    assert checkpoints.read_cache(path, of=str) == {"of": "flags"}
+    path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoints.read_cache(path, of=str) == {}
+    checkpoints.write(path, {"of": "flags", "part": torch.tensor(math.nan)})
+    assert checkpoints.read_cache(path, of=str) == {}
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    checkpoints.write(path, {"step": 1})
+    monkeypatch.setattr(type(path), "read_bytes", lambda path: open(path / "x"))  # root may read all files
+    with pytest.raises(OSError, match="Not a directory"):
+        checkpoints.read(path)
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     checkpoints.write(path, {"step": 1})
@@ -305,6 +324,9 @@ def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
     for flags, sentence in {
         "--dataset digitz --run-name typo": "There is no dataset 'digitz'",
         "--run-name ../typo": "is not a name",
+        "--run-name ..": "is not a name",
+        "--run-name typo\udcff": r"typo\udcff': it has characters that cannot be printed",
+        f"--run-dir new/folder --run-name {'n' * 300}": "File name too long",
         f"--run-name {finished}": "is not a name",
         f"--run-dir {finished / 'args.json'}": "Not a directory",
         "--run-dir /proc/none": "/proc/none: No such file or directory",

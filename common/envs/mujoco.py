@@ -5,6 +5,7 @@ Axes: p environments in parallel, a observations, b action dimensions.
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -48,8 +49,8 @@ class Gymnasium(Env):
                 **options,
             )
             self.envs = self.make_envs(self.num_envs)
-        except (gym.error.Error, ImportError) as error:
-            message = " ".join(str(error).split())
+        except Exception as error:  # an environment of the user's own can raise anything
+            message = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, gym.error.UnregisteredEnv):
                 message += " An environment of your own is named package.module:Name-v0."
             raise EnvError(f"gymnasium cannot make {name}: {message}") from error
@@ -110,6 +111,17 @@ class Gymnasium(Env):
         """An array (p, ...) of gymnasium's as a CPU tensor (p, a)."""
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.dtype)
 
+    def call(self, function: Callable, *args: Any, **options: Any) -> Any:
+        """What gymnasium returns. Raises EnvError, from what the environment raises."""
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            raise EnvError(
+                f"{self.name} raised {type(error).__name__}: {message}; correct it, or choose "
+                "another environment."
+            ) from error
+
     def check_finite(self, what: str, values: Tensor) -> None:
         """Raise EnvError if values are not finite. After an action that was not finite nothing is
         checked: then the fault is the policy's."""
@@ -121,12 +133,13 @@ class Gymnasium(Env):
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
         """As of every environment, with as many copies as there are draws (p, 1). Raises EnvError
-        if observations are not finite."""
+        if the environment raises anything, or observations are not finite."""
         if len(draws) != self.num_envs:
             self.close()
             self.num_envs = len(draws)
             self.envs = self.make_envs(self.num_envs)
-        obs, _ = self.envs.reset(seed=(draws[:, 0].double() * 2**31).long().tolist())
+        seeds = (draws[:, 0].double() * 2**31).long().tolist()
+        obs, _ = self.call(self.envs.reset, seed=seeds)
         obs = self.flat(obs)
         self.finite_actions = True
         self.check_finite("observations", obs)
@@ -134,10 +147,12 @@ class Gymnasium(Env):
         return {"steps": steps}, obs.to(self.device)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        """As of every environment. Raises EnvError if rewards or observations are not finite."""
+        """As of every environment. Raises EnvError if the environment raises anything, or rewards
+        or observations are not finite."""
         action = action.cpu()
         self.finite_actions = self.finite_actions and bool(action.isfinite().all())
-        obs, reward, terminated, truncated, info = self.envs.step(self.gym_action(action))
+        returned = self.call(self.envs.step, self.gym_action(action))
+        obs, reward, terminated, truncated, info = returned
 
         obs = self.flat(obs)
         final_obs = obs
@@ -172,9 +187,10 @@ def registered_id(name: str) -> str:
     try:
         if colon:
             import_module(module)
-    except (ImportError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does
+        message = " ".join(str(error).split()) or type(error).__name__
         raise EnvError(
-            f"The module of {name} cannot be imported: {error}; install it, or add its folder to "
+            f"The module of {name} cannot be imported: {message}; install it, or add its folder to "
             "PYTHONPATH."
         ) from error
     specs = gymnasium.registry.values()
