@@ -5,7 +5,8 @@ it has become to a set of solutions, and executes better ones more often. Nothin
 prescribed mutation. What remains of a good solution's changes is what changes it for the better.
 
 Kirsch, "Automating AI Research" (2025), chapter 7 and appendix E; Kirsch and Schmidhuber, "Eliminating Meta Optimization
-Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021).
+Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021). Results:
+.github/results/fme.md.
 
     Eq. 7.1 to 7.4 -> self_referential_layer
     Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
@@ -16,8 +17,6 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
     python fme.py --envs cartpole --num-parallel 64 --executions 6400
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
-
-Results, ablations, speed and differences from the thesis: .github/results/fme.md
 
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
 layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
@@ -402,9 +401,7 @@ class Population:
         self.args, self.name, self.learner, self.run = args, name, learner, run
         self.env = make_env(name, args.chunk, run.device)
         self.live = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
-        self.roots = torch.stack(
-            [initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)],
-        )
+        self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
         self.solutions = (SuccessStory if learner == "ssa" else Solutions)(args, self.roots)
         self.result = empty_result(args, self.env)
         self.history = self.result["history"]
@@ -670,7 +667,7 @@ NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one sentence that says how."""
+    """A user's mistake; the message is one sentence that says what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:
@@ -699,10 +696,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args) if args.resume else ():
-        free = flag in ("data_dir", "compile", "track", "run_dir")
-        if not free and getattr(args, flag) != getattr(base, flag):
-            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    free = ("data_dir", "compile", "track", "run_dir")
+    changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
+    if args.resume and changed:
+        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -724,10 +721,12 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+
         if self.world > 1:
             dist.init_process_group()
         keep_memory()
         torch.manual_seed(args.seed)
+
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
@@ -753,9 +752,9 @@ class Run:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
-        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        key = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
         cache = checkpoints.read_cache(path, of=str)
-        self.cache = cache if cache.get("of") == of else {"of": of}
+        self.cache = cache if cache.get("of") == key else {"of": key}
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
@@ -777,8 +776,8 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"])
         else:
             self.save(0, keep)
-        left = range(self.first, total)
-        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        steps = range(self.first, total)
+        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
@@ -797,7 +796,7 @@ class Run:
         """Stop at a number that is not finite, before it is saved."""
         if name:
             last = self.folder / "checkpoint.pt"
-            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} was saved before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
         """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
@@ -837,7 +836,7 @@ class Run:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

@@ -5,7 +5,7 @@ sees it. Meta-trained on many random projections and label permutations of one d
 to learn: at meta-test time it learns datasets that it never saw, in its activations, without a gradient.
 
 Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harrison, Sohl-Dickstein and Metz,
-"General-Purpose In-Context Learning by Meta-Learning Transformers" (2022).
+"General-Purpose In-Context Learning by Meta-Learning Transformers" (2022). Results: .github/results/gpicl.md.
 
     Eq. 5.1        -> InContextLearner.predict
     Eq. 5.2        -> lifetime, meta_loss
@@ -19,8 +19,6 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
     python gpicl.py --mode sweep --vary num_tasks=1,64,1024,16384 --bias-end 0.9 --baselines    # the phases of Figure 5.4
-
-Results, ablations, speed and differences from the thesis: .github/results/gpicl.md
 
 Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classes, h heads, n width or hidden state, m message.
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
@@ -1098,7 +1096,7 @@ NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one sentence that says how."""
+    """A user's mistake; the message is one sentence that says what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:
@@ -1127,10 +1125,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args) if args.resume else ():
-        free = flag in ("data_dir", "compile", "track", "run_dir")
-        if not free and getattr(args, flag) != getattr(base, flag):
-            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    free = ("data_dir", "compile", "track", "run_dir")
+    changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
+    if args.resume and changed:
+        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1152,10 +1150,12 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+
         if self.world > 1:
             dist.init_process_group()
         keep_memory()
         torch.manual_seed(args.seed)
+
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
@@ -1181,9 +1181,9 @@ class Run:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
-        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        key = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
         cache = checkpoints.read_cache(path, of=str)
-        self.cache = cache if cache.get("of") == of else {"of": of}
+        self.cache = cache if cache.get("of") == key else {"of": key}
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
@@ -1205,8 +1205,8 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"])
         else:
             self.save(0, keep)
-        left = range(self.first, total)
-        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        steps = range(self.first, total)
+        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
@@ -1225,7 +1225,7 @@ class Run:
         """Stop at a number that is not finite, before it is saved."""
         if name:
             last = self.folder / "checkpoint.pt"
-            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} was saved before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
         """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
@@ -1265,7 +1265,7 @@ class Run:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -1297,9 +1297,7 @@ def check(args: Args) -> None:
         raise UserError("--vary is for --mode sweep.")
     names = {args.learner, *args.baselines}
     if args.test_steps and args.test_steps > args.sequence_length and names & {"transformer", "untrained"}:
-        raise UserError(
-            f"A Transformer has positions for --sequence-length {args.sequence_length} examples, not for {args.test_steps}."
-        )
+        raise UserError(f"A Transformer has --sequence-length {args.sequence_length} positions, not {args.test_steps}.")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} processes; choose a multiple of {world}.")

@@ -5,7 +5,7 @@ what the agent follows. Critics say how good the agent's actions are after such 
 improves the objective. At meta-test time the objective is fixed, and trains agents of any size from scratch.
 
 Kirsch, "Automating AI Research" (2025), chapter 2 and appendix A; Kirsch, van Steenkiste and Schmidhuber, "Improving
-Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
+Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). Results: .github/results/metagenrl.md.
 
     Eq. 2.3                -> follow_reinforce, train_on_policy (baselines)
     Eq. 2.5                -> critic_gradient
@@ -19,8 +19,6 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020).
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
-
-Results, ablations, speed and differences from the thesis: .github/results/metagenrl.md
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form a
@@ -1119,7 +1117,7 @@ NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one sentence that says how."""
+    """A user's mistake; the message is one sentence that says what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:
@@ -1148,10 +1146,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args) if args.resume else ():
-        free = flag in ("data_dir", "compile", "track", "run_dir")
-        if not free and getattr(args, flag) != getattr(base, flag):
-            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    free = ("data_dir", "compile", "track", "run_dir")
+    changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
+    if args.resume and changed:
+        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1173,10 +1171,12 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+
         if self.world > 1:
             dist.init_process_group()
         keep_memory()
         torch.manual_seed(args.seed)
+
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
@@ -1202,9 +1202,9 @@ class Run:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
-        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        key = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
         cache = checkpoints.read_cache(path, of=str)
-        self.cache = cache if cache.get("of") == of else {"of": of}
+        self.cache = cache if cache.get("of") == key else {"of": key}
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
@@ -1226,8 +1226,8 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"])
         else:
             self.save(0, keep)
-        left = range(self.first, total)
-        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        steps = range(self.first, total)
+        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
@@ -1246,7 +1246,7 @@ class Run:
         """Stop at a number that is not finite, before it is saved."""
         if name:
             last = self.folder / "checkpoint.pt"
-            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} was saved before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
         """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
@@ -1286,7 +1286,7 @@ class Run:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -1324,7 +1324,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     """Args with the sizes of RL^2 that its environments need. Refuses what cannot work, before anything is written."""
     learners = {args.learner, *args.baselines}
     foreign = set(META_LEARNED) & set(args.baselines) - {args.learner}
-
     for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
         if getattr(args, flag) != checkpoint["args"].get(flag):
             raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")

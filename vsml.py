@@ -4,8 +4,8 @@ Every weight (a, b) of a network becomes an LSTM of 16 units. All of them share 
 are what learns. They hear x_a from below and the output error e_b from above, and answer with messages. Meta-learning
 finds theta; after that, running the LSTMs forward IS the learning algorithm, on any dataset, of any size.
 
-Kirsch, "Automating AI Research" (2025), chapter 3 and appendix B; Kirsch and Schmidhuber, "Meta Learning Backpropagation
-And Improving It" (NeurIPS 2021).
+Kirsch, "Automating AI Research" (2025), chapter 3 and appendix B; Kirsch and Schmidhuber, "Meta Learning Backpropagation And
+Improving It" (NeurIPS 2021). Results: .github/results/vsml.md.
 
     Eq. 3.1, 3.2   -> lstm_cell (with LSTMs in place of vanilla RNNs, as section 3.3 proposes)
     Eq. 3.3, 3.4   -> tests/test_vsml.py (the vanilla VSML RNN)
@@ -19,8 +19,6 @@ And Improving It" (NeurIPS 2021).
     python vsml.py --dataset mnist                           # meta-train on another dataset
     python vsml.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
     python vsml.py --preset clone --dataset mnist            # the LSTMs learn to be backpropagation
-
-Results, ablations, speed and differences from the thesis: .github/results/vsml.md
 
 Axes, everywhere: p population (each its own theta), s sequences in parallel, t time, a inputs, b outputs, n hidden state,
 m message, k layer, q position of a kernel. A state has shape (p, s, a, b, n), a forward message (p, s, a, m), a backward
@@ -1200,7 +1198,7 @@ NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one sentence that says how."""
+    """A user's mistake; the message is one sentence that says what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:
@@ -1229,10 +1227,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
 
-    for flag in vars(args) if args.resume else ():
-        free = flag in ("data_dir", "compile", "track", "run_dir")
-        if not free and getattr(args, flag) != getattr(base, flag):
-            raise UserError(f"A resumed run keeps its flags; leave out --{flag.replace('_', '-')}.")
+    free = ("data_dir", "compile", "track", "run_dir")
+    changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
+    if args.resume and changed:
+        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1254,10 +1252,12 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+
         if self.world > 1:
             dist.init_process_group()
         keep_memory()
         torch.manual_seed(args.seed)
+
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
@@ -1283,9 +1283,9 @@ class Run:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
-        of = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        key = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
         cache = checkpoints.read_cache(path, of=str)
-        self.cache = cache if cache.get("of") == of else {"of": of}
+        self.cache = cache if cache.get("of") == key else {"of": key}
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
@@ -1307,8 +1307,8 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"])
         else:
             self.save(0, keep)
-        left = range(self.first, total)
-        self.bar = tqdm(left, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        steps = range(self.first, total)
+        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:
@@ -1327,7 +1327,7 @@ class Run:
         """Stop at a number that is not finite, before it is saved."""
         if name:
             last = self.folder / "checkpoint.pt"
-            raise UserError(f"{name} is not finite at meta-step {step}; {last} is from before. Try a smaller learning rate.")
+            raise UserError(f"{name} is not finite at meta-step {step}; {last} was saved before. Try a smaller learning rate.")
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
         """A line of metrics.csv and TensorBoard, on a GPU not before there are 20, so that it need not wait."""
@@ -1367,7 +1367,7 @@ class Run:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for what a user can mend: mistakes, full disks, Ctrl-C and SIGTERM."""
+    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

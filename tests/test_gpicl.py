@@ -634,7 +634,7 @@ MISTAKES = {
     "--lr 0": "--lr has to be",
     "--eps -1": "--eps has to be",
     "--weight-decay nan": "--weight-decay has to be",
-    "--test-steps 13": "has positions for --sequence-length 12 examples, not for 13",
+    "--test-steps 13": "has --sequence-length 12 positions, not 13",
     "--features resnet18": "The weights of resnet18 are not at hand and could not be downloaded",
     "--features clip": "needs open_clip",
     "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored uint8 images to compute features of",

@@ -593,7 +593,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(vsml, "backprop_gradient", diverging)
     wild = command(tmp_path, "--run-name wild --baselines")
     assert wild.returncode == 1
-    assert re.search(r"not finite at meta-step 4; .*checkpoint.pt is from before", wild.stderr)
+    assert re.search(r"not finite at meta-step 4; .*checkpoint.pt was saved before", wild.stderr)
     checkpoint = checkpoints.read(tmp_path / "wild" / "checkpoint.pt")
     assert checkpoint["step"] == 4 and checkpoint["state"]["['thetas']['vsml']"].isfinite().all()
 

@@ -5,6 +5,7 @@ Axes: p environments in parallel, a observations, b action dimensions.
 
 import math
 import os
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -112,14 +113,15 @@ class Gymnasium(Env):
         return torch.as_tensor(array).reshape(self.num_envs, -1).to(self.dtype)
 
     def call(self, function: Callable, *args: Any, **options: Any) -> Any:
-        """What gymnasium returns. Raises EnvError, from what the environment raises."""
+        """What gymnasium returns. Raises EnvError, which says where the environment raised what."""
         try:
             return function(*args, **options)
         except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
             message = " ".join(str(error).split())
             raise EnvError(
-                f"{self.name} raised {type(error).__name__}: {message}; correct it, or choose "
-                "another environment."
+                f"{self.name} raised {type(error).__name__} in {place.filename}, line "
+                f"{place.lineno}: {message}; correct it, or choose another environment."
             ) from error
 
     def check_finite(self, what: str, values: Tensor) -> None:
