@@ -37,7 +37,7 @@ class MetricsLog:
 
         self.path.write_text("".join(line + "\n" for line in kept))
         self.columns = kept[0].split(",")[2:] if kept else []
-        threading.excepthook = lambda error: None  # TensorBoard's thread ends; its error is raised by the next `write`
+        threading.excepthook = _report_thread
         self.board = SummaryWriter(str(folder), purge_step=first)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -53,6 +53,12 @@ class MetricsLog:
     def append(self, cells: list[Any]) -> None:
         with open(self.path, "a") as file:
             file.write(",".join(map(str, cells)) + "\n")
+
+
+def _report_thread(error: Any) -> None:
+    """Nothing for a disk that TensorBoard's thread finds full: the next `write` raises it too."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def result_row(
