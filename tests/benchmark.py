@@ -101,8 +101,8 @@ class Bench:
         self.options = options
         self.thesis = options.setting == "thesis"
         self.toy = TOY.get(options.script, {}) if options.setting == "toy" else {}
-        self.repetitions = 1 if self.toy else 5
         self.cuda = torch.cuda.is_available()
+        self.repetitions = 1 if self.toy else 2 if self.thesis and not self.cuda else 5
         self.device = torch.device("cuda" if self.cuda else "cpu")
         compiles = options.compile == "on"
         self.run = argparse.Namespace(compiles=compiles, device=self.device, rank=0, world=1)
@@ -275,15 +275,15 @@ def measure_meta_step(
     bench.warm(f"{what}, sampling", sample)
     bench.warm(f"{what}, learning", meta_step)
     bench.ready()
-    count = 4 * bench.repetitions if bench.cuda or not bench.thesis else 2
+    count = 4 * bench.repetitions if bench.cuda or not bench.thesis else bench.repetitions
     seconds = steady(meta_step, count)
     synchronised = 1e3 * median(meta_step, count)
-    share = flops / seconds / product_flops(bench)
-    figures = {"ms": 1e3 * seconds, "synchronised_ms": synchronised, "flops": float(flops)}
-    bench.note(f"{what}: a meta-step", **figures, utilisation=share)
+    bench.note(f"{what}: a meta-step", ms=1e3 * seconds, synchronised_ms=synchronised)
     bench.ms(f"{what}: sampling", sample, count)
     bench.ms(f"{what}: forward and backward", partial(forward_backward, *sample()), count)
     bench.ms(f"{what}: optimiser", optimise, count)
+    share = flops / seconds / product_flops(bench)
+    bench.note(f"{what}: counts", flops=float(flops), utilisation=share)
     bench.kernels(f"{what}: a meta-step", meta_step)
 
 
@@ -339,7 +339,10 @@ def measure_fme(bench: Bench, env: str, populations: int, solutions: int) -> Non
         what = f"fme: {args.execution_steps} steps of {env}, {populations} x {solutions} solutions"
         bench.warm(what, execute)
         bench.ready()
-        for kind, work in (("", execute), (", frozen weights", partial(execute, frozen=True))):
+        works = {"": execute}
+        if not bench.thesis:
+            works[", frozen weights"] = partial(execute, frozen=True)
+        for kind, work in works.items():
             seconds = median(work, bench.repetitions)
             rate = count * args.execution_steps / seconds / 1e3
             each = 1e6 * seconds / args.execution_steps
@@ -879,17 +882,19 @@ class Gpu:
         """End it at a time; its checkpoint is whole whenever that is. Returns whether there is
         one."""
         checkpoint, metrics = (self.work / name / x for x in ("checkpoint.pt", "metrics.csv"))
-        lines = []
-        while job.poll() is None and time.time() < until and not (self.toy and len(lines) > 6):
+        while job.poll() is None and time.time() < until:
             time.sleep(0.2)
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            if self.toy and checkpoint.exists() and checkpoint.stat().st_mtime > job.started:
+                break
         if job.poll() is None:
             job.end()
             job.returncode = 0
         figures = {}
-        if len(lines) > 1:
+        if metrics.exists():
             shutil.copy(metrics, self.out / f"{name}_metrics.csv")
-            last = zip(lines[0].split(","), lines[-1].split(","), strict=True)
+            columns, *lines = [line.split(",") for line in metrics.read_text().splitlines()] or [[]]
+            lines = [line for line in lines if len(line) == len(columns)]  # the last may be cut off
+            last = zip(columns, lines[-1], strict=True) if lines else ()
             figures = {f"last_{column}": float(x) for column, x in last if x}
         self.report(step, job, **figures)
         return checkpoint.exists()
