@@ -323,6 +323,7 @@ def _splits(name: str, train: Examples, test: Examples) -> dict[str, Examples]:
     return splits
 
 
+@torch.no_grad()  # as Tasks.sample, which shares the compiled rounds of `shuffle`
 def _tenth(y: Tensor) -> Tensor:
     """Mask of a random tenth of the examples of each class, and of one example if there are a few.
 
