@@ -765,8 +765,8 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
-    """What is meta-tested on, all on the same kind of split, by name and novelty: tasks that were meta-trained on (none), unseen
-    projections and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
+    """What is meta-tested on, all on --split, by name and novelty: tasks that were meta-trained on (none), unseen projections
+    and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
     found = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
     for name in distinct(args.test_datasets or args.dataset + others):

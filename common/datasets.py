@@ -17,7 +17,7 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 import math
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -323,7 +323,7 @@ def _splits(name: str, train: Examples, test: Examples) -> dict[str, Examples]:
     return splits
 
 
-@torch.no_grad()  # as Tasks.sample, so that what `compile_draws` makes serves both
+@torch.no_grad()  # as Tasks.sample, which shares the compiled rounds of `shuffle`
 def _tenth(y: Tensor) -> Tensor:
     """Mask of a random tenth of the examples of each class, and of one example if there are a few.
 
@@ -601,11 +601,8 @@ class Tasks:
     seed: int = 0
 
     def __post_init__(self):
-        data = self.dataset
-        name = data.name
-        classes = self.classes
-        shots = self.shots
-        available = data.num_classes
+        data, classes, shots = self.dataset, self.classes, self.shots
+        name, available = data.name, data.num_classes
 
         if classes and not 2 <= classes <= available:
             raise DatasetError(
@@ -695,8 +692,7 @@ class Tasks:
         self, task: Tensor, position: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Examples of a stored dataset at the positions (s, t) of the sequences."""
-        data = self.dataset
-        count = data.counts
+        data, count = self.dataset, self.dataset.counts
         first = count.cumsum(0) - count  # index of the first example of each class
 
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
@@ -718,8 +714,7 @@ class Tasks:
         self, chosen: Tensor, position: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Few-shot episodes of the chosen classes (s, c), one after the other, at the positions."""
-        data = self.dataset
-        c = self.num_classes
+        data, c = self.dataset, self.num_classes
         count = data.counts
         first = count.cumsum(0) - count
 

@@ -19,7 +19,23 @@ from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets
-from common.datasets import BUNDLED, FIRST_ID, GENERATED, NAMES, DatasetError, Tasks, bits, distinct, fold, integers, key, load, normal, shuffle, uniform
+from common.datasets import (
+    BUNDLED,
+    FIRST_ID,
+    GENERATED,
+    NAMES,
+    DatasetError,
+    Tasks,
+    bits,
+    distinct,
+    fold,
+    integers,
+    key,
+    load,
+    normal,
+    shuffle,
+    uniform,
+)
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
