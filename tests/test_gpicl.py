@@ -20,6 +20,7 @@ from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 from torch import nn
 
 import gpicl
+from common import checkpoints
 from common.datasets import load
 
 ARGS = gpicl.Args(
@@ -533,7 +534,7 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
     assert not torch.allclose(learner.predict(x), before)
 
     saved = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
-    torch.save(saved | {"args": {"population": 3}}, tmp_path / "foreign.pt")
+    checkpoints.write(tmp_path / "foreign.pt", saved | {"args": {"population": 3}})
     with pytest.raises(gpicl.UserError, match="is not a checkpoint of this gpicl"):
         gpicl.InContextLearner(tmp_path / "foreign.pt", num_inputs=5)
     with pytest.raises(gpicl.CheckpointError, match="There is no checkpoint"):
