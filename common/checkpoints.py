@@ -129,8 +129,8 @@ def first_not_finite(state: dict[str, Any]) -> str | None:
 
 
 def rng_state() -> list[Tensor]:
-    """The state of torch's random numbers, on the CPU and on each GPU."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of torch's random numbers, on the CPU and, if they are used, on each GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpus]
 
 
@@ -139,7 +139,7 @@ def set_rng_state(state: list[Tensor]) -> None:
     Raises CheckpointError if it is no such state."""
     try:
         torch.set_rng_state(state[0])
-        if torch.cuda.is_available() and len(state) > 1:
-            torch.cuda.set_rng_state_all(state[1:])
+        if torch.cuda.is_initialized() and len(state) > 1:
+            torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
     except (IndexError, TypeError, RuntimeError) as error:
         raise CheckpointError("The checkpoint's random state is damaged.") from error
