@@ -27,7 +27,8 @@ class MetricsLog:
 
         self.path = folder / "metrics.csv"
         self.started = time.time()
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        text = self.path.read_text(errors="replace") if self.path.exists() else None
+        lines = (text or "").splitlines()
         steps = [line.partition(",")[0] for line in lines]
         kept = [
             line
@@ -35,7 +36,11 @@ class MetricsLog:
             if step == "step" or (step.isdecimal() and int(step) < first)
         ]
 
-        self.path.write_text("".join(line + "\n" for line in kept))
+        kept_text = "".join(line + "\n" for line in kept)
+        if kept_text != text:
+            partial = folder / "metrics.csv.partial"
+            partial.write_text(kept_text)
+            partial.replace(self.path)
         self.columns = kept[0].split(",")[2:] if kept else []
         threading.excepthook = _report_thread
         self.board = SummaryWriter(str(folder), purge_step=first)
