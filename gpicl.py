@@ -52,7 +52,7 @@ from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, Datas
 from common.datasets import compile_draws, distinct, integers, key, load
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
-from common.machine import can_compile, keep_memory, lock, unlock
+from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -948,7 +948,7 @@ def sweep(args: Args) -> None:
             one = replace(one, resume=str(path.parent))
         if not (folder / name / "results.json").exists():
             experiment(one, checkpoint)
-            unlock()
+            release()
             torch.compiler.reset()
     draw_sweep(folder, list(axes))
 
@@ -1278,9 +1278,8 @@ def run_as_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
-        unlock()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        release()
+    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------

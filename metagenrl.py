@@ -51,7 +51,7 @@ from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
-from common.machine import can_compile, keep_memory, lock, unlock
+from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -1299,9 +1299,8 @@ def run_as_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
-        unlock()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        release()
+    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------

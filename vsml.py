@@ -51,7 +51,7 @@ from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, load, normal
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
-from common.machine import can_compile, keep_memory, lock, unlock
+from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -1380,9 +1380,8 @@ def run_as_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
     finally:
-        unlock()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        release()
+    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------

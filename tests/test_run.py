@@ -232,7 +232,7 @@ def test_a_folder_that_another_process_holds(tmp_path):
     child.kill()
     child.wait()
     machine.lock(tmp_path)
-    machine.unlock()
+    machine.release()
 
 
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
