@@ -17,7 +17,7 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 import math
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
