@@ -1134,7 +1134,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
     checkpoint = {}
     base = PRESETS[preset] | {"preset": preset}
     if path := typed.checkpoint or typed.resume:
-        path = Path(path, "checkpoint.pt") if typed.resume else Path(path)
+        path = Path(path, "checkpoint.pt") if typed.resume else checkpoints.named(path, METHOD)
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
@@ -1202,7 +1202,8 @@ class Run:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         path = self.folder / "meta_test.pt"
-        key = f"{asdict(replace(args, resume=None))} {args.checkpoint and os.path.getmtime(args.checkpoint)}"
+        tested = args.checkpoint and os.path.getmtime(checkpoints.named(args.checkpoint, METHOD))
+        key = f"{asdict(replace(args, resume=None))} {tested}"
         cache = checkpoints.read_cache(path, of=str)
         self.cache = cache if cache.get("of") == key else {"of": key}
 

@@ -82,6 +82,21 @@ def read_cache(path: Path, **parts: type) -> dict[str, Any]:
         return {}
 
 
+def named(name: str | Path, method: str) -> Path:
+    """The file of a checkpoint. "pretrained" is the one that is shipped for a method."""
+    if str(name) == "pretrained":
+        return Path(__file__).parent / "pretrained" / f"{method}.pt"
+    return Path(name)
+
+
+def export(source: Path, target: Path, keep: str = "['thetas']") -> None:
+    """Write a checkpoint without what only a resumed run needs: its state's entries that do not
+    begin with `keep` or "['rnn_sizes']" are left out."""
+    saved = read(source, state=dict)
+    state = {k: v for k, v in saved["state"].items() if k.startswith((keep, "['rnn_sizes']"))}
+    write(target, saved | {"state": state})
+
+
 def checksum(data: bytes) -> bytes:
     """Eight hexadecimal digits, different for any two files that differ in 32 neighbouring bits or
     fewer."""

@@ -17,7 +17,7 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 import math
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -218,6 +218,14 @@ class Dataset:
                 f"The dataset '{self.name}' has no images and cannot be resized to {size} pixels."
             )
         return self.reload(size=size)
+
+    def pad(self, size: int) -> "Dataset":
+        """The same stored images in the middle of size x size pixels, zero around them."""
+        height, width = self.shape[1:]
+        left, top = (size - width) // 2, (size - height) // 2
+        border = (left, size - width - left, top, size - height - top)
+        shape = (self.shape[0], size, size)
+        return replace(self, x=F.pad(self.x, border), shape=shape)
 
 
 def load(

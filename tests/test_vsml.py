@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import vsml
-from common import checkpoints
+from common import cells, checkpoints
 from common.datasets import Tasks, fold, key, load
 from common.machine import can_compile
 
@@ -30,7 +31,7 @@ DEEP = replace(ARGS, hidden=(5, 4), backward_pass=True)
 
 
 def some_theta(args, members=1, scale=1.0):
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     theta = learner.init(torch.Generator().manual_seed(0))
     return scale * theta + 0.3 * torch.randn(members, len(theta), generator=torch.Generator().manual_seed(1))
 
@@ -66,7 +67,7 @@ def test_theorem_b_1_1():
 
 def test_parameter_count():
     """FACTS of the release: N = 16 with messages of 8 has 2,384 meta-parameters (about 2,400 in section 3.4)."""
-    assert vsml.vsml(vsml.Args()).init(torch.Generator()).shape == (2384,)
+    assert vsml.VSML(vsml.Args()).init(torch.Generator()).shape == (2384,)
 
 
 def slow_tick(theta, args, h, c, fwd_msg, bwd_msg):
@@ -75,8 +76,8 @@ def slow_tick(theta, args, h, c, fwd_msg, bwd_msg):
     for a in range(h.shape[0]):
         for b in range(h.shape[1]):
             for _ in range(args.micro_ticks):
-                heard = torch.cat([fwd_msg[a], bwd_msg[b], h[a, b]])
-                gates = heard @ theta["lstm.weight"][0] + theta["lstm.bias"][0]
+                inputs = torch.cat([fwd_msg[a], bwd_msg[b], h[a, b]])
+                gates = inputs @ theta["lstm.weight"][0] + theta["lstm.bias"][0]
                 i, j, f, o = gates.split(n)
                 c[a, b] = torch.sigmoid(f) * c[a, b] + torch.sigmoid(i) * torch.tanh(j)
                 h[a, b] = torch.sigmoid(o) * torch.tanh(c[a, b])
@@ -87,7 +88,7 @@ def slow_tick(theta, args, h, c, fwd_msg, bwd_msg):
 
 def slow_lifetime(args, theta, keys, x, y, b):
     """Algorithm 13 for one member and one sequence, written with loops: x (t, a), y (t). Returns the logits (t, b)."""
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     params = learner.params(theta)
     layers = [[tensor[0, 0] for tensor in layer] for layer in learner.initial_state(keys[None, None], x.shape[1], b)]
     answers = []
@@ -113,24 +114,24 @@ def slow_lifetime(args, theta, keys, x, y, b):
 
 
 @pytest.mark.parametrize("args", [ARGS, DEEP, replace(DEEP, backward_pass=False), replace(ARGS, state_init="half")])
-@pytest.mark.parametrize("cell", [vsml.lstm_cell, vsml.fused_lstm_cell])
+@pytest.mark.parametrize("cell", [vsml.lstm_cell, cells.fused_lstm_cell])
 def test_fast_lifetime_equals_loops_over_sub_rnns(args, cell):
     p, s, t, a, b = 2, 2, 4, 6, 3
     theta, (keys, x, y) = some_theta(args, p), some_data(p, s, t, a, b)
-    learner = vsml.vsml(args, cell)
-    _, losses, correct = vsml.lifetime(learner, theta, learner.initial_state(keys, a, b), x, y)
+    learner = vsml.VSML(args, cell)
+    _, losses, correct = vsml.rollout(learner, theta, learner.initial_state(keys, a, b), x, y)
     assert losses.shape == correct.shape == (p, s, t)
     for i in range(p):
         for j in range(s):
             logits = slow_lifetime(args, theta[i : i + 1], keys[i, j], x[i, j], y[i, j], b)
             slow = F.cross_entropy(logits, y[i, j], reduction="none")
-            torch.testing.assert_close(losses[i, j], slow, atol=1e-3 if cell is vsml.fused_lstm_cell else 1e-5, rtol=1e-4)
+            torch.testing.assert_close(losses[i, j], slow, atol=1e-3 if cell is cells.fused_lstm_cell else 1e-5, rtol=1e-4)
 
 
 def test_compiled_cell_equals_the_readable_one():
     if not can_compile():
         pytest.skip("no C++ compiler")
-    compiled = torch.compile(vsml.fused_lstm_cell, options=vsml.fuse(ARGS))
+    compiled = torch.compile(cells.fused_lstm_cell, options=cells.options(16))
     generator = torch.Generator().manual_seed(0)
     for p, s, a, b, n in ((2, 1, 7, 3, 16), (1, 4, 9, 10, 16)):
         shapes = ((p, n, 4 * n), (p, s, a, 4 * n), (p, s, b, 4 * n), (p, s, a, b, n), (p, s, a, b, n))
@@ -144,14 +145,14 @@ def test_permuting_inputs_and_outputs_permutes_the_answers(args):
     """Section 3.4.3: no input and no output is special, however the parameters are."""
     a, b, t = 6, 4, 5
     theta, (keys, x, y) = some_theta(args), some_data(1, 1, t, a, b)
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     state = learner.initial_state(keys, a, b)
     order_a, order_b = torch.randperm(a), torch.randperm(b)
     moved = list(state)
     moved[0] = moved[0]._replace(h=moved[0].h[:, :, order_a], c=moved[0].c[:, :, order_a])
     moved[-1] = moved[-1]._replace(h=moved[-1].h[:, :, :, order_b], c=moved[-1].c[:, :, :, order_b])
-    _, losses, correct = vsml.lifetime(learner, theta, state, x, y)
-    _, same, hits = vsml.lifetime(learner, theta, moved, x[..., order_a], order_b.argsort()[y])
+    _, losses, correct = vsml.rollout(learner, theta, state, x, y)
+    _, same, hits = vsml.rollout(learner, theta, moved, x[..., order_a], order_b.argsort()[y])
     torch.testing.assert_close(losses, same)
     assert torch.equal(correct, hits)
 
@@ -159,11 +160,11 @@ def test_permuting_inputs_and_outputs_permutes_the_answers(args):
 @pytest.mark.parametrize("args", [ARGS, DEEP])
 def test_meta_gradient_against_finite_differences(args):
     theta, (keys, x, y) = some_theta(args).double(), some_data(1, 3, 4, 5, 3)
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     state = [vsml.Layer(*(tensor.double() for tensor in layer)) for layer in learner.initial_state(keys, 5, 3)]
 
     def loss(theta):
-        return vsml.lifetime(learner, theta, state, x.double(), y)[1].mean()
+        return vsml.rollout(learner, theta, state, x.double(), y)[1].mean()
 
     theta.requires_grad_()
     (grad,) = torch.autograd.grad(loss(theta), theta)
@@ -176,7 +177,7 @@ def test_meta_gradient_against_finite_differences(args):
 def test_es_and_backprop_agree_on_the_gradient():
     """With the same task over and over, small noise and many pairs, ES estimates what backpropagation computes."""
     args = replace(ARGS, population=3000, noise_std=1e-3, sequence_length=3, sequences=1, clip=1e9, device="cpu", chunk=300)
-    learner = vsml.in_context_rnn(replace(args, rnn_size=2), 4, 2)  # 54 parameters
+    learner = vsml.InContextRNN(replace(args, rnn_size=2), 4, 2)  # 54 parameters
     theta = learner.init(torch.Generator().manual_seed(0)) + 0.5
 
     class OneTask(Tasks):
@@ -184,8 +185,8 @@ def test_es_and_backprop_agree_on_the_gradient():
             return super().sample(torch.zeros_like(tasks), torch.zeros_like(sequences), length, start)
 
     tasks = OneTask(load("sum_sign", size=2))
-    exact, loss, _ = vsml.backprop_gradient(args, learner, theta, tasks, 0)
-    estimate, es_loss, _ = vsml.es_gradient(args, learner, theta, tasks, 0)
+    exact, loss, _ = vsml.backprop_gradient(args, learner, theta, [tasks], 0, [{}])
+    estimate, es_loss, _ = vsml.es_gradient(args, learner, theta, [tasks], 0)
     assert abs(loss - es_loss) < 1e-3
     assert F.cosine_similarity(exact, estimate, dim=0) > 0.97
     assert (exact - estimate).norm() < 0.25 * exact.norm()
@@ -194,7 +195,7 @@ def test_es_and_backprop_agree_on_the_gradient():
 @pytest.mark.parametrize("hidden", [(), (4,)])
 @pytest.mark.parametrize("adam", [False, True])
 def test_online_sgd_equals_torch_optim(adam, hidden):
-    learner, rate = vsml.online_sgd(ARGS, adam, hidden), -1.5
+    learner, rate = vsml.OnlineSGD(adam, hidden), -1.5
     keys, x, y = some_data(1, 1, 20, 6, 3)
     state = learner.initial_state(keys, 6, 3)
     net = torch.nn.Sequential()
@@ -203,7 +204,7 @@ def test_online_sgd_equals_torch_optim(adam, hidden):
         layer.weight.data, layer.bias.data = weight[0, 0, :-1].T.clone(), weight[0, 0, -1].clone()
         net.extend([torch.nn.Tanh(), layer] if len(net) else [layer])
     optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(net.parameters(), 10**rate)
-    _, losses, _ = vsml.lifetime(learner, torch.tensor([[rate]]), state, x, y)
+    _, losses, _ = vsml.rollout(learner, torch.tensor([[rate]]), state, x, y)
     for t in range(20):
         loss = F.cross_entropy(net(x[0, 0, t : t + 1]), y[0, 0, t : t + 1])
         torch.testing.assert_close(losses[0, 0, t], loss.detach(), atol=1e-5, rtol=1e-4)
@@ -216,12 +217,13 @@ def test_conv_equals_a_loop_over_positions():
     """Each position hears its patch; the kernel's states are averaged over positions after each tick; messages too."""
     args, side, channels, out = replace(ARGS, micro_ticks=1), 5, 2, 3
     theta, n, m = some_theta(args), args.state_size, args.message_size
-    params, conv = vsml.vsml(args).params(theta), vsml.Conv(9 * channels, out, side)
+    learner, conv = vsml.VSML(args), vsml.Conv(9 * channels, out, side)
+    params = learner.params(theta)
     generator = torch.Generator().manual_seed(3)
     h, c = torch.randn(2, 1, 1, 9 * channels, out, n, generator=generator)
     fwd = torch.randn(1, 1, channels * side * side, m, generator=generator)
     bwd = torch.randn(1, 1, out * conv.positions, m, generator=generator)
-    layer, fast = conv.tick(vsml.lstm_cell, params, vsml.Layer(h, c, fwd, bwd), 1)
+    layer, fast = conv.tick(learner, params, vsml.Layer(h, c, fwd, bwd))
 
     padded = F.pad(fwd.view(channels, side, side, m), (0, 0, 1, 1, 1, 1))
     states, said, back = [], torch.zeros(out, 3, 3, m), [[[] for _ in range(side)] for _ in range(side * channels)]
@@ -240,30 +242,30 @@ def test_conv_equals_a_loop_over_positions():
                             back[channel * side + at[0]][at[1]].append(new_h[9 * channel + 3 * i + j].mean(0))
     torch.testing.assert_close(layer.h[0, 0], torch.stack([s[0] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(layer.c[0, 0], torch.stack([s[1] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(conv.forward_message(params, fast)[0, 0], said.view(-1, m), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(conv.forward_message(learner, params, fast)[0, 0], said.view(-1, m), atol=1e-5, rtol=1e-4)
     slow = torch.stack([torch.stack(pixel).mean(0) for line in back for pixel in line])
     slow = slow @ params["bwd_msg.weight"][0] + params["bwd_msg.bias"][0]
-    torch.testing.assert_close(conv.backward_message(params, fast)[0, 0], slow, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(conv.backward_message(learner, params, fast)[0, 0], slow, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cell", [vsml.lstm_cell, vsml.fused_lstm_cell])
+@pytest.mark.parametrize("cell", [vsml.lstm_cell, cells.fused_lstm_cell])
 def test_conv_network_with_a_population(cell):
     """Members and sequences do not mix: a batch of them gives what each gives alone."""
     args = replace(ARGS, conv=(2,), backward_pass=True)
     theta, (keys, x, y) = some_theta(args, 2), some_data(2, 2, 3, 3 * 4 * 4, 3)
-    learner = vsml.vsml(args, cell)
-    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 48, 3), x, y)
-    exact = vsml.vsml(args)
+    learner = vsml.VSML(args, cell)
+    _, losses, _ = vsml.rollout(learner, theta, learner.initial_state(keys, 48, 3), x, y)
+    exact = vsml.VSML(args)
     for i, j in ((0, 1), (1, 0)):
         state = exact.initial_state(keys[i : i + 1, j : j + 1], 48, 3)
-        _, alone, _ = vsml.lifetime(exact, theta[i : i + 1], state, x[i : i + 1, j : j + 1], y[i : i + 1, j : j + 1])
+        _, alone, _ = vsml.rollout(exact, theta[i : i + 1], state, x[i : i + 1, j : j + 1], y[i : i + 1, j : j + 1])
         torch.testing.assert_close(losses[i, j], alone[0, 0], atol=1e-3, rtol=1e-3)
 
 
 def test_backprop_rules_are_gradient_descent():
     """The network that is cloned, against autograd on the same mini-batches."""
     args = replace(ARGS, hidden=(4,), clone_rate=0.3)
-    learner = vsml.batch_learner(args, None, vsml.backprop(args))
+    learner = vsml.Backprop(args)
     keys, x, y = some_data(1, 8, 5, 6, 3)
     state = learner.initial_state(keys, 6, 3)
     weights = [layer.wb.clone().requires_grad_() for layer in state]
@@ -287,10 +289,10 @@ def test_backprop_rules_are_gradient_descent():
 def test_sub_rnns_hold_weights_and_compute_only_what_is_read():
     """The pruned second tick of a cloned network is the whole tick of vsml_tick, of which two dimensions are kept."""
     args = vsml.Args(**vsml.CLONE)
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     params = learner.params(learner.init(torch.Generator().manual_seed(0))[None] * 1.5)
     wb, x, error = torch.randn(1, 1, 5, 3, 2), torch.randn(1, 4, 5), torch.randn(1, 4, 3)
-    below, new = vsml.cloned_backprop(args)[1](params, wb, x, error)
+    below, new = vsml.Clone(args).backward(params, wb, x, error)
     pad = [F.pad(v[..., None], (0, 7)) for v in (x, error)]
     start, once = F.pad(wb[0, 0] / 4, (0, 62)), replace(args, micro_ticks=1)
     for s in range(4):
@@ -300,44 +302,62 @@ def test_sub_rnns_hold_weights_and_compute_only_what_is_read():
         torch.testing.assert_close(below[0, s], back[:, 0] * 3 / math.sqrt(5), atol=1e-5, rtol=1e-4)
 
 
-def test_batched_vsml_shares_half_of_its_states():
-    learner = vsml.batched(vsml.vsml(ARGS))
-    keys, x, y = some_data(2, 3, 4, 5, 3)
-    state, _, _ = vsml.lifetime(learner, some_theta(ARGS, 2), learner.initial_state(keys, 5, 3), x, y)
-    for v in (state[0].h, state[0].c):
-        torch.testing.assert_close(v[:, :1, ..., :8].expand_as(v[..., :8]), v[..., :8])
-        assert (v[:, 0, ..., 8:] - v[:, 1, ..., 8:]).abs().min() > 0
-
-
-def test_persistent_lifetimes_are_long_ones_in_pieces():
-    """With theta held still, three visits are one lifetime of three times the length; others start anew meanwhile."""
-    args = replace(ARGS, persistent=3, sequences=2, sequence_length=4, clip=1e9)
-    learner, tasks = vsml.vsml(args), Tasks(load("digits", "train"), projected=0.5)
-    theta, turn = some_theta(args)[0], 2
-    memory = vsml.first_memory(args, learner, tasks)
-    found = {}
-    for step in range(0, 8, turn):
-        vsml.backprop_gradient(args, learner, theta, tasks, step, turn, memory)
-        found[step] = vsml.each(Tensor.clone, memory["state"])
+def test_persistent_rollouts_are_long_ones_in_pieces():
+    """With theta fixed, three visits are one rollout of three times the length. Meanwhile others start, and
+    a share of the sequences starts in each meta-step."""
+    args = replace(ARGS, persistent=3, persistent_share=0.5, sequences=4, sequence_length=4, clip=1e9)
+    learner, tasks = vsml.VSML(args), Tasks(load("digits", "train"), projected=0.5)
+    theta = some_theta(args)[0]
+    memory = vsml.new_memory(args, learner, [tasks])
+    cells = []
+    for step in range(4):
+        vsml.backprop_gradient(args, learner, theta, [tasks], step, memory)
+        cells.append(memory[0]["state"][0].c[0].clone())
 
     def whole(identity, length):
         ids = torch.tensor([identity])
         x, y = tasks.sample(ids, ids, length)
         state = learner.initial_state(tasks.keys(ids, 3)[None], 64, 10)
-        return vsml.lifetime(learner, theta[None], state, x[None], y[None])[0][0].c[0, 0].detach()
+        return vsml.rollout(learner, theta[None], state, x[None], y[None])[0][0].c[0, 0].detach()
 
-    torch.testing.assert_close(found[4][0].c[0, 0], whole(0, 12), atol=1e-4, rtol=1e-3)  # slot 0, born at step 0
-    torch.testing.assert_close(found[2][0].c[0, 1], whole(1, 8), atol=1e-4, rtol=1e-3)  # slot 1, born at step 0
-    torch.testing.assert_close(found[6][0].c[0, 1], whole(9, 8), atol=1e-4, rtol=1e-3)  # slot 1, born at step 4: 4 * 2 + 1
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
+    close(cells[2][0], whole(0, 12))  # slot 0, from step 0 on
+    close(cells[1][1], whole(1, 8))  # slot 1, from step 0 on
+    close(cells[3][1], whole(2 * 4 + 1, 8))  # slot 1, from step 2 on
+    for step in range(4):
+        close(cells[step][3], whole(step * 4 + 3, 4))  # slot 3, from each step on
+
+
+def test_blocks_give_the_same_gradient():
+    """States inside a block are computed again (--block)."""
+    args = replace(ARGS, sequences=3, sequence_length=7, clip=1e9)
+    learner, tasks = vsml.VSML(args), Tasks(load("digits", "train"))
+    theta = some_theta(args)[0]
+    whole, parts = (
+        vsml.backprop_gradient(replace(args, block=block), learner, theta, [tasks], 0, [{}]) for block in (7, 3)
+    )
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_datasets_share_a_generation_in_blocks():
+    """Equal blocks of pairs; the same datasets for the same pairs however many processes there are."""
+    args = replace(ARGS, population=16, device="cpu")
+    tasks = ["a", "b", "c"]
+    assert vsml.num_blocks(16, 3) == 4 and vsml.num_blocks(16, 1) == 1 and vsml.num_blocks(6, 8) == 6
+    assert vsml.tasks_in_blocks(args, tasks, 0, 2) == ["a", "a", "b", "b", "c", "c", "a", "a"]
+    assert vsml.tasks_in_blocks(args, tasks, 1, 4) == ["b", "c", "a", "b"]
+    seen = [name for step in range(3) for name in vsml.tasks_in_blocks(args, tasks, step, 4)]
+    assert all(seen.count(name) == 4 for name in tasks)
 
 
 def test_blocks_of_a_long_lifetime_are_one_lifetime():
     args = replace(ARGS, test_steps=1100, test_seeds=3)
-    learner, theta, tasks = vsml.online_sgd(args, adam=False), torch.tensor([-1.0]), Tasks(load("random", "test", size=3))
-    correct, losses = vsml.curve(args, learner, theta, tasks, together=2)
+    learner, theta, tasks = vsml.OnlineSGD(adam=False), torch.tensor([-1.0]), Tasks(load("random", "test", size=3))
+    correct, losses = vsml.curve(args, learner, theta, tasks, at_once=2)
     ids = 2**40 + torch.arange(3)  # never those of meta-training
     x, y = tasks.sample(ids, ids, 1100)
-    _, whole, right = vsml.lifetime(
+    _, whole, right = vsml.rollout(
         learner, theta[None], learner.initial_state(tasks.keys(ids, 3)[None], 9, 10), x[None], y[None]
     )
     torch.testing.assert_close(losses, whole[0])
@@ -362,11 +382,11 @@ def test_when_a_learner_is_overtaken():
 
 def test_fast_weight_memory_against_loops():
     """Writing and reading of Schlag et al. (2021), entry by entry."""
-    learner = vsml.in_context_rnn(ARGS, 4, 3, memory=3)
+    learner = vsml.FastWeightMemory(ARGS, 4, 3, memory=3)
     theta = torch.randn(1, sum(map(math.prod, learner.shapes.values())), generator=torch.Generator().manual_seed(0))
     q = {name: value[0] for name, value in learner.params(theta).items()}
     keys, x, y = some_data(1, 1, 5, 4, 3)
-    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
+    _, losses, _ = vsml.rollout(learner, theta, learner.initial_state(keys, 4, 3), x, y)
     (h, c), (error, label), fast = torch.zeros(2, 6), torch.zeros(2, 3), torch.zeros(3, 3, 3)
     for t in range(5):
         i, j, f, o = (torch.cat([x[0, 0, t], error, label, h]) @ q["lstm.weight"] + q["lstm.bias"]).split(6)
@@ -380,7 +400,7 @@ def test_fast_weight_memory_against_loops():
         q1, q2 = (h @ q["read.weight"] + q["read.bias"]).tanh().split(3)
         read = torch.einsum("vij,i,j->v", fast, q1, q2)
         read = (read - read.mean()) / (read.var(correction=0) + 1e-5).sqrt()
-        out = (h + read @ q["found.weight"] + q["found.bias"]) @ q["out.weight"] + q["out.bias"]
+        out = (h + read @ q["value.weight"] + q["value.bias"]) @ q["out.weight"] + q["out.bias"]
         logits = 100 * torch.tanh(out / 100)
         torch.testing.assert_close(losses[0, 0, t], F.cross_entropy(logits, y[0, 0, t]), atol=1e-4, rtol=1e-4)
         label = F.one_hot(y[0, 0, t], 3).float()
@@ -388,31 +408,31 @@ def test_fast_weight_memory_against_loops():
 
 
 def test_hebbian_fast_weights_follow_ojas_rule():
-    learner = vsml.hebbian(ARGS, 4, 3)
+    learner = vsml.Hebbian(ARGS, 4, 3)
     theta = learner.init(torch.Generator().manual_seed(0))[None] + 0.3 * torch.randn(
         1, 10 * 3 * 2 + 4, generator=torch.Generator().manual_seed(1)
     )
     q = {name: value[0] for name, value in learner.params(theta).items()}
     keys, x, y = some_data(1, 1, 5, 4, 3)
-    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
+    _, losses, _ = vsml.rollout(learner, theta, learner.initial_state(keys, 4, 3), x, y)
     fast = torch.zeros(10, 3)
     for t in range(5):
-        heard = torch.cat([x[0, 0, t], torch.zeros(6)])
-        logits = 100 * torch.tanh((heard @ (q["weight"] + q["alpha"] * fast) + q["bias"]) / 100)
+        inputs = torch.cat([x[0, 0, t], torch.zeros(6)])
+        logits = 100 * torch.tanh((inputs @ (q["weight"] + q["alpha"] * fast) + q["bias"]) / 100)
         torch.testing.assert_close(losses[0, 0, t], F.cross_entropy(logits, y[0, 0, t]), atol=1e-4, rtol=1e-4)
         label = F.one_hot(y[0, 0, t], 3).float()
-        heard = torch.cat([x[0, 0, t], logits.softmax(-1) - label, label])
-        out = (heard @ (q["weight"] + q["alpha"] * fast) + q["bias"]).softmax(-1)
+        inputs = torch.cat([x[0, 0, t], logits.softmax(-1) - label, label])
+        out = (inputs @ (q["weight"] + q["alpha"] * fast) + q["bias"]).softmax(-1)
         change = torch.zeros(10, 3)
         for a in range(10):
             for b in range(3):
-                change[a, b] = q["rate"].sigmoid() * out[b] * (heard[a] - out[b] * fast[a, b])
+                change[a, b] = q["rate"].sigmoid() * out[b] * (inputs[a] - out[b] * fast[a, b])
         fast = fast + change
 
 
 def test_in_context_rnn_is_torchs_lstm():
     args = replace(ARGS, rnn_size=5, micro_ticks=1)
-    learner = vsml.in_context_rnn(args, 4, 3)
+    learner = vsml.InContextRNN(args, 4, 3)
     theta = torch.randn(1, sum(map(math.prod, learner.shapes.values())), generator=torch.Generator().manual_seed(0))
     params = learner.params(theta)
     cell = torch.nn.LSTMCell(4 + 3 + 3, 5)
@@ -422,7 +442,7 @@ def test_in_context_rnn_is_torchs_lstm():
     cell.weight_ih.data, cell.weight_hh.data = weight[:-5].T, weight[-5:].T
     cell.bias_ih.data, cell.bias_hh.data = torch.cat([i, f, j, o]), torch.zeros(20)
     keys, x, y = some_data(1, 1, 6, 4, 3)
-    _, losses, _ = vsml.lifetime(learner, theta, learner.initial_state(keys, 4, 3), x, y)
+    _, losses, _ = vsml.rollout(learner, theta, learner.initial_state(keys, 4, 3), x, y)
     h, c, error, label = (torch.zeros(1, size) for size in (5, 5, 3, 3))
     for t in range(6):
         h, c = cell(torch.cat([x[0, :, t], error, label], -1), (h, c))
@@ -451,14 +471,18 @@ def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
     vsml.keep_memory()
     short = dict(meta_steps=130, sequence_length=40, logit_scale=10.0, blanked=0.0, test_seeds=24, test_steps=100)
     args = vsml.Args(**vsml.LAPTOP | short | dict(device="cpu"))
-    learner = vsml.vsml(args)
+    learner = vsml.VSML(args)
     thetas = {"vsml": learner.init(torch.Generator().manual_seed(0))}
     tasks = {"vsml": [Tasks(load("digits", "train"), projected=0.5)]}
     vsml.meta_train(args, {"vsml": learner}, thetas, tasks, Silent(), {})
-    deaf = learner._replace(learn=lambda p, s, error, label: learner.learn(p, s, 0 * error, 0 * label))
+
+    class WithoutError(vsml.VSML):
+        def learn(self, params, layers, error, label):
+            return super().learn(params, layers, 0 * error, 0 * label)
+
     unseen = Tasks(load("digits", "test"))
     with torch.no_grad():
-        late = [vsml.curve(args, x, thetas["vsml"], unseen, 24)[0][:, 50:].mean() for x in (learner, deaf)]
+        late = [vsml.curve(args, x, thetas["vsml"], unseen, 24)[0][:, 50:].mean() for x in (learner, WithoutError(args))]
     assert late[0] > 0.4
     assert late[1] < 0.15
 
@@ -500,7 +524,9 @@ def test_what_a_run_leaves_behind(finished):
     keys = {"learner", "task", "novelty", "metric", "step", "mean", "std", "seeds"}
     assert all(set(row) == keys for row in results["results"])
     seen = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
-    assert seen == {(x, *y) for x in ("vsml", "rnn", "sgd", "adam") for y in (("digits", "task"), ("wine", "domain"))}
+    names = ("vsml", "rnn", "sgd", "adam", "sgd_1e-2", "adam_1e-3")
+    assert seen == {(x, *y) for x in names for y in (("digits", "task"), ("wine", "domain"))}
+    assert set(results["repeats"]) == {"vsml", "sgd", "adam"} and results["learning_rates"]["digits"]["sgd_1e-2"] == 0.01
     assert {row["step"] for row in results["results"]} == {1, 2, 5, 10, 12}
     with open(folder / "metrics.csv") as file:
         lines = list(csv.DictReader(file))
@@ -598,28 +624,26 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert checkpoint["step"] == 4 and checkpoint["state"]["['thetas']['vsml']"].isfinite().all()
 
 
-def test_all_baselines_and_the_heat_map(tmp_path):
-    """Several datasets, one left out; a row for each learner and run in the heat-map."""
-    for left_out, optimizer in (("digits", "es"), ("wine", "backprop")):
-        flags = f"--dataset digits wine breast_cancer --leave-out {left_out} --test-datasets digits wine"
-        flags += (
-            f" --baselines rnn hebbian fwmemory sgd adam2 sgd2 --meta-optimizer {optimizer} --run-name {left_out} --sequences 4"
-        )
+def test_all_baselines_and_several_datasets(tmp_path):
+    """Several datasets in one meta-step; learners of fixed sizes beside them."""
+    for trained, optimizer in (("wine breast_cancer", "es"), ("digits wine", "backprop")):
+        flags = f"--dataset {trained} --test-datasets digits wine --meta-optimizer {optimizer} --sequences 4"
+        flags += f" --baselines rnn hebbian fwmemory sgd adam2 sgd2 adam_1e-3 --run-name {optimizer}"
         done = command(tmp_path, flags)
         assert done.returncode == 0, done.stderr
-        novelty = {row["task"]: row["novelty"] for row in rows(tmp_path / left_out)}
-        assert novelty == {name: "domain" if name == left_out else "task" for name in ("digits", "wine")}
-        names = {row["learner"] for row in rows(tmp_path / left_out)}
-        assert names == {"vsml", "rnn", "hebbian", "fwmemory", "sgd", "sgd2", "adam2"}
-    drawn = command(tmp_path, f"--mode compare --runs {tmp_path / 'digits'} {tmp_path / 'wine'}")
-    assert drawn.returncode == 0, drawn.stderr
-    assert {path.name for path in tmp_path.glob("*.png")} == {"compare.png"}
+        novelty = {row["task"]: row["novelty"] for row in rows(tmp_path / optimizer)}
+        assert novelty == {name: "task" if name in trained.split() else "domain" for name in ("digits", "wine")}
+        names = {row["learner"] for row in rows(tmp_path / optimizer)}
+        assert names == {"vsml", "rnn", "hebbian", "fwmemory", "sgd", "sgd2", "adam2", "adam_1e-3"}
+        rates = json.loads((tmp_path / optimizer / "results.json").read_text())["learning_rates"]
+        assert rates["wine"].keys() == {"sgd", "sgd2", "adam2", "adam_1e-3"}
+        assert rates["wine"]["adam_1e-3"] == pytest.approx(1e-3) and 1e-4 <= rates["wine"]["sgd"] <= 1
 
 
-def test_convolutions_robustness_and_batches(finished, tmp_path):
-    """Convolutions that start from the parameters of a dense layer, in all configurations of Figure 3.7; then in batches."""
+def test_convolutions_and_robustness(finished, tmp_path):
+    """Convolutions that start from the parameters of a dense layer, in all configurations of Figure 3.7."""
     first = finished[0] / "checkpoint.pt"
-    flags = f"--conv 2 --norm-messages --init {first} --baselines --robustness --backprop-lr 1e-9"
+    flags = f"--conv 2 --init {first} --baselines --robustness --backprop-lr 1e-9"
     done = command(tmp_path, flags + " --test-steps 2 --test-datasets digits wine --run-name conv")
     assert done.returncode == 0, done.stderr
     assert "vsml is left out on wine: convolutions need square images" in done.stdout
@@ -627,14 +651,6 @@ def test_convolutions_robustness_and_batches(finished, tmp_path):
     torch.testing.assert_close(conv["['thetas']['vsml']"], dense["['thetas']['vsml']"])
     names = {"", " 5 classes", " at 21 x 21", " at 48 x 48", " projected", " permuted"}
     assert {row["task"] for row in rows(tmp_path / "conv")} == {"digits" + name for name in names}
-    flags = (
-        f"--mode test --checkpoint {tmp_path / 'conv' / 'checkpoint.pt'} --test-batch 4 --baselines backprop --no-robustness"
-    )
-    done = command(tmp_path, flags + " --test-examples 20 --test-steps 3 --run-name batches --test-datasets digits")
-    assert done.returncode == 0, done.stderr
-    assert {(row["learner"], row["metric"]) for row in rows(tmp_path / "batches")} == {
-        (learner, metric) for learner in ("vsml", "backprop") for metric in ("accuracy", "cross_entropy")
-    }
 
 
 @pytest.fixture
@@ -680,23 +696,23 @@ def test_few_shots_from_the_command_line(tmp_path):
 def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatch):
     """A short cloning on digits; then the sub-RNNs train a fresh network to (nearly) what backpropagation trains it to,
     while neither autograd nor the rules of backpropagation can be called."""
-    args = vsml.Args(**vsml.CLONE | dict(device="cpu", meta_steps=300, test_steps=60, test_batch=32, test_examples=320))
-    learner = vsml.make_learner("clone", args, SimpleNamespace(compiles=False), (64, 10), "test")
-    exact = vsml.batch_learner(args, None, vsml.backprop(args))
+    args = vsml.Args(**vsml.CLONE | dict(device="cpu", meta_steps=300, test_steps=60, batch=32))
+    learner = vsml.Clone(args)
+    exact = vsml.Backprop(args)
     thetas = {"clone": learner.init(torch.Generator().manual_seed(0))}
     train, test = Tasks(load("digits", "train")), Tasks(load("digits", "test"))
     torch.manual_seed(0)
     vsml.meta_train(args, {"clone": learner}, thetas, {"clone": [train]}, Silent(), {})
-    target = vsml.batch_metrics(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
+    target = vsml.batch_curves(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
 
     def forbidden(*_, **__):
         raise AssertionError("no gradients after cloning")
 
-    for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "vsml.backprop"):
+    for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "vsml.Backprop.__init__"):
         monkeypatch.setattr(place, forbidden)
     with torch.inference_mode():
-        found = vsml.batch_metrics(args, learner, thetas["clone"], test, train)["accuracy"]
-        blank = vsml.batch_metrics(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
+        found = vsml.batch_curves(args, learner, thetas["clone"], test, train)["accuracy"]
+        blank = vsml.batch_curves(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
     assert not thetas["clone"].requires_grad
     assert target > 0.8 and found[60].mean() > target - 0.1 and found[60].mean() > found[1].mean() + 0.4
     assert blank[60].mean() < 0.3
@@ -715,7 +731,7 @@ def test_cloning_from_the_command_line(tmp_path):
         "--test-steps",
         "3",
     ]
-    line += ["--clone-buffer", "2", "--test-batch", "4", "--test-examples", "8", "--test-datasets", "digits", "--no-compile"]
+    line += ["--batch", "4", "--test-datasets", "digits", "--no-compile"]
     line += ["--run-dir", str(tmp_path), "--checkpoint-every", "4", "--run-name", "clone"]
     done = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -753,19 +769,16 @@ MISTAKES = {
     "--resume {tmp}/foreign_run": "is a checkpoint of fme.py, not of vsml.py",
     "--run-name {done}": "is not a name",
     "--learner clone": "use --preset clone",
-    "--test-batch 4": "Only vsml, clone and backprop learn from batches",
-    "--baselines backprop": "backprop learns from batches; use --test-batch 64",
-    "--leave-out wine": "--leave-out wine leaves out one of several --dataset; these are digits",
+    "--baselines backprop": "clone and backprop learn from batches",
     "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
     "--conv 8 --dataset wine": "Convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
-    "--mode compare --runs {tmp}": "results.json",
     "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--init {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
-    "--mode compare": "--mode compare needs --runs",
     "--meta-steps 0": "--meta-steps has to be from 1 to",
     "--backprop-lr inf": "--backprop-lr has to be from",
+    "--logit-slot 8": "--logit-slot has to be below --message-size 8",
     "--device cuda": "There is no CUDA device",
 }
 
