@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import cells, checkpoints, es, machine
+from common import cells, checkpoints, es, kernels, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, key, load, normal
 from common.figures import plot, pyplot, save
@@ -81,6 +81,8 @@ class Args:
     """Where tensors are."""
     compile: bool = True
     """Fuse the inner step with torch.compile (needs a C++ compiler on a CPU)."""
+    triton: bool = False
+    """es, one dense layer: rollouts by two Triton kernels in a CUDA graph (equal in tests; not yet timed)."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
@@ -235,6 +237,8 @@ LAPTOP = dict(
     sequences=16,  # as many sub-RNNs as stay in the cache
     sequence_length=60,  # memory and time; what is learned goes on learning for thousands of examples
     block=60,  # memory suffices
+    persistent=20,  # 1,200 examples in pieces of 60: without, accuracy falls after some hundreds at 28 x 28
+    persistent_share=0.5,  # the others keep the first examples fast (see the results page)
     sizes=(8,),  # VSML learns at any size afterwards, and a 28 x 28 image costs twelve times as much
     generated_size=8,  # likewise
     projected=0.5,  # the release, where it projects
@@ -305,6 +309,7 @@ class Learner:
     shapes: dict[str, tuple[int, ...]]  # of the parameters in theta
     sizes: tuple[int, int] | None = None  # numbers of inputs and outputs, where they cannot vary
     step: Callable | None = None  # one_example of this learner, compiled
+    whole: Callable | None = None  # a faster rollout of this learner
 
     def params(self, theta: Tensor) -> Params:
         """Views of theta (p, d) as named parameters, each (p, *shape)."""
@@ -484,6 +489,8 @@ def rollout(
     the predictions, each made before its label was seen. block: for gradients, keep the states of so
     many examples at a time and compute the others again.
     """
+    if learner.whole:
+        return learner.whole(theta, state, x, y)
     if block and block < y.shape[2]:
         return in_blocks(learner, theta, state, x, y, block)
     step = learner.step or partial(one_example, learner)
@@ -615,6 +622,15 @@ def compile_step(args: Args, learner: Learner) -> None:
     fused = isinstance(learner, VSML) and args.device == "cpu"
     options = cells.options(args.state_size) if fused else None
     learner.step = torch.compile(partial(one_example, learner), dynamic=False if each else None, options=options)
+
+
+def triton_rollout(learner: VSML, theta: Tensor, state: list[Layer], x: Tensor, y: Tensor) -> tuple[State, *Metrics]:
+    """rollout of one dense layer for antithetic pairs, whose two members share x and y."""
+    args, pairs, layer = learner.args, len(theta) // 2, state[0]
+    options = {name: getattr(args, name) for name in ("micro_ticks", "logit_bound", "logit_scale", "logit_slot", "feed_label")}
+    inputs = layer.h[:, 0], layer.c[:, 0], x[:pairs, 0], y[:pairs, 0]
+    h, c, losses, correct = kernels.triton_rollout(learner.params(theta), *inputs, **options)
+    return [Layer(h[:, None], c[:, None], *layer[2:])], losses[:, None], correct[:, None]
 
 
 def in_blocks(
@@ -1739,6 +1755,9 @@ def check(args: Args, world: int) -> None:
         raise UserError("--persistent is for --meta-optimizer backprop in one process.")
     if args.learner == "clone" and world > 1:
         raise UserError("Cloning runs in one process; start it without torchrun.")
+    plain = args.meta_optimizer == "es" and not (args.hidden or args.conv or args.backward_pass or args.norm_messages)
+    if args.triton and (args.device != "cuda" or not plain or not find_spec("triton")):
+        raise UserError("--triton needs a GPU, Triton and --meta-optimizer es, for one dense layer as in section 3.4.2.")
     if args.logit_slot >= args.message_size:
         raise UserError(f"--logit-slot has to be below --message-size {args.message_size}.")
     members, flag = (args.population, "population") if args.meta_optimizer == "es" else (args.sequences, "sequences")
@@ -1795,7 +1814,9 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
         deep = name.endswith("2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
         learner = OnlineSGD("adam" in name, (HIDDEN,) if deep else (), step)
-    if run.compiles and use == "train" and name != "clone":
+    if args.triton and use == "train" and name == "vsml":
+        learner.whole = partial(triton_rollout, learner)
+    elif run.compiles and use == "train" and name != "clone":
         compile_step(args, learner)
     return learner
 

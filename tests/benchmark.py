@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -179,41 +180,53 @@ def product_flops(bench: Bench, dtype: torch.dtype = torch.float32) -> float:
 
 
 def measure_vsml(bench: Bench, size: int, pairs: int, examples: int) -> None:
-    """A step of ES, half of its tasks projected; at the thesis' size first a chunk of it, as many
-    pairs as are evaluated at once, which is all that a CPU has to do."""
+    """A step of ES; at the thesis' size first a chunk of it, as many pairs as are evaluated at once,
+    which is all that a CPU has to do. On a GPU also by the Triton kernels."""
     import vsml
 
-    args = bench.args(vsml, population=pairs, sequence_length=examples)
-    tasks = Tasks(load("random", size=size, device=bench.device), projected=0.5)
-    learner = vsml.make_learner("vsml", args, bench.run, (size * size, 10), "es")
-    theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
-    chunk = vsml.even_chunk(args, tasks)
-    step = partial(vsml.es_gradient, learner=learner, theta=theta, tasks=tasks, step=0)
-    one_chunk = partial(step, replace(args, population=chunk))
-
-    bench.warm("vsml: one chunk", one_chunk)
-    bench.ready()
+    args = bench.args(vsml, population=pairs, sequence_length=examples, meta_optimizer="es")
+    tasks = [Tasks(load("random", size=size, device=bench.device))]
     what = f"{args.population} pairs x {args.sequence_length} examples, {size} x {size}"
-    if bench.thesis:
-        seconds = median(one_chunk, 2)
-        whole = seconds * pairs / chunk
-        bench.note(f"vsml: {chunk} of {what}", seconds=seconds, extrapolated=whole)
-    if bench.cuda or not bench.thesis:
-        seconds = median(partial(step, args), 2 if bench.thesis else bench.repetitions)
-        each = 1e6 * seconds / (2 * args.population * args.sequence_length)
-        bench.note(f"vsml: an ES step, {what}", seconds=seconds, us_per_example=each)
-    bench.kernels("vsml: one chunk", one_chunk)
+    scores = {}
+    for triton in (False, True) if bench.cuda else (False,):
+        args = replace(args, triton=triton)
+        learner = vsml.make_learner("vsml", args, bench.run, (size * size, 10), "train")
+        theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
+        chunk = vsml.even_chunk(args, tasks)
+        step = partial(vsml.es_gradient, learner=learner, theta=theta, tasks=tasks, step=0)
+        one_chunk = partial(step, replace(args, population=chunk))
+        name = "vsml, Triton" if triton else "vsml"
+
+        bench.warm(f"{name}: one chunk", one_chunk)
+        scores[name] = one_chunk()
+        if not triton:
+            bench.ready()
+        if bench.thesis:
+            seconds = median(one_chunk, 2)
+            whole = seconds * pairs / chunk
+            bench.note(f"{name}: {chunk} of {what}", seconds=seconds, extrapolated=whole)
+        if bench.cuda or not bench.thesis:
+            seconds = median(partial(step, args), 2 if bench.thesis else bench.repetitions)
+            each = 1e6 * seconds / (2 * args.population * args.sequence_length)
+            bench.note(f"{name}: an ES step, {what}", seconds=seconds, us_per_example=each)
+        bench.kernels(f"{name}: one chunk", one_chunk)
+    if bench.cuda:
+        (grad, loss, _), (fast, fast_loss, _) = scores.values()
+        likeness = F.cosine_similarity(grad, fast, dim=0).item()
+        difference = (loss - fast_loss).abs().item()
+        bench.note("vsml: Triton against readable", cosine=likeness, loss_difference=difference)
     if not bench.thesis:
-        measure_vsml_learners(bench, args, tasks)
+        measure_vsml_learners(bench, replace(args, triton=False), tasks)
 
 
-def measure_vsml_learners(bench: Bench, args: Any, tasks: Tasks) -> None:
+def measure_vsml_learners(bench: Bench, args: Any, tasks: list[Tasks]) -> None:
     """A step of backpropagation, the meta-test of every learner, and batches of the cloned network,
     in microseconds per example and rollout."""
     import vsml
 
-    sizes = tasks.num_inputs, 10
-    small = tasks.num_inputs == 64
+    (one,) = tasks
+    sizes = one.num_inputs, 10
+    small = one.num_inputs == 64
 
     def make(name: str, args: Any, use: str = "test") -> tuple[Any, Tensor]:
         learner = vsml.make_learner(name, args, bench.run, sizes, use)
@@ -226,9 +239,16 @@ def measure_vsml_learners(bench: Bench, args: Any, tasks: Tasks) -> None:
 
     length, sequences = (60, 16) if small else (20, 4)
     length = min(length, args.sequence_length)
-    short = replace(args, sequence_length=length, sequences=sequences)
-    step = partial(vsml.backprop_gradient, short, *make("vsml", args, "backprop"), tasks, 0)
+    short = replace(args, sequence_length=length, sequences=sequences, meta_optimizer="backprop")
+    learner, theta = make("vsml", short, "train")
+    step = partial(vsml.backprop_gradient, short, learner, theta, tasks, 0, [{}])
     note("a step of backpropagation", step, sequences, length)
+    readable = vsml.VSML(short)
+    if bench.run.compiles:
+        compiled = partial(vsml.one_example, readable)
+        readable.step = torch.compile(compiled, dynamic=False)
+    step = partial(vsml.backprop_gradient, short, readable, theta, tasks, 0, [{}])
+    note("the same with lstm_cell", step, sequences, length)
 
     layers = {"vsml": args, "vsml, 32 hidden": replace(args, hidden=(32,), backward_pass=True)}
     layers["vsml, conv"] = replace(args, conv=(8,), backward_pass=True)
@@ -237,15 +257,15 @@ def measure_vsml_learners(bench: Bench, args: Any, tasks: Tasks) -> None:
     for what, own in layers.items():
         name = what.split(",")[0]
         learner, theta = make(name, own)
-        count = vsml.at_a_time(own, tasks, name)
+        count = vsml.at_once(own, one, name)
         own = replace(own, test_seeds=count, test_steps=steps)
         with torch.no_grad():
-            work = partial(vsml.curve, own, learner, theta, tasks, count)
+            work = partial(vsml.curve, own, learner, theta, one, count)
             note(f"meta-test of {what}", work, count, steps)
 
     args = replace(vsml.Args(**vsml.CLONE), device=bench.device.type)
-    x, y = tasks.sample(*torch.zeros(2, 1, dtype=torch.int64, device=bench.device), 64)
-    keys = tasks.keys(torch.arange(64, device=bench.device), 3)[None]
+    x, y = one.sample(*torch.zeros(2, 1, dtype=torch.int64, device=bench.device), 64)
+    keys = one.keys(torch.arange(64, device=bench.device), 3)[None]
     for name in ("clone", "backprop"):
         learner, theta = make(name, args)
         state = learner.initial_state(keys, *sizes)

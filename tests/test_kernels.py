@@ -1,0 +1,44 @@
+"""common/kernels.py equals the readable rollout, in Triton's interpreter on a CPU."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import vsml
+from common.kernels import triton_rollout
+
+if torch.cuda.is_available() or not find_spec("triton"):
+    pytest.skip("for Triton's interpreter", allow_module_level=True)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "t", "a", "b", "ticks", "feed_label", "slot"),
+    [
+        (2, 3, 5, 3, 2, False, 0),
+        (2, 3, 5, 3, 2, True, 1),
+        (1, 2, 20, 10, 2, True, 0),  # four tiles, the last one not full
+        (1, 2, 20, 10, 3, False, 1),
+        (1, 2, 200, 10, 1, True, 0),  # three parts
+        (1, 3, 7, 1, 2, True, 0),
+        (1, 2, 3, 70, 2, True, 0),  # more outputs than the usual tile has rows
+    ],
+)
+def test_equals_the_readable_rollout(pairs, t, a, b, ticks, feed_label, slot, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    options = dict(micro_ticks=ticks, logit_scale=30.0, logit_slot=slot, feed_label=feed_label)
+    learner, generator = vsml.VSML(vsml.Args(**options)), torch.Generator().manual_seed(0)
+    theta = learner.init(generator) + 0.1 * torch.randn(2 * pairs, 2384, generator=generator)
+    state = learner.initial_state(torch.arange(4 * pairs).view(-1, 1, 2), a, b)
+    x = torch.randn(pairs, t, a, generator=generator)
+    y = torch.randint(b, (pairs, t), generator=generator)
+    params, h, c = learner.params(theta), state[0].h[:, 0], state[0].c[:, 0]
+    for _ in range(2):  # the second time on the same buffers
+        fast = triton_rollout(
+            params, h, c, x, y, precision="ieee", logit_bound=100.0, **options
+        )
+    x, y = x.repeat(2, 1, 1)[:, None], y.repeat(2, 1)[:, None]
+    last, losses, correct = vsml.rollout(learner, theta, state, x, y)
+    expected = last[0].h[:, 0], last[0].c[:, 0], losses[:, 0]
+    torch.testing.assert_close(fast[:3], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fast[3], correct[:, 0])
