@@ -56,6 +56,18 @@ from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, key, load, normal
 from common.figures import plot, pyplot, save
 from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
+from common.learners import (
+    FastWeightMemory,
+    Hebbian,
+    InContextRNN,
+    Learner,
+    Params,
+    State,
+    affine,
+    bounded,
+    initial_weight,
+    linear,
+)
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 
@@ -284,10 +296,6 @@ PRESETS = {"thesis": {}, "release": RELEASE, "laptop": LAPTOP, "clone": CLONE}
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-Params = dict[str, Tensor]
-State = Any
-
-
 class Layer(NamedTuple):
     """The state V_L of one layer of sub-RNNs, and its incoming messages."""
 
@@ -295,27 +303,6 @@ class Layer(NamedTuple):
     c: Tensor  # (p, s, a, b, n) their cells
     fwd_msg: Tensor  # (p, s, a, m) from the layer below
     bwd_msg: Tensor  # (p, s, b, m) from the layer above
-
-
-class Learner:
-    """What all learners have in common. Meta-training changes nothing but theta, a flat vector.
-
-    init(generator) -> theta (d,)
-    initial_state(keys (p, s, 2), num_inputs, num_outputs) -> state
-    predict(params, state, x (p, s, a)) -> state, logits (p, s, b)
-    learn(params, state, error (p, s, b), label (p, s, b) one-hot) -> state
-    """
-
-    shapes: dict[str, tuple[int, ...]]  # of the parameters in theta
-    sizes: tuple[int, int] | None = None  # numbers of inputs and outputs, where they cannot vary
-    step: Callable | None = None  # one_example of this learner, compiled
-    whole: Callable | None = None  # a faster rollout of this learner
-
-    def params(self, theta: Tensor) -> Params:
-        """Views of theta (p, d) as named parameters, each (p, *shape)."""
-        parts = theta.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
-        views = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.view(-1, *shape) for (name, shape), part in views}
 
 
 class VSML(Learner):
@@ -364,7 +351,7 @@ class VSML(Learner):
                 layers[k - 1] = with_bwd_msg(layers[k - 1], bwd_msg)
 
         logits = self.args.logit_scale * fwd_msg[..., self.args.logit_slot]  # y_b := m_b1^(K+1)
-        return layers, bounded(self.args, logits)
+        return layers, bounded(logits, self.args.logit_bound)
 
     def learn(self, params: Params, layers: list[Layer], error: Tensor, label: Tensor) -> list[Layer]:
         """The error is the message from above, m_b1^(K) := e_b. It arrives with the next example's
@@ -448,20 +435,6 @@ def lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tens
     i, j, f, o = gates.chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * j.tanh()
     return o.sigmoid() * c.tanh(), c
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (p, ..., i) @ weight (p, i, j) + bias (p, j): the same everywhere, but for the members."""
-    y = x.flatten(1, -2) @ weight
-    return (y if bias is None else y + bias[:, None]).unflatten(1, x.shape[1:-1])
-
-
-def initial_weight(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A matrix (fan-in, fan-out) of truncated normals of std 1/sqrt(fan-in), or zeros (size,)."""
-    if len(shape) == 1:
-        return torch.zeros(shape)
-    weight = torch.nn.init.trunc_normal_(torch.empty(shape), a=-2, b=2, generator=generator)
-    return weight / math.sqrt(shape[0])
 
 
 # ======================================================================================================================
@@ -556,7 +529,8 @@ def backprop_gradient(
     for now, kept in zip(tasks, memory, strict=True):
         state, x, y = next_batch(args, learner, now, step, args.sequences // len(tasks), kept)
         state, losses, correct = rollout(learner, theta[None], state, x[None], y[None], args.block)
-        kept |= {"state": tree_map(Tensor.detach, state)} if kept else {}
+        if kept:
+            kept["state"] = tree_map(lambda v: es.all_gather(v.detach(), axis=1), state)
         loss = meta_loss(args, losses).mean()
         (grad,) = torch.autograd.grad(loss, theta)
         accuracy = meta_loss(args, correct.float()).mean()
@@ -699,7 +673,7 @@ def next_batch(
     x, y = tasks.sample(ids, ids, length, start=age[:, None] * length)
 
     def initial_where_new(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where((age == 0).view(1, -1, *(1,) * (new.ndim - 2)), new, old)
+        return torch.where((age == 0).view(1, -1, *(1,) * (new.ndim - 2)), new, old[:, slots])
 
     state = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
     if memory:
@@ -788,144 +762,8 @@ class Conv(NamedTuple):
 
 
 # ======================================================================================================================
-# Baselines
+# Baselines: gradient descent (common/learners.py has the meta-trained ones)
 # ======================================================================================================================
-class InContextRNN(Learner):
-    """The in-context RNN (Hochreiter et al. 2001; appendix B.3.2): one LSTM whose inputs are the image,
-    the last error and, with --feed-label, the last label. Sizes are fixed; fewer inputs and outputs are
-    padded with zeros."""
-
-    def __init__(self, args: Args, num_inputs: int, num_outputs: int, size: int | None = None):
-        n = self.size = size or args.rnn_size
-        self.args = args
-        self.micro_ticks = args.micro_ticks
-        self.with_label = args.feed_label
-        self.sizes = num_inputs, num_outputs
-        inputs = num_inputs + (1 + self.with_label) * num_outputs
-        self.shapes = {"lstm.weight": (inputs + n, 4 * n), "lstm.bias": (4 * n,)}
-        self.shapes |= {"out.weight": (n, num_outputs), "out.bias": (num_outputs,)}
-
-    def init(self, generator: torch.Generator) -> Tensor:
-        theta = {name: initial_weight(shape, generator) for name, shape in self.shapes.items()}
-        theta["lstm.bias"][2 * self.size : 3 * self.size] += 1  # the usual forget bias
-        return torch.cat([value.flatten() for value in theta.values()])
-
-    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
-        """h, c, the last error, the last label."""
-        sizes = (self.size, self.size, num_outputs, num_outputs)
-        return tuple(torch.zeros(*keys.shape[:2], size, device=keys.device) for size in sizes)
-
-    def predict(self, params: Params, state: State, x: Tensor) -> tuple[State, Tensor]:
-        h, c, error, label, *memory = state
-        num_inputs, num_outputs = self.sizes
-        inputs = [pad(x, num_inputs), pad(error, num_outputs)]
-        inputs += [pad(label, num_outputs)] * self.with_label
-        for _ in range(self.micro_ticks):
-            i, j, f, o = linear(params, "lstm", torch.cat([*inputs, h], -1)).chunk(4, -1)
-            c = f.sigmoid() * c + i.sigmoid() * j.tanh()
-            h = o.sigmoid() * c.tanh()
-        read, memory = self.read(params, h, *memory)
-        logits = linear(params, "out", read)[..., : error.shape[-1]]
-        return (h, c, error, label, *memory), bounded(self.args, logits)
-
-    def read(self, params: Params, h: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What the logits are made of, and the memory, which this learner has none of."""
-        return h, ()
-
-    def learn(self, params: Params, state: State, error: Tensor, label: Tensor) -> State:
-        return (*state[:2], error, label, *state[4:])
-
-
-class FastWeightMemory(InContextRNN):
-    """An LSTM of 32 units beside a matrix (16, 16^2), which it writes to by the delta rule and
-    reads from, one tick per example (Schlag et al. 2021; the release's sizes)."""
-
-    def __init__(self, args: Args, num_inputs: int, num_outputs: int, memory: int = 16):
-        super().__init__(args, num_inputs, num_outputs, 2 * memory)
-        n, self.memory, self.micro_ticks = self.size, memory, 1
-        heads = {"write.weight": (n, 3 * memory + 1), "write.bias": (3 * memory + 1,)}
-        heads |= {"read.weight": (n, 2 * memory), "read.bias": (2 * memory,)}
-        heads |= {"value.weight": (memory, n), "value.bias": (n,)}
-        out = {name: self.shapes.pop(name) for name in ("out.weight", "out.bias")}
-        self.shapes |= heads | out
-
-    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
-        memory = torch.zeros(*keys.shape[:2], self.memory, self.memory**2, device=keys.device)
-        return *super().initial_state(keys, num_inputs, num_outputs), memory
-
-    def read(self, params: Params, h: Tensor, memory: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        def outer(a: Tensor, b: Tensor) -> Tensor:
-            return (a[..., :, None] * b[..., None, :]).flatten(-2)
-
-        size = self.memory
-        *write, beta = linear(params, "write", h).split([size, size, size, 1], -1)
-        k1, k2, v = (part.tanh() for part in write)
-        k = outer(k1, k2)
-        error = v - (memory @ k[..., None]).squeeze(-1)
-        memory = memory + (error * beta.sigmoid())[..., None] * k[..., None, :]
-        memory = memory / memory.flatten(-2).norm(dim=-1).clamp(min=1)[..., None, None]
-
-        q = outer(*linear(params, "read", h).tanh().chunk(2, -1))
-        value = F.layer_norm((memory @ q[..., None]).squeeze(-1), (size,))
-        return h + linear(params, "value", value), (memory,)
-
-
-def bounded(args: Args, logits: Tensor) -> Tensor:
-    return args.logit_bound * torch.tanh(logits / args.logit_bound)
-
-
-def linear(params: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return affine(x, params[name + ".weight"], params[name + ".bias"])
-
-
-def pad(x: Tensor, size: int) -> Tensor:
-    return F.pad(x, (0, size - x.shape[-1]))
-
-
-class Hebbian(Learner):
-    """Hebbian fast weights (Miconi et al. 2018; appendix B.3.2): one layer of weights w + alpha *
-    fast. A first pass predicts; a second one, which also has error and label as inputs, changes the
-    fast weights by Oja's rule. Sizes are fixed."""
-
-    def __init__(self, args: Args, num_inputs: int, num_outputs: int):
-        shape = (num_inputs + 2 * num_outputs, num_outputs)
-        self.args = args
-        self.sizes = num_inputs, num_outputs
-        self.shapes = {"weight": shape, "bias": shape[1:], "alpha": shape, "rate": (1,)}
-
-    def init(self, generator: torch.Generator) -> Tensor:
-        shape = self.shapes["weight"]
-        weight = initial_weight(shape, generator)
-        alpha, rate = torch.full(shape, 0.01), torch.tensor([-4.5])  # the release
-        return torch.cat([weight.flatten(), torch.zeros(shape[1]), alpha.flatten(), rate])
-
-    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
-        """The fast weights, and the last input."""
-        fast = torch.zeros(*keys.shape[:2], *self.shapes["weight"], device=keys.device)
-        return fast, fast[..., 0]
-
-    def layer(self, params: dict[str, Tensor], fast: Tensor, x: Tensor) -> Tensor:
-        slow = affine(x, params["weight"], params["bias"])
-        return slow + (x[..., None, :] @ (params["alpha"][:, None] * fast)).squeeze(-2)
-
-    def predict(
-        self, params: dict[str, Tensor], state: tuple[Tensor, Tensor], x: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        x = pad(x, self.shapes["weight"][0])
-        logits = self.layer(params, state[0], x)
-        return (state[0], x), bounded(self.args, logits)
-
-    def learn(
-        self, params: dict[str, Tensor], state: tuple[Tensor, Tensor], error: Tensor, label: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        num_inputs, num_outputs = self.sizes
-        fast, x = state
-        x = torch.cat([x[..., :num_inputs], pad(error, num_outputs), pad(label, num_outputs)], -1)
-        y = self.layer(params, fast, x).softmax(-1)[..., None, :]
-        rate = params["rate"][..., None, None].sigmoid()
-        return fast + rate * y * (x[..., None] - y * fast), x  # Oja's rule
-
-
 def descend(weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
     """One step of gradient descent on weight (p, s, a, b) with inputs x (p, s, a) and the gradient
     error (p, s, b) at its outputs; with two moments, by Adam (Kingma and Ba 2015, Algorithm 1).
@@ -1739,7 +1577,7 @@ CLONE_BUFFER = 64  # networks in the buffer (appendix B.3.1; the size is not in 
 HIDDEN = 160  # units of sgd2 and adam2 (appendix B.3.2)
 META_TRAINED = ("vsml", "rnn", "hebbian", "fwmemory", "clone")  # the others have at most a rate
 FIXED_RATE = ("sgd_1e-2", "adam_1e-3")
-FIXED_SIZE = {"rnn": InContextRNN, "hebbian": Hebbian, "fwmemory": FastWeightMemory}
+FIXED_SIZE = ("rnn", "hebbian", "fwmemory")
 
 
 def check(args: Args, world: int) -> None:
@@ -1751,8 +1589,6 @@ def check(args: Args, world: int) -> None:
         raise UserError("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
     if names - {"clone", "backprop"} and names & {"clone", "backprop"}:
         raise UserError("clone and backprop learn from batches, the others do not; test them apart.")
-    if args.persistent > 1 and (args.meta_optimizer == "es" or world > 1):
-        raise UserError("--persistent is for --meta-optimizer backprop in one process.")
     if args.learner == "clone" and world > 1:
         raise UserError("Cloning runs in one process; start it without torchrun.")
     plain = args.meta_optimizer == "es" and not (args.hidden or args.conv or args.backward_pass or args.norm_messages)
@@ -1760,9 +1596,12 @@ def check(args: Args, world: int) -> None:
         raise UserError("--triton needs a GPU, Triton and --meta-optimizer es, for one dense layer as in section 3.4.2.")
     if args.logit_slot >= args.message_size:
         raise UserError(f"--logit-slot has to be below --message-size {args.message_size}.")
-    members, flag = (args.population, "population") if args.meta_optimizer == "es" else (args.sequences, "sequences")
-    if members % world:
-        raise UserError(f"--{flag} {members} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
+    members, of, flag = args.population, world, "population"
+    if args.meta_optimizer == "backprop":
+        datasets = len(args.dataset) * max(1, len(args.sizes)) * max(1, len(args.classes))
+        members, of, flag = args.sequences // datasets, world * datasets, "sequences"
+    if not members or members % world:
+        raise UserError(f"--{flag} cannot be shared by {world} processes and all datasets; choose a multiple of {of}.")
 
 
 def at_once(args: Args, tasks: Tasks, name: str = "vsml") -> int:
@@ -1801,8 +1640,12 @@ def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
 def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: str) -> Learner:
     """A learner by its name, compiled for its use, "train" or "test". sizes: numbers of inputs and
     outputs, for those that cannot vary them."""
-    if name in FIXED_SIZE:
-        learner = FIXED_SIZE[name](args, *sizes)
+    if name == "rnn":
+        learner = InContextRNN(*sizes, args.logit_bound, args.rnn_size, args.micro_ticks, args.feed_label)
+    elif name == "hebbian":
+        learner = Hebbian(*sizes, args.logit_bound)
+    elif name == "fwmemory":
+        learner = FastWeightMemory(*sizes, args.logit_bound, args.feed_label)
     elif name in ("clone", "backprop"):
         learner = (Clone if name == "clone" else Backprop)(args)
         if run.compiles and name == "clone" and use == "test":

@@ -78,6 +78,15 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def all_gather(value: Tensor, axis: int) -> Tensor:
+    """The values of all processes, of one shape, side by side along an axis."""
+    if not dist.is_initialized():
+        return value
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts, axis)
+
+
 @torch.no_grad()
 def gradient(
     theta: Tensor,

@@ -18,8 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import vsml
 from common import cells, checkpoints
@@ -27,6 +25,7 @@ from common.datasets import Tasks, fold, key, load
 from common.machine import can_compile
 
 ARGS = vsml.Args(state_init="normal", input_bias=0.0, forget_bias=1.0, feed_label=True, logit_scale=3.0)
+RELEASE = vsml.Args(**vsml.RELEASE, hidden=(5,), feed_label=True, norm_messages=True, input_bias=0.0, forget_bias=1.0)
 DEEP = replace(ARGS, hidden=(5, 4), backward_pass=True)
 
 
@@ -81,8 +80,16 @@ def slow_tick(theta, args, h, c, fwd_msg, bwd_msg):
                 i, j, f, o = gates.split(n)
                 c[a, b] = torch.sigmoid(f) * c[a, b] + torch.sigmoid(i) * torch.tanh(j)
                 h[a, b] = torch.sigmoid(o) * torch.tanh(c[a, b])
-    forward = sum(h[a] @ theta["fwd_msg.weight"][0] + theta["fwd_msg.bias"][0] for a in range(h.shape[0])) / h.shape[0]
-    backward = sum(h[:, b] @ theta["bwd_msg.weight"][0] + theta["bwd_msg.bias"][0] for b in range(h.shape[1])) / h.shape[1]
+
+    def message(name, h):
+        msg = h @ theta[name + ".weight"][0] + theta[name + ".bias"][0]
+        if not args.norm_messages:
+            return msg
+        msg = (msg - msg.mean(-1, keepdim=True)) / (msg.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return msg * (1 + theta[name + ".scale"][0]) + theta[name + ".offset"][0]
+
+    forward = sum(message("fwd_msg", h[a]) for a in range(h.shape[0])) / h.shape[0]
+    backward = sum(message("bwd_msg", h[:, b]) for b in range(h.shape[1])) / h.shape[1]
     return h, c, forward, backward
 
 
@@ -100,9 +107,10 @@ def slow_lifetime(args, theta, keys, x, y, b):
                 layers[k + 1][2] = forward
             if k > 0:
                 layers[k - 1][3] = backward
-        logits = args.logit_bound * torch.tanh(args.logit_scale * forward[:, 0] / args.logit_bound)
+        logits = args.logit_bound * torch.tanh(args.logit_scale * forward[:, args.logit_slot] / args.logit_bound)
         answers.append(logits)
-        error = F.pad(torch.stack([logits.softmax(-1) - F.one_hot(y_t, b), F.one_hot(y_t, b)], -1), (0, args.message_size - 2))
+        label = F.one_hot(y_t, b)
+        error = F.pad(torch.stack([logits.softmax(-1) - label, args.feed_label * label], -1), (0, args.message_size - 2))
         layers[-1][3] = error
         if args.backward_pass:
             for k in reversed(range(len(layers))):
@@ -113,7 +121,7 @@ def slow_lifetime(args, theta, keys, x, y, b):
     return torch.stack(answers)
 
 
-@pytest.mark.parametrize("args", [ARGS, DEEP, replace(DEEP, backward_pass=False), replace(ARGS, state_init="half")])
+@pytest.mark.parametrize("args", [ARGS, DEEP, replace(DEEP, backward_pass=False), replace(ARGS, state_init="half"), RELEASE])
 @pytest.mark.parametrize("cell", [vsml.lstm_cell, cells.fused_lstm_cell])
 def test_fast_lifetime_equals_loops_over_sub_rnns(args, cell):
     p, s, t, a, b = 2, 2, 4, 6, 3
@@ -138,6 +146,28 @@ def test_compiled_cell_equals_the_readable_one():
         inputs = [2 * torch.randn(shape, generator=generator) for shape in shapes]
         for fast, exact in zip(compiled(*inputs), vsml.lstm_cell(*inputs), strict=True):
             torch.testing.assert_close(fast, exact, atol=1e-3, rtol=0)  # gates 1e-4, cells up to 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_trainable_cell_has_the_gradient_of_the_readable_one(compiled):
+    """Of a chain of two ticks with several members and sequences, up to the error of its tanh."""
+    if compiled and not can_compile():
+        pytest.skip("no C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    p, s, a, b, n = 2, 3, 5, 4, 16
+    shapes = ((p, n, 4 * n), (p, s, a, 4 * n), (p, s, b, 4 * n), (p, s, a, b, n), (p, s, a, b, n))
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    weights = torch.randn(2, *shapes[-1], generator=generator)
+
+    def gradients(cell):
+        h, c = cell(*inputs[:3], *cell(*inputs))
+        return torch.autograd.grad((h * weights[0] + c * weights[1]).sum(), inputs)
+
+    fast = cells.TrainableCell.apply
+    if compiled:
+        fast = torch.compile(fast, options=cells.options(n))
+    for one, other in zip(gradients(fast), gradients(vsml.lstm_cell), strict=True):
+        torch.testing.assert_close(one, other, atol=3e-4 * other.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("args", [ARGS, DEEP])
@@ -177,7 +207,7 @@ def test_meta_gradient_against_finite_differences(args):
 def test_es_and_backprop_agree_on_the_gradient():
     """With the same task over and over, small noise and many pairs, ES estimates what backpropagation computes."""
     args = replace(ARGS, population=3000, noise_std=1e-3, sequence_length=3, sequences=1, clip=1e9, device="cpu", chunk=300)
-    learner = vsml.InContextRNN(replace(args, rnn_size=2), 4, 2)  # 54 parameters
+    learner = vsml.InContextRNN(4, 2, size=2, feed_label=True)  # 54 parameters
     theta = learner.init(torch.Generator().manual_seed(0)) + 0.5
 
     class OneTask(Tasks):
@@ -382,7 +412,7 @@ def test_when_a_learner_is_overtaken():
 
 def test_fast_weight_memory_against_loops():
     """Writing and reading of Schlag et al. (2021), entry by entry."""
-    learner = vsml.FastWeightMemory(ARGS, 4, 3, memory=3)
+    learner = vsml.FastWeightMemory(4, 3, feed_label=True, memory=3)
     theta = torch.randn(1, sum(map(math.prod, learner.shapes.values())), generator=torch.Generator().manual_seed(0))
     q = {name: value[0] for name, value in learner.params(theta).items()}
     keys, x, y = some_data(1, 1, 5, 4, 3)
@@ -408,7 +438,7 @@ def test_fast_weight_memory_against_loops():
 
 
 def test_hebbian_fast_weights_follow_ojas_rule():
-    learner = vsml.Hebbian(ARGS, 4, 3)
+    learner = vsml.Hebbian(4, 3)
     theta = learner.init(torch.Generator().manual_seed(0))[None] + 0.3 * torch.randn(
         1, 10 * 3 * 2 + 4, generator=torch.Generator().manual_seed(1)
     )
@@ -431,8 +461,7 @@ def test_hebbian_fast_weights_follow_ojas_rule():
 
 
 def test_in_context_rnn_is_torchs_lstm():
-    args = replace(ARGS, rnn_size=5, micro_ticks=1)
-    learner = vsml.InContextRNN(args, 4, 3)
+    learner = vsml.InContextRNN(4, 3, size=5, ticks=1, feed_label=True)
     theta = torch.randn(1, sum(map(math.prod, learner.shapes.values())), generator=torch.Generator().manual_seed(0))
     params = learner.params(theta)
     cell = torch.nn.LSTMCell(4 + 3 + 3, 5)
@@ -578,7 +607,7 @@ def test_meta_test_of_a_checkpoint(finished, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["es", "backprop"])
 def test_two_processes_end_in_the_numbers_of_one(optimizer, tmp_path):
-    flags = f"--meta-optimizer {optimizer} --run-name"
+    flags = f"--meta-optimizer {optimizer} --persistent 3 --run-name"
     assert command(tmp_path, f"{flags} one").returncode == 0
     two = command(tmp_path, f"{flags} two", launcher=TORCHRUN)
     assert two.returncode == 0, two.stderr
@@ -592,7 +621,7 @@ def test_two_processes_end_in_the_numbers_of_one(optimizer, tmp_path):
 def test_a_population_that_two_processes_cannot_share(tmp_path):
     wrong = command(tmp_path, "--meta-optimizer es --population 3", launcher=TORCHRUN)
     assert wrong.returncode != 0
-    assert "--population 3 cannot be shared evenly by 2 processes; choose a multiple of 2" in wrong.stderr
+    assert "--population cannot be shared by 2 processes and all datasets; choose a multiple of 2" in wrong.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -770,7 +799,6 @@ MISTAKES = {
     "--run-name {done}": "is not a name",
     "--learner clone": "use --preset clone",
     "--baselines backprop": "clone and backprop learn from batches",
-    "--persistent 2 --meta-optimizer es": "--persistent is for --meta-optimizer backprop",
     "--conv 8 --dataset wine": "Convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
@@ -779,6 +807,7 @@ MISTAKES = {
     "--meta-steps 0": "--meta-steps has to be from 1 to",
     "--backprop-lr inf": "--backprop-lr has to be from",
     "--logit-slot 8": "--logit-slot has to be below --message-size 8",
+    "--dataset digits wine --sizes 4 8 --sequences 3": "--sequences cannot be shared by 1 processes .*; choose a multiple of 4",
     "--device cuda": "There is no CUDA device",
 }
 
