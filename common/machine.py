@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+VECTOR_FLAGS = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mavx512vnni")
+VECTOR_FLAGS += ("-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+
+
 def can_compile() -> bool:
     """Whether torch.compile works on this CPU: it needs a C++ compiler, OpenMP and Python's
     headers. Takes 0.1 s."""
@@ -27,9 +32,19 @@ def can_compile() -> bool:
     compiler = next((name for name in compilers if name and shutil.which(name)), None)
     if compiler is None:
         return False
-    command = [compiler, "-fsyntax-only", "-I", sysconfig.get_paths()["include"], "-x", "c++", "-"]
-    source = b"#include <omp.h>\n#include <Python.h>\n"
-    return subprocess.run(command, input=source, capture_output=True).returncode == 0
+    command = [compiler, "-fsyntax-only", "-I", sysconfig.get_paths()["include"], "-x", "c++"]
+
+    def compiles(*flags: str) -> bool:
+        source = b"#include <omp.h>\n#include <Python.h>\n"
+        done = subprocess.run([*command, *flags, "-"], input=source, capture_output=True)
+        return done.returncode == 0
+
+    # torch compiles and loads six libraries, in 9 seconds, to see whether the compiler knows the
+    # CPU's vector instructions. It need not if the compiler knows all of them.
+    if platform.machine() in ("x86_64", "AMD64") and compiles(*VECTOR_FLAGS):
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        return True
+    return compiles()
 
 
 def keep_memory() -> None:
