@@ -1362,11 +1362,13 @@ def load_classifier(
     device: torch.device | str = "cpu",
 ) -> Classifier:
     """See Classifier."""
-    saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), args=dict, state=dict)
+    saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = VSML(Args(**saved["args"]))
-    except TypeError as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.") from error
+        learner = VSML(Args(**saved["args"])) if saved["method"] == METHOD else None
+    except TypeError:
+        learner = None
+    if learner is None:
+        raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
     checkpoints.restore({"thetas": {"vsml": theta}}, saved["state"])
     return Classifier(learner, theta.to(device), num_classes, seed)

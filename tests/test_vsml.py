@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
+from sklearn.datasets import load_wine
 
 import vsml
 from common import cells, checkpoints
@@ -514,6 +516,95 @@ def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
         late = [vsml.curve(args, x, thetas["vsml"], unseen, 24)[0][:, 50:].mean() for x in (learner, WithoutError(args))]
     assert late[0] > 0.4
     assert late[1] < 0.15
+
+
+# ---- from Python -------------------------------------------------------------------------------------------------------
+def wine():
+    data = load_wine()
+    x = (data.data - data.data.mean(0)) / data.data.std(0)
+    order = np.random.default_rng(0).permutation(len(x))
+    return x[order], data.target[order]
+
+
+def test_the_shipped_learner_learns_wine():
+    x, y = wine()
+    learner = vsml.VSML.load("pretrained")
+    learner.learn(x[:133], y[:133])
+    probabilities = learner.predict(x[133:])
+    assert probabilities.shape == (45, 3)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(45))
+    assert (probabilities.argmax(1).numpy() == y[133:]).mean() > 0.85
+
+    again = vsml.VSML.load("pretrained", num_classes=3)
+    for x_t, y_t in zip(x[:133], y[:133], strict=True):  # one by one, with predictions in between
+        again.predict(x_t)
+        again.learn(x_t, y_t)
+    torch.testing.assert_close(again.predict(x[133:]), probabilities)
+    again.reset()
+    assert (again.predict(x[133]) - probabilities[0]).abs().max() > 0.1
+
+
+def test_learners_side_by_side_are_independent():
+    x, y = wine()
+    both = vsml.VSML.load("pretrained", num_classes=3)
+    both.learn(np.stack([x[:20], x[20:40]]), np.stack([y[:20], y[20:40]]))
+    one = vsml.VSML.load("pretrained", num_classes=3)
+    one.learn(x[:20], y[:20])
+    torch.testing.assert_close(both.predict(x[None, 40:45].repeat(2, 0))[0], one.predict(x[40:45]))
+
+
+def test_a_user_of_the_class_is_told_what_is_wrong(tmp_path):
+    learner = vsml.VSML.load("pretrained")
+    with pytest.raises(vsml.UserError, match="number of classes is not known"):
+        learner.predict(np.zeros(4))
+    learner.learn(np.zeros((2, 4)), [0, 1])
+    for x, y in ((np.zeros(4), 2), (np.zeros(4), -1), (np.zeros(4), 0.5), (np.zeros((2, 4)), [0]), (np.zeros(5), 0)):
+        with pytest.raises(vsml.UserError):
+            learner.learn(x, y)
+    for x in (np.zeros((0, 4)), np.full(4, np.nan), np.zeros((1, 1, 1, 4))):
+        with pytest.raises(vsml.UserError, match="finite numbers"):
+            learner.predict(x)
+    checkpoints.write(tmp_path / "fme.pt", {"method": "fme", "args": {}, "state": {}})
+    with pytest.raises(vsml.UserError, match="is not a checkpoint of this vsml.py"):
+        vsml.VSML.load(tmp_path / "fme.pt")
+    with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):
+        vsml.VSML.load(tmp_path / "none.pt")
+
+
+# ---- the thesis' preset ------------------------------------------------------------------------------------------------
+THESIS = dict(  # appendix B.3.2 and section 3.4.2, but where a comment says so
+    state_size=16, message_size=8, micro_ticks=2, hidden=(), logit_bound=100.0, logit_slot=0, state_init="normal",
+    logit_scale=1.0, feed_label=False, backward_pass=False, norm_messages=False, projected=0.0, permuted_labels=0.0,
+    meta_optimizer="es", population=1024, noise_std=0.05, es_lr=0.025, meta_steps=10_000, sequence_length=500,
+    persistent=1, rank_shaping=False, lr_decay=False, rnn_size=16, meta_loss="mean", dataset=("mnist",), sizes=(),
+    forget_bias=5.0, input_bias=-5.0,  # the release
+    test_steps=2000,  # Figure 3.8
+    test_seeds=128,  # Figure 3.6
+    generated_size=28,  # the release
+)  # fmt: skip
+OMNIGLOT = dict(dataset=("omniglot",), classes=(5,), shots=1, meta_loss="last", feed_label=True, backward_pass=True)
+OMNIGLOT |= dict(meta_steps=100_000, rnn_size=128, sizes=(28,), test_seeds=400)  # the release
+ROWS = {  # row and number of the command at the thesis preset -> what differs from THESIS
+    ("V3", 0): {},
+    ("V4", 0): dict(sizes=(14, 28, 32), classes=(3, 4, 6, 7), projected=1.0, test_seeds=32),
+    ("V5", 0): dict(projected=1.0, test_seeds=32, dataset=("fashion_mnist", "kmnist", "emnist", "random")),
+    ("V5", 5): dict(projected=0.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random")),
+    ("V5", 6): dict(projected=1.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random"), augment_baselines=True),
+    ("V5", 7): dict(projected=0.5, augment_baselines=True),
+    ("V7", 0): OMNIGLOT,
+    ("V9", 1): dict(conv=(8,), feed_label=True, backward_pass=True),
+    ("V9", 2): dict(dataset=("cifar10",), conv=(8,), feed_label=True, backward_pass=True, test_steps=10_000),
+}
+
+
+@pytest.mark.parametrize(("row", "number"), ROWS, ids=str)
+def test_rows_at_the_thesis_preset_have_the_thesis_numbers(row, number):
+    import reproduce
+
+    _, *flags = list(reproduce.ROWS[row].commands("thesis").values())[number].split()
+    args = tyro.cli(vsml.Args, args=flags, default=vsml.Args(**vsml.PRESETS["thesis"]))
+    expected = THESIS | ROWS[row, number]
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
