@@ -84,9 +84,8 @@ class Args:
     """VSML (chapter 3): meta-learn a learning algorithm, then watch it learn unseen datasets."""
 
     preset: Literal["auto", "thesis", "release", "laptop", "clone"] = "auto"
-    """thesis: the thesis' numbers; release: those of the authors' code where it differs; laptop:
-    minutes on 2 cores; auto: thesis if there is a CUDA device, else laptop; clone: learning-algorithm
-    cloning (section 3.3.2)."""
+    """thesis: the thesis' numbers; release: the authors' where they differ; laptop: minutes on 2 cores; auto:
+    thesis if there is a CUDA device, else laptop; clone: learning-algorithm cloning (section 3.3.2)."""
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -113,16 +112,15 @@ class Args:
     """Meta-steps between checkpoints."""
 
     learner: Name = "vsml"
-    """What learns at meta-test time. Meta-trained: vsml, rnn (in-context RNN), hebbian (fast weights),
-    fwmemory (fast-weight memory). By hand: sgd and adam (one layer), sgd2 and adam2 (two layers), at
-    the rate that is best on the train split of each test dataset; sgd_1e-2 and adam_1e-3 at the
-    thesis' rates. For --preset clone: clone, and the backprop that it imitates."""
+    """What learns at meta-test time. Meta-trained: vsml, rnn (in-context), hebbian (fast weights), fwmemory
+    (fast-weight memory). sgd and adam (one layer), sgd2 and adam2 (two): at the best rate on the train split of
+    each test dataset; sgd_1e-2, adam_1e-3: at the thesis' rates. For --preset clone: clone, and backprop."""
     baselines: tuple[Name, ...] = ("rnn", "sgd", "adam", "sgd_1e-2", "adam_1e-3")
     """Learners trained and tested beside the first one, on the same number of meta-steps."""
 
     dataset: tuple[str, ...] = ("mnist",)
-    """Datasets to meta-train on (train splits): names, or files of your own, my.npz with the arrays
-    x_train y_train x_test y_test (section 3.4.2: mnist; digits needs no download)."""
+    """Datasets to meta-train on: names, or files, my.npz with the arrays x_train y_train x_test y_test (section
+    3.4.2: mnist; digits needs no download)."""
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape."""
     sizes: tuple[Side, ...] = ()
@@ -134,8 +132,8 @@ class Args:
     shots: CountOrZero = 0
     """Few-shot episodes: this many examples of each class, then one more (Figure B.9: 1); 0: none."""
     projected: Share = 0.0
-    """Share of VSML's meta-training tasks with randomly projected inputs (section 3.4.2: none;
-    sections 3.4.3, 3.4.4: all; the release, where it projects: half)."""
+    """Share of VSML's meta-training tasks with randomly projected inputs (section 3.4.2: none; 3.4.3, 3.4.4: all;
+    the release, where it projects: half)."""
     permuted_labels: Share = 0.0
     """The same for permuted labels (for --augment-baselines: VSML treats all labels alike)."""
     augment_baselines: bool = False
@@ -166,17 +164,13 @@ class Args:
     logit_slot: CountOrZero = 0
     """The entry of the message that is read as a logit (section 3.3: the first; the release: 1)."""
     feed_label: bool = False
-    """Feed the one-hot label beside the error, to VSML and to the RNN (not in the thesis; the
-    release does for deep networks)."""
+    """Feed the one-hot label beside the error, to VSML and the RNN (not the thesis; the release, deep networks)."""
     backward_pass: bool = False
-    """Let the layers tick in reverse order right after the error is known (not in the thesis; the
-    release, convolutions and Omniglot)."""
+    """Let the layers tick in reverse order once the error is known (not the thesis; the release, convolutions)."""
     norm_messages: bool = False
-    """Layer norm with scale and offset on the messages of each sub-RNN (not in the thesis; the
-    release, deep networks and backprop)."""
+    """Layer norm on the messages of each sub-RNN (not the thesis; the release, deep networks and backprop)."""
     state_init: Literal["normal", "half"] = "normal"
-    """normal: all states standard normal (appendix B.3.2); half: half of c is N(0, 1/a), all else
-    zero (the release)."""
+    """normal: all states standard normal (appendix B.3.2); half: half of c N(0, 1/a), all else zero (the release)."""
     forget_bias: Real = 5.0
     """Added to the LSTM's forget gate (not in the thesis; the release)."""
     input_bias: Real = -5.0
@@ -205,8 +199,7 @@ class Args:
     sequences: Count = 128
     """backprop: sequences in a batch (not in the thesis; the release)."""
     block: Count = 25
-    """backprop: examples between the states that are kept; the rest is computed again, which bounds
-    memory."""
+    """backprop: examples between the states that are kept; the others are computed again, to bound memory."""
     backprop_lr: Positive = 1e-3
     """backprop: Adam's learning rate (not in the thesis; the release)."""
     rnn_lr: Positive | None = None
@@ -223,8 +216,7 @@ class Args:
     test_datasets: tuple[str, ...] = ()
     """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
     split: Literal["test", "validation"] = "test"
-    """Splits to meta-test on. validation, a tenth of each train split that meta-training never has,
-    is for choices: of settings, presets, or when to stop."""
+    """Splits to meta-test on. validation, a tenth of each train split, is for choices: meta-training never has it."""
     test_sizes: tuple[Side, ...] = ()
     """Sides of the meta-test images in pixels (default: as they are)."""
     test_classes: Count | None = None
@@ -1290,7 +1282,7 @@ class Classifier:
         probabilities = learner.predict(x_test)
 
     checkpoint: "pretrained", or a checkpoint.pt of this script. num_classes: how many there are
-    (default: found in the first labels, one more than the largest). seed: decides the initial states.
+    (default: one more than the largest of the first labels). seed: decides the initial states.
     Raises CheckpointError for what is no checkpoint of a VSML learner.
 
     Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for

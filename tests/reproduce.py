@@ -119,10 +119,14 @@ VSML = {
         [at("clone", task, run=run) > accuracy - 0.02 for run, task, accuracy in CLONED]),
     "V2": Row("Fig. B.1", "errors of the cloned tanh(x) w are small", "V1.0", [fact("", "error") < 0.1]),
     "V3": Row("Fig. 3.6", "faster at first than SGD, Adam; RNN overfits",
-        "vsml.py --dataset mnist --test-datasets mnist fashion_mnist",
-        [*higher("vsml", ["sgd", "adam"], BOTH, 100), *rises("vsml", ["fashion_mnist"]),
+        {"": "vsml.py --dataset mnist --test-datasets mnist fashion_mnist", "digits": "V9.0"},
+        lambda preset: [*higher("vsml", ["sgd", "adam"], BOTH, 100), *rises("vsml", ["fashion_mnist"]),
          *higher("vsml", ["rnn"], ["fashion_mnist"]),
-         at("rnn", "mnist") - at("rnn", "fashion_mnist") > at("vsml", "mnist") - at("vsml", "fashion_mnist")]),
+         at("rnn", "mnist") - at("rnn", "fashion_mnist") > at("vsml", "mnist") - at("vsml", "fashion_mnist"),
+         *(claim for task in BOTH * (preset == "laptop") for claim in (
+            *higher("vsml", ["sgd", "adam"], [task], 100, "digits"),
+            at("vsml", task, 1000, "digits") > at("vsml", task, 400, "digits")))],
+        "vsml.py --dataset mnist --test-datasets mnist fashion_mnist"),
     "V4": Row("Fig. 3.7", "unseen sizes, classes, projections: no drop",
         f"{ROBUST} --sizes 7 10 --classes 3 6 --test-seeds 16",
         [at("vsml", f"mnist {change}") > at("vsml", "mnist") - 0.05 for change in CHANGES],
@@ -297,13 +301,15 @@ GPICL = {
     "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
         {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
          "shallow": "vsml.py --baselines --test-datasets digits",
-         "deep": "vsml.py --hidden 16 --backward-pass --baselines --test-datasets digits"},
+         **{f"{depth} hidden": f"vsml.py --hidden {'16 ' * depth}--backward-pass --baselines --test-datasets digits"
+            for depth in (1, 2, 3)}},
         per({preset: [name] for preset, name in SET.items()}, lambda task: [
             *(reached(task, "task", f"weight_decay {decay}") < 0.2 for decay in ("0.01", "0.1", "1")),
-            at("vsml", task, run="deep") < at("vsml", task, run="shallow")]),
+            at("vsml", task, run="1 hidden") < at("vsml", task, run="shallow")]),
         {**sweep(f"{UNIFORM} --num-tasks 1024 --meta-optimizer adamw", weight_decay=["0.01", "0.1", "1"]),
          "shallow": "vsml.py --dataset mnist --baselines --test-datasets mnist",
-         "deep": "vsml.py --dataset mnist --hidden 32 --backward-pass --baselines --test-datasets mnist"}),
+         **{f"{depth} hidden": f"vsml.py --dataset mnist --hidden {'32 ' * depth}--feed-label --norm-messages --baselines "
+                               "--test-datasets mnist" for depth in (1, 2, 3)}}),
 }
 
 GOAL = "hidden_goal:8"

@@ -929,33 +929,29 @@ def full_run(run_dir, name, flags, metric="cumulative_accuracy"):
     line = [sys.executable, str(ROOT / "vsml.py"), "--run-dir", str(run_dir), "--run-name", name, "--data-dir", str(DATA)]
     start = time.time()
     subprocess.run([*line, *flags.split()], check=True, cwd=run_dir)
-    found = [row for row in rows(run_dir / name) if row["metric"] == metric]
-    return {(row["learner"], row["task"], row["step"]): row["mean"] for row in found}, time.time() - start
+    chosen = [row for row in rows(run_dir / name) if row["metric"] == metric]
+    return {(row["learner"], row["task"], row["step"]): row["mean"] for row in chosen}, time.time() - start
 
 
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
-    """`python vsml.py`, and its checkpoint on full-size data that it never saw if MNIST and Fashion-MNIST are at hand."""
-    found, seconds = full_run(tmp_path, "laptop", "--preset laptop")
+    """`python vsml.py`, and its checkpoint on MNIST and Fashion-MNIST, which it never saw, where they are at hand."""
+    means, seconds = full_run(tmp_path, "laptop", "--preset laptop")
     assert seconds < 300
-    assert found["vsml", "digits", 100] >= 0.72 and found["vsml", "digits", 400] >= 0.80
-    assert found["vsml", "digits", 100] > max(found["sgd", "digits", 100], found["adam", "digits", 100])
-    assert found["rnn", "digits", 100] > 0.9  # it knows what it was trained on, and nothing else
-    for task, steps, majority in (
-        ("wine", 45, 0.4),
-        ("breast_cancer", 100, 0.64),
-        ("random", 1000, 0.2),
-        ("sum_sign", 1000, 0.6),
-    ):
-        assert found["vsml", task, steps] > majority + 0.2 > majority > found["rnn", task, steps], task
+    assert means["vsml", "digits", 100] >= 0.72 and means["vsml", "digits", 400] >= 0.84
+    assert means["vsml", "digits", 100] > max(means["sgd", "digits", 100], means["adam", "digits", 100])
+    assert means["rnn", "digits", 100] > 0.9  # it knows what it was trained on, and nothing else
+    floors = (("wine", 45, 0.4), ("breast_cancer", 100, 0.64), ("random", 1000, 0.2), ("sum_sign", 1000, 0.6))
+    for task, steps, majority in floors:
+        assert means["vsml", task, steps] > majority + 0.2 > majority > means["rnn", task, steps], task
     if not (DATA / "FashionMNIST").exists():
         pytest.skip("no MNIST and Fashion-MNIST in CLEANMETA_DATA")
     flags = f"--mode test --checkpoint {tmp_path / 'laptop' / 'checkpoint.pt'} --test-datasets mnist fashion_mnist"
-    found, _ = full_run(tmp_path, "full-size", flags)
-    for task in ("mnist", "fashion_mnist"):
-        assert found["vsml", task, 1000] >= 0.6 and found["vsml", task, 1000] > found["vsml", task, 500]
-        assert found["vsml", task, 100] > max(found["sgd", task, 100], found["adam", task, 100])
-        assert found["rnn", task, 1000] < 0.3
+    means, _ = full_run(tmp_path, "full-size", flags)
+    for task, floor in (("mnist", 0.66), ("fashion_mnist", 0.58)):
+        assert means["vsml", task, 1000] >= floor and means["vsml", task, 1000] > means["vsml", task, 400]
+        assert means["vsml", task, 100] > max(means["sgd", task, 100], means["adam", task, 100])
+        assert means["rnn", task, 1000] < 0.3
 
 
 @pytest.mark.slow
