@@ -15,6 +15,7 @@ Learning Backpropagation And Improving It" (NeurIPS 2021). Results: .github/resu
     Algorithm 8    -> meta_train, around rollout and one_example
     Algorithm 13   -> rollout
     Section 3.3.2  -> Backprop, Clone, clone_gradient (learning-algorithm cloning)
+    Appendix B.2.1 -> synapses (its curriculum)
 
     python vsml.py                                     # meta-train, then learn unseen data
     python vsml.py --mode test --checkpoint pretrained --test-datasets mnist fashion_mnist
@@ -220,7 +221,7 @@ class Args:
     test_sizes: tuple[Side, ...] = ()
     """Sides of the meta-test images in pixels (default: as they are)."""
     test_classes: Count | None = None
-    """Meta-test on this many classes of each dataset that has more."""
+    """Meta-test on this many classes of each dataset."""
     test_steps: Count = 2000
     """Examples, or batches, in a meta-test rollout; at most once through a dataset (Figure 3.8)."""
     repeat_examples: bool = False
@@ -260,12 +261,14 @@ LAPTOP = dict(
     test_steps=1000,  # seconds
     test_seeds=32,  # likewise
 )
-RELEASE = dict(  # deep networks: --feed-label --norm-messages; convolutions, Omniglot: --backward-pass too
+# Further, deep networks: --feed-label --norm-messages; convolutions: --backward-pass too; Omniglot:
+# --feed-label --backward-pass; the RNN has the label always.
+RELEASE = dict(
     logit_slot=1,
     state_init="half",
     rnn_size=128,
 )
-CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell is ours (see the results page)
+CLONE = dict(  # section 3.3.2; settings without a source are ours, which appendix B.3.1 leaves open
     learner="clone",
     baselines=("backprop",),
     dataset=("digits",),  # needs no download
@@ -276,8 +279,9 @@ CLONE = dict(  # section 3.3.2; what appendix B.3.1 does not tell is ours (see t
     meta_steps=2000,
     backprop_lr=1e-2,
     lr_decay=True,
-    test_steps=700,
-    test_seeds=1,
+    clip=1.0,
+    test_steps=700,  # as many as settle the curves
+    test_seeds=1,  # 2,000 test examples each time
 )
 PRESETS = {"thesis": {}, "release": RELEASE, "laptop": LAPTOP, "clone": CLONE}
 
@@ -328,7 +332,7 @@ class VSML(Learner):
         return linear(params, name, h.mean(axis))
 
     def predict(self, params: Params, layers: list[Layer], x: Tensor) -> tuple[list[Layer], Tensor]:
-        """The layers 1, ..., K in sequence (the blue box of Algorithm 8)."""
+        """The layers 1, ..., K in sequence (the loop over layers of Algorithm 8)."""
         layers = list(layers)
         fwd_msg = F.pad(x[..., None], (0, self.args.message_size - 1))  # m_a1^(1) := x_a
         for k, wires in enumerate(self.wiring(x.shape[-1], layers[-1].bwd_msg.shape[2])):
@@ -451,8 +455,8 @@ def rollout(
     the predictions, each made before its label was seen. block: for gradients, keep the states of so
     many examples at a time and compute the others again.
     """
-    if learner.whole:
-        return learner.whole(theta, state, x, y)
+    if learner.rollout_fn:
+        return learner.rollout_fn(theta, state, x, y)
     if block and block < y.shape[2]:
         return in_blocks(learner, theta, state, x, y, block)
     step = learner.step or partial(one_example, learner)
@@ -471,25 +475,26 @@ Gradient = tuple[Tensor, Tensor, Tensor]  # the meta-gradient (d,), mean loss, m
 
 
 def meta_loss(args: Args, losses: Tensor) -> Tensor:
-    """What is minimised of a rollout's losses (..., t): their mean, or the last (appendix B.3.2)."""
+    """What is minimised of a rollout's losses (..., t): their mean (Algorithm 8: their sum, the same to
+    Adam), or the last (appendix B.3.2)."""
     return losses[..., -1] if args.meta_loss == "last" else losses.mean(-1)
 
 
 def es_gradient(
-    args: Args, learner: Learner, theta: Tensor, tasks: list[Tasks], step: int, memory: Any = None
+    args: Args, learner: Learner, theta: Tensor, datasets: list[Tasks], step: int, memory: Any = None
 ) -> Gradient:
     """The meta-gradient by evolution strategies. Both members of an antithetic pair learn from the
     same initial states and examples."""
-    chunk = args.chunk or even_chunk(args, tasks)
-    tasks_of_chunks = iter(tasks_in_blocks(args, tasks, step, chunk))
+    chunk = even_chunk(args, datasets)
+    tasks_of_chunks = iter(tasks_in_blocks(args, datasets, step, chunk))
     accuracy = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        now = next(tasks_of_chunks)
+        tasks = next(tasks_of_chunks)
         ids = step * args.population + pairs[: len(pairs) // 2]
-        x, y = now.sample(ids, ids, now.episode or args.sequence_length)
-        keys = now.keys(ids, 3).repeat(2, 1)[:, None]
-        state = learner.initial_state(keys, now.num_inputs, now.num_classes)
+        x, y = tasks.sample(ids, ids, tasks.episode or args.sequence_length)
+        keys = tasks.keys(ids, 3).repeat(2, 1)[:, None]
+        state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         x, y = x.repeat(2, 1, 1)[:, None], y.repeat(2, 1)[:, None]  # p, s = 1, t
         _, losses, correct = rollout(learner, population, state, x, y)
         accuracy.append(meta_loss(args, correct.float()).mean())
@@ -509,14 +514,15 @@ def es_gradient(
 
 
 def backprop_gradient(
-    args: Args, learner: Learner, theta: Tensor, tasks: list[Tasks], step: int, memory: list[dict]
+    args: Args, learner: Learner, theta: Tensor, datasets: list[Tasks], step: int, memory: list[dict]
 ) -> Gradient:
     """The meta-gradient by backpropagation through a batch of rollouts, of equal numbers from each
     dataset. memory: what each keeps from one meta-step to the next."""
     theta = theta.detach().requires_grad_()
     results = []
-    for now, kept in zip(tasks, memory, strict=True):
-        state, x, y = next_batch(args, learner, now, step, args.sequences // len(tasks), kept)
+    sequences = args.sequences // len(datasets)
+    for tasks, kept in zip(datasets, memory, strict=True):
+        state, x, y = next_batch(args, learner, tasks, step, sequences, kept)
         state, losses, correct = rollout(learner, theta[None], state, x[None], y[None], args.block)
         if kept:
             kept["state"] = tree_map(lambda v: es.all_gather(v.detach(), axis=1), state)
@@ -534,7 +540,7 @@ def meta_train(
     args: Args,
     learners: dict[str, Learner],
     thetas: dict[str, Tensor],
-    tasks: dict[str, list[Tasks]],
+    datasets: dict[str, list[Tasks]],
     run: "Run",
     keep: dict[str, Any],
 ) -> None:
@@ -544,21 +550,20 @@ def meta_train(
     rate = args.es_lr if args.meta_optimizer == "es" else args.backprop_lr
     rates = {name: getattr(args, f"{name}_lr", None) or rate for name in learners}
     adam = {name: torch.optim.Adam([thetas[name]], rates[name]) for name in learners}  # 0.9, 0.999
-    memory = {name: new_memory(args, learners[name], tasks[name]) for name in learners}
+    memory = {name: new_memory(args, learners[name], datasets[name]) for name in learners}
 
     keep = {"thetas": thetas, "adam": adam, "memory": memory} | keep
     for step in run.steps(args.meta_steps if learners else 0, keep):
         metrics = {}
         for name, learner in learners.items():
             estimate = clone_gradient if name == "clone" else gradient
-            grad, loss, accuracy = estimate(
-                args, learner, thetas[name], tasks[name], step, memory[name]
+            thetas[name].grad, loss, accuracy = estimate(
+                args, learner, thetas[name], datasets[name], step, memory[name]
             )
-            thetas[name].grad = grad
             decay = 1 - step / args.meta_steps if args.lr_decay else 1
             adam[name].param_groups[0]["lr"] = rates[name] * decay
             adam[name].step()  # theta <- theta - alpha * the gradient of the rollout's loss
-            metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+            metrics |= {f"{name}_loss": loss, f"{name}_{'explained' if name == 'clone' else 'accuracy'}": accuracy}
         run.log(step, metrics)
 
 
@@ -612,26 +617,27 @@ def in_blocks(
 # ======================================================================================================================
 # Which rollouts: datasets side by side, persistent states (appendix B.2.2, future work)
 # ======================================================================================================================
-def new_memory(args: Args, learner: Learner, tasks: list[Tasks]) -> list[dict[str, Any]]:
-    """What each dataset keeps from one meta-step to the next, before the first: states of rollouts
+def new_memory(args: Args, learner: Learner, datasets: list[Tasks]) -> list[dict[str, Any]]:
+    """What is kept of each dataset from one meta-step to the next, before the first: states of rollouts
     (--persistent) or of networks (cloning)."""
     cloning = isinstance(learner, Clone)
-    size = CLONE_BUFFER if cloning else args.sequences // len(tasks) * (args.persistent > 1)
+    size = CLONE_BUFFER if cloning else args.sequences // len(datasets) * (args.persistent > 1)
     memory = []
-    for now in tasks if size else ():
-        keys = now.keys(torch.arange(size, device=now.dataset.device), 3)
-        state = learner.initial_state(keys[:, None] if cloning else keys[None], now.num_inputs, now.num_classes)
+    for tasks in datasets if size else ():
+        keys = tasks.keys(torch.arange(size, device=tasks.dataset.device), 3)
+        keys = keys[:, None] if cloning else keys[None]
+        state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         memory.append({"state": tree_map(Tensor.clone, state)})
-    return memory or [{} for _ in tasks]
+    return memory or [{} for _ in datasets]
 
 
-def tasks_in_blocks(args: Args, tasks: list[Tasks], step: int, chunk: int) -> list[Tasks]:
-    """Of the chunks of this process, in evolution strategies: equal blocks of pairs have one dataset each,
-    in turns, if there are more blocks than datasets."""
-    blocks = num_blocks(args.population, len(tasks))
-    mine = es.share(args.population)
-    numbers = (step * blocks + pair * blocks // args.population for pair in mine[::chunk])
-    return [tasks[number % len(tasks)] for number in numbers]
+def tasks_in_blocks(args: Args, datasets: list[Tasks], step: int, chunk: int) -> list[Tasks]:
+    """Of the chunks of this process, in evolution strategies. Equal blocks of pairs have one dataset each;
+    which one, changes with the generation where there are more blocks than datasets."""
+    blocks = num_blocks(args.population, len(datasets))
+    pairs = es.share(args.population)
+    numbers = (step * blocks + pair * blocks // args.population for pair in pairs[::chunk])
+    return [datasets[number % len(datasets)] for number in numbers]
 
 
 def num_blocks(population: int, datasets: int) -> int:
@@ -639,11 +645,11 @@ def num_blocks(population: int, datasets: int) -> int:
     return next((n for n in divisors if n >= datasets), population)
 
 
-def even_chunk(args: Args, tasks: list[Tasks]) -> int:
+def even_chunk(args: Args, datasets: list[Tasks]) -> int:
     """How many pairs to run at once: always the same number, so that one compilation does, and a divisor of
     a block's and of a process's number."""
-    block = args.population // num_blocks(args.population, len(tasks))
-    limit = min(at_once(args, now) for now in tasks) // 2
+    block = args.population // num_blocks(args.population, len(datasets))
+    limit = args.chunk or min(batch_size(args, tasks) for tasks in datasets) // 2
     pairs = math.gcd(block, len(es.share(args.population)))
     return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or c <= limit))
 
@@ -807,11 +813,14 @@ class OnlineSGD(Learner):
         return layers, inputs, t + 1
 
 
+RATES = torch.linspace(-4, 0, 17)  # log10
+
+
 def search_rate(args: Args, learner: OnlineSGD, tasks: Tasks) -> Tensor:
-    """The rate, of four in each factor of ten, with the best accuracy on these tasks, of a train split
-    (appendix B.3.2 searches on MNIST). The rates are members of a population."""
-    grid = torch.linspace(-4, 0, 17, device=tasks.dataset.device)[:, None]
-    length = tasks.episode or min(1000, args.test_steps)
+    """The rate, of four in each factor of ten, with the best accuracy in rollouts of up to 1,000 examples of
+    a train split (appendix B.3.2 searches on MNIST). The rates are members of a population."""
+    grid = RATES.to(tasks.dataset.device)[:, None]
+    length = tasks.episode or min(1000, args.test_steps, one_pass(tasks))
     ids = torch.arange(8 if length > 100 else 64, device=tasks.dataset.device)
     scores = []
     for part in ids.split(4):
@@ -827,14 +836,16 @@ def search_rate(args: Args, learner: OnlineSGD, tasks: Tasks) -> Tensor:
 # ======================================================================================================================
 # Learning-algorithm cloning (section 3.3.2)
 # ======================================================================================================================
-# Who scales what, so that weights of layers of any size stay in the range [-4, 4] of appendix B.3.1:
+# Who scales what, so that weights of layers of any size stay in the range of the LSTMs:
 #
-#                      the network (Backprop)                    its clone (Clone)
-#   forward            y_b = sum_a (tanh(x_a) w + b) / sqrt(a)   mean over a, times sqrt(a)
-#   error below        sum_b e_b w tanh'(x_a) / sqrt(a)          mean over b, times b / sqrt(a)
-#   update             w -= rate e_b tanh(x_a), b -= rate e_b    the same, read from the cell
-#   storage            w and b                                   w / 4 and b / 4 in two entries of c
-#   between batches    mean over the batch                       the same, clipped to [-4, 4]
+#                    the network (Backprop)                     its clone (Clone)
+#   forward          y_b = sum_a (tanh(x_a) w + b) / sqrt(a)    mean over a, times sqrt(a)
+#   error below      sum_b e_b w tanh'(x_a) / sqrt(a)           mean over b, times b / sqrt(a)
+#   update           w -= rate e_b tanh(x_a), b -= rate e_b     the same, read from the cell
+#   storage          w and b                                    w / 4 and b / 4 in two entries of c; h = tanh(c)
+#   of a batch       mean of the new w and b                    the same, of cells clipped to [-4, 4]
+#
+# So the update is gradient descent with the rate times sqrt(a) in each layer.
 class Weights(NamedTuple):
     """The state of one layer of a network that is trained in batches."""
 
@@ -941,12 +952,12 @@ class Clone(Backprop):
 
 
 def clone_gradient(
-    args: Args, learner: Clone, theta: Tensor, tasks: list[Tasks], step: int, memory: list[dict]
+    args: Args, learner: Clone, theta: Tensor, datasets: list[Tasks], step: int, memory: list[dict]
 ) -> Gradient:
     """Regress y, the error below, and the changes of w and b toward those of backpropagation on the
     same synapses. Returns the gradient (d,), the loss in units of the targets' variances, and the
     share of them that is explained."""
-    wb, x, error = synapses(args, learner, theta, tasks[0], step, memory[0]["state"])
+    wb, x, error = synapses(args, learner, theta, datasets[0], step, memory[0]["state"])
     theta = theta.detach().requires_grad_()
     answers = []
     for rules, params in ((learner, learner.params(theta[None])), (Backprop(args), {})):
@@ -955,7 +966,7 @@ def clone_gradient(
     ours, targets = answers
     loss = (((ours - targets) ** 2).mean(0) / targets.var(0)).mean()
     (grad,) = torch.autograd.grad(loss, theta)
-    return grad * (1 / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
+    return grad * (args.clip / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
 
 
 Synapses = tuple[Tensor, Tensor, Tensor]  # wb (1, count, 1, 1, 2), x and error (1, count, 1)
@@ -1023,15 +1034,21 @@ def test_ids(tasks: Tasks, count: int) -> Tensor:
     return FIRST_ID[tasks.dataset.split] + torch.arange(count, device=tasks.dataset.device)
 
 
-def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, at_once: int) -> tuple[Tensor, Tensor]:
+def one_pass(tasks: Tasks) -> int | float:
+    """How many examples a rollout can have without a repetition. `random` is there to be repeated."""
+    counts = tasks.dataset.counts
+    return math.inf if counts is None else int(counts.sort().values[: tasks.num_classes].sum())
+
+
+def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, size: int) -> tuple[Tensor, Tensor]:
     """Whether each prediction on unseen examples was correct (seeds, t), and its cross-entropy. Each
-    seed starts from its own random state. At most one pass through the data (`random` is there to
-    be repeated), or more with --repeat-examples. at_once: the rollouts in parallel."""
+    seed starts from its own random state. At most one pass through the data, or more with
+    --repeat-examples. size: the rollouts in parallel."""
     steps = tasks.episode or args.test_steps
-    if len(tasks.dataset) and not args.repeat_examples:
-        steps = min(steps, len(tasks.dataset))
+    if not args.repeat_examples:
+        steps = min(steps, one_pass(tasks))
     parts = []
-    for ids in test_ids(tasks, args.test_seeds).split(at_once):
+    for ids in test_ids(tasks, args.test_seeds).split(size):
         keys = tasks.keys(ids, 3)[None]
         state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         blocks = []
@@ -1048,9 +1065,9 @@ Curves = dict[str, dict[int, Tensor]]  # name of a metric -> step -> values (see
 Rows = list[dict[str, Any]]  # of results.json
 
 
-def online_curves(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, at_once: int) -> Curves:
+def online_curves(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, size: int) -> Curves:
     """After each example. Few-shot episodes have no cumulative accuracy: their shots are no predictions."""
-    correct, losses = curve(args, learner, theta, tasks, at_once)
+    correct, losses = curve(args, learner, theta, tasks, size)
     cumulative = correct.cumsum(1) / torch.arange(1, correct.shape[1] + 1, device=correct.device)
     curves = {} if tasks.episode else {"cumulative_accuracy": cumulative}
     curves |= {"accuracy": correct, "cross_entropy": losses}
@@ -1086,15 +1103,16 @@ def meta_test(
     args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
 ) -> tuple[Rows, dict[str, Any]]:
     """All learners on --split of all test datasets: result rows, further facts, and figures."""
-    rows, curves, facts = [], [], {"learning_rates": {}}
+    rows, curves, facts, fitted = [], [], {"learning_rates": {}}, {}
     pairs = list(product(tests, learners))
     for task, name in tqdm(pairs, desc="meta-test", disable=run.rank > 0):
         try:
-            fitted = replace(tests[task], dataset=fit(args, learners[name], tests[task]))
+            tasks = replace(tests[task], dataset=fit(args, learners[name], tests[task]))
         except DatasetError as error:
             run.info(f"{name} is left out on {task}: {error}")
             continue
-        measure = partial(measured, args, name, learners[name], thetas[name], fitted, task)
+        fitted.setdefault(task, {})[name] = tasks
+        measure = partial(measured, args, name, learners[name], thetas[name], tasks, task)
         some, points, rate = run.once(f"{task}, {name}", measure)
         rows += some
         curves += points
@@ -1113,11 +1131,12 @@ def meta_test(
         for task, steps in facts["overtaken"].items():
             for name, step in steps.items():
                 run.info(f"{task}: {LABELS[name]} overtakes {LABELS[args.learner]} after {step} examples.")
-        task, tasks = next(iter(tests.items()))
-        for name, rate in facts["learning_rates"].get(task, {}).items():
-            thetas[name] = thetas[name].new_tensor([math.log10(rate)])
-        shown = {name: learners[name] for name in (args.learner, "sgd", "adam") if name in learners}
-        facts["repeats"] = introspect(run.folder / "introspection.png", args, shown, thetas, tasks)
+        shown = [name for name in (args.learner, "sgd", "adam") if name in learners]
+        complete = [task for task in fitted if all(name in fitted[task] for name in shown)]
+        if complete:
+            tasks = fitted[complete[0]]
+            path = run.folder / "introspection.png"
+            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, tasks)
     return rows, facts
 
 
@@ -1133,7 +1152,7 @@ def measured(
         if isinstance(learner, OnlineSGD):
             theta = theta if name in FIXED_RATE else search_rate(args, learner, on_train(tasks))
             rate = theta.item()
-        curves = online_curves(args, learner, theta, tasks, at_once(args, tasks, name))
+        curves = online_curves(args, learner, theta, tasks, batch_size(args, tasks, name))
     novelty = "task" if tasks.dataset.source["name"] in args.dataset else "domain"
 
     rows, lines = [], []
@@ -1157,7 +1176,7 @@ def overtaken(ours: str, curves: Rows) -> dict[str, int]:
         means.setdefault(row["learner"], {})[row["step"]] = row["mean"]
     overtaken = {}
     for name, points in means.items():
-        ahead = [step for step in points if ours in means and means[ours][step] >= points[step]]
+        ahead = [step for step in points if ours in means and means[ours][step] > points[step]]
         if name != ours and ahead and ahead[-1] < max(points):
             overtaken[name] = min(step for step in points if step > ahead[-1])
     return overtaken
@@ -1194,7 +1213,10 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     inputs, outputs = learner.sizes
     if tasks.num_classes > outputs:
         raise DatasetError(f"it was made for {outputs} classes, and '{dataset.name}' has {tasks.num_classes}.")
-    side = math.isqrt(inputs // dataset.shape[0])
+    channels = 1 if math.isqrt(inputs) ** 2 == inputs else 3
+    side = math.isqrt(inputs // channels)
+    if len(dataset.shape) == 3 and dataset.shape[0] != channels:
+        dataset = dataset.reload(channels=channels)
     if dataset.num_inputs > inputs:
         return dataset.resize(side)
     return dataset.pad(side) if square(dataset) and len(dataset) else dataset
@@ -1205,48 +1227,66 @@ def square(dataset: Dataset) -> bool:
     return len(dataset.shape) == 3 and dataset.shape[1] == dataset.shape[2]
 
 
-def probabilities(learner: Learner, theta: Tensor, keys: Tensor, x: Tensor, y: Tensor, classes: int) -> Tensor:
+def probabilities(learner: Learner, theta: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> Tensor:
     """Of the classes (s, t, b), predicted in rollouts through x (s, t, a) and y (s, t)."""
-    state = learner.initial_state(keys[None], x.shape[-1], classes)
+    keys = tasks.keys(test_ids(tasks, len(x)), 3)[None]
+    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
     params, steps = learner.params(theta[None]), []
     for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
         state, logits = learner.predict(params, state, x_t[None])
         steps.append(logits[0].softmax(-1))
-        label = F.one_hot(y_t, classes).float()
+        label = F.one_hot(y_t, tasks.num_classes).float()
         state = learner.learn(params, state, (steps[-1] - label)[None], label[None])
     return torch.stack(steps, 1)
 
 
 def introspect(
-    path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: Tasks
+    path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: dict[str, Tasks]
 ) -> dict[str, float]:
     """Figures 3.9 and B.8: the probability of each class (rows) as examples arrive (columns); the true
     class is framed, the predicted one dotted. First two unseen examples of each class, one after the
     other, then a hundred random ones. Returns the share of second examples whose prediction is correct,
-    over at most --test-seeds rollouts."""
-    data, classes = tasks.dataset, tasks.num_classes
-    if not len(data) or data.counts.min() < 2:
+    over at most --test-seeds rollouts. Gradient descent has the rate of RATES that is best at that on the
+    train split."""
+    if any(not len(of.dataset) or of.dataset.counts.min() < 2 for of in tasks.values()):
         return {}
-    number = torch.arange(min(args.test_seeds, int(data.counts.min()) // 2), device=data.device)
-    first = (data.counts.cumsum(0) - data.counts)[:classes, None]
-    index = first + 2 * number[:, None, None] + torch.arange(2, device=data.device)
-    twice = data.inputs(index.flatten(1)), torch.arange(classes, device=data.device).repeat_interleave(2).expand(len(index), -1)
-    many = tasks.sample(test_ids(tasks, 1), test_ids(tasks, 1), min(100, len(data)))
-
     repeats = {}
     figure, axes = pyplot().subplots(
         len(learners), 2, figsize=(18, 2.4 * len(learners)), width_ratios=(1, 4), squeeze=False, layout="constrained"
     )
     for (name, learner), pair in zip(learners.items(), axes, strict=True):
-        for axis, (x, y) in zip(pair, (twice, many), strict=True):
-            p = probabilities(learner, thetas[name], tasks.keys(test_ids(tasks, len(x)), 3), x, y, classes)
-            repeats.setdefault(name, (p.argmax(-1) == y)[:, 1::2].float().mean().item())
-            axis.imshow(p[0].T.numpy(force=True), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        of, theta = tasks[name], thetas[name]
+        if isinstance(learner, OnlineSGD):
+            twice = twice_each(on_train(of), args.test_seeds)
+            score = partial(second_correct, learner, tasks=of, examples=twice)
+            theta = max(RATES.to(theta)[:, None], key=score)
+        examples = twice_each(of, args.test_seeds)
+        repeats[name] = second_correct(learner, theta, tasks=of, examples=examples)
+        many = of.sample(test_ids(of, 1), test_ids(of, 1), min(100, len(of.dataset)))
+        for axis, (x, y) in zip(pair, (examples, many), strict=True):
+            p = probabilities(learner, theta, of, x[:1], y[:1])[0].numpy(force=True)
+            axis.imshow(p.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axis.plot(y[0].numpy(force=True), "s", mfc="none", mec="tab:red", ms=7)
-            axis.plot(p[0].argmax(1).numpy(force=True), ".", color="black", ms=4)
+            axis.plot(p.argmax(1), ".", color="black", ms=4)
             axis.set(title=LABELS[name], xlabel="examples seen", ylabel="class")
     save(figure, path)
     return repeats
+
+
+def twice_each(tasks: Tasks, count: int) -> tuple[Tensor, Tensor]:
+    """x (s, t, a) and y (s, t) of at most `count` rollouts through two examples of each class, one after
+    the other."""
+    data, classes = tasks.dataset, tasks.num_classes
+    number = torch.arange(min(count, int(data.counts.min()) // 2), device=data.device)
+    first = (data.counts.cumsum(0) - data.counts)[:classes, None]
+    index = first + 2 * number[:, None, None] + torch.arange(2, device=data.device)
+    labels = torch.arange(classes, device=data.device).repeat_interleave(2)
+    return data.inputs(index.flatten(1)), labels.expand(len(index), -1)
+
+
+def second_correct(learner: Learner, theta: Tensor, tasks: Tasks, examples: tuple[Tensor, Tensor]) -> float:
+    p = probabilities(learner, theta, tasks, *examples)
+    return (p.argmax(-1) == examples[1])[:, 1::2].float().mean().item()
 
 
 def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> float:
@@ -1283,7 +1323,7 @@ class Classifier:
 
     checkpoint: "pretrained", or a checkpoint.pt of this script. num_classes: how many there are
     (default: one more than the largest of the first labels). seed: decides the initial states.
-    Raises CheckpointError for what is no checkpoint of a VSML learner.
+    Raises CheckpointError or UserError for what is no checkpoint of a VSML learner.
 
     Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
     several, one after the other, or (s, t, a) for s independent learners side by side. The first
@@ -1308,10 +1348,10 @@ class Classifier:
         """Learn from the examples x, in their order, with labels y (), (t,) or (s, t)."""
         x = self.examples(x)
         y = torch.as_tensor(y, device=self.device)
-        y = y.reshape(-1, x.shape[1]) if y.numel() == x.shape[0] * x.shape[1] else y
+        y = y.view((1,) * (2 - y.ndim) + y.shape)
         if y.shape != x.shape[:2] or y.is_floating_point() or y.min() < 0:
             raise UserError(f"There has to be a label from 0 on for each of {x.shape[:2]} examples.")
-        self.num_classes = self.num_classes or int(y.max()) + 1
+        self.num_classes = self.num_classes or max(2, int(y.max()) + 1)
         if y.max() >= self.num_classes:
             raise UserError(f"A label is {y.max()}; give num_classes to load, now {self.num_classes}.")
         state = self.start(x)
@@ -1580,13 +1620,13 @@ def check(args: Args, world: int) -> None:
         raise UserError("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
     if names - {"clone", "backprop"} and names & {"clone", "backprop"}:
         raise UserError("clone and backprop learn from batches, the others do not; test them apart.")
-    if args.learner == "clone" and world > 1:
-        raise UserError("Cloning runs in one process; start it without torchrun.")
+    if args.learner == "clone" and (world > 1 or len(args.dataset) * max(1, len(args.sizes)) * max(1, len(args.classes)) > 1):
+        raise UserError("Cloning runs in one process, without torchrun, and on one dataset.")
     plain = args.meta_optimizer == "es" and not (args.hidden or args.conv or args.backward_pass or args.norm_messages)
     if args.triton and (args.device != "cuda" or not plain or not find_spec("triton")):
         raise UserError("--triton needs a GPU, Triton and --meta-optimizer es, for one dense layer as in section 3.4.2.")
-    if args.logit_slot >= args.message_size:
-        raise UserError(f"--logit-slot has to be below --message-size {args.message_size}.")
+    if args.message_size <= max(args.logit_slot, args.feed_label):
+        raise UserError(f"--message-size {args.message_size} is too small for --logit-slot and the label.")
     members, of, flag = args.population, world, "population"
     if args.meta_optimizer == "backprop":
         datasets = len(args.dataset) * max(1, len(args.sizes)) * max(1, len(args.classes))
@@ -1595,7 +1635,7 @@ def check(args: Args, world: int) -> None:
         raise UserError(f"--{flag} cannot be shared by {world} processes and all datasets; choose a multiple of {of}.")
 
 
-def at_once(args: Args, tasks: Tasks, name: str = "vsml") -> int:
+def batch_size(args: Args, tasks: Tasks, name: str = "vsml") -> int:
     """How many rollouts to run at once: their states should stay in a CPU's cache, or use a GPU's
     memory well."""
     a, b = tasks.num_inputs, tasks.num_classes
@@ -1634,7 +1674,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
     elif name == "hebbian":
         learner = Hebbian(*sizes, args.logit_bound)
     elif name == "fwmemory":
-        learner = FastWeightMemory(*sizes, args.logit_bound, args.feed_label)
+        learner = FastWeightMemory(*sizes, args.logit_bound, feed_label=True)  # as in the release
     elif name in ("clone", "backprop"):
         learner = (Clone if name == "clone" else Backprop)(args)
         if run.compiles and name == "clone" and use == "test":
@@ -1647,7 +1687,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
         learner = OnlineSGD("adam" in name, (HIDDEN,) if deep else (), step)
     if args.triton and use == "train" and name == "vsml":
-        learner.whole = partial(triton_rollout, learner)
+        learner.rollout_fn = partial(triton_rollout, learner)
     elif run.compiles and use == "train" and (name == "vsml" or args.device == "cuda"):
         compile_step(args, learner)  # compiling the others takes a CPU longer than it gains
     return learner

@@ -89,12 +89,12 @@ def named(name: str | Path, method: str) -> Path:
     return Path(name)
 
 
-def export(source: Path, target: Path, keep: str = "['thetas']") -> None:
-    """Write a checkpoint without what only a resumed run needs: its state's entries that do not
-    begin with `keep` or "['rnn_sizes']" are left out."""
-    saved = read(source, state=dict)
-    state = {k: v for k, v in saved["state"].items() if k.startswith((keep, "['rnn_sizes']"))}
-    write(target, saved | {"state": state})
+def export(source: Path, target: Path, **flags: Any) -> None:
+    """Write a checkpoint without what only a resumed run needs, Adam's averages and kept states. flags:
+    replace those of the run, such as data_dir."""
+    saved = read(source, args=dict, state=dict)
+    state = {k: v for k, v in saved["state"].items() if k.startswith(("['thetas']", "['rnn_sizes']"))}
+    write(target, saved | {"args": saved["args"] | flags, "state": state})
 
 
 def checksum(data: bytes) -> bytes:

@@ -82,7 +82,7 @@ def kernels():
 
 @lru_cache(maxsize=4)
 def _rollout(shapes, device, micro_ticks, logit_bound, logit_scale, feed_label, precision="tf32"):
-    """Static inputs and results of these shapes, and a function that runs a rollout on them."""
+    """Static inputs and results of the shapes, and a function that runs a rollout on them."""
     tick_kernel, output_kernel = kernels()
     inputs = h, c, x, y, weight, fwd, bias = [torch.empty(s, device=device) for s in shapes]
     (p, a, b, n), (pairs, t) = h.shape, y.shape

@@ -34,7 +34,7 @@ class Learner:
     shapes: dict[str, tuple[int, ...]]  # of the parameters in theta
     sizes: tuple[int, int] | None = None  # numbers of inputs and outputs, where they cannot vary
     step: Callable | None = None  # one_example of this learner, compiled
-    whole: Callable | None = None  # a faster rollout of this learner
+    rollout_fn: Callable | None = None  # a faster rollout of this learner
 
     def params(self, theta: Tensor) -> Params:
         """Views of theta (p, d) as named parameters, each (p, *shape)."""

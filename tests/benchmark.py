@@ -257,7 +257,7 @@ def measure_vsml_learners(bench: Bench, args: Any, tasks: list[Tasks]) -> None:
     for what, own in layers.items():
         name = what.split(",")[0]
         learner, theta = make(name, own)
-        count = vsml.at_once(own, one, name)
+        count = vsml.batch_size(own, one, name)
         own = replace(own, test_seeds=count, test_steps=steps)
         with torch.no_grad():
             work = partial(vsml.curve, own, learner, theta, one, count)

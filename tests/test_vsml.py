@@ -95,7 +95,7 @@ def slow_tick(theta, args, h, c, fwd_msg, bwd_msg):
     return h, c, forward, backward
 
 
-def slow_lifetime(args, theta, keys, x, y, b):
+def slow_rollout(args, theta, keys, x, y, b):
     """Algorithm 13 for one member and one sequence, written with loops: x (t, a), y (t). Returns the logits (t, b)."""
     learner = vsml.VSML(args)
     params = learner.params(theta)
@@ -125,7 +125,7 @@ def slow_lifetime(args, theta, keys, x, y, b):
 
 @pytest.mark.parametrize("args", [ARGS, DEEP, replace(DEEP, backward_pass=False), replace(ARGS, state_init="half"), RELEASE])
 @pytest.mark.parametrize("cell", [vsml.lstm_cell, cells.fused_lstm_cell])
-def test_fast_lifetime_equals_loops_over_sub_rnns(args, cell):
+def test_fast_rollout_equals_loops_over_sub_rnns(args, cell):
     p, s, t, a, b = 2, 2, 4, 6, 3
     theta, (keys, x, y) = some_theta(args, p), some_data(p, s, t, a, b)
     learner = vsml.VSML(args, cell)
@@ -133,7 +133,7 @@ def test_fast_lifetime_equals_loops_over_sub_rnns(args, cell):
     assert losses.shape == correct.shape == (p, s, t)
     for i in range(p):
         for j in range(s):
-            logits = slow_lifetime(args, theta[i : i + 1], keys[i, j], x[i, j], y[i, j], b)
+            logits = slow_rollout(args, theta[i : i + 1], keys[i, j], x[i, j], y[i, j], b)
             slow = F.cross_entropy(logits, y[i, j], reduction="none")
             torch.testing.assert_close(losses[i, j], slow, atol=1e-3 if cell is cells.fused_lstm_cell else 1e-5, rtol=1e-4)
 
@@ -246,7 +246,7 @@ def test_online_sgd_equals_torch_optim(adam, hidden):
 
 
 def test_conv_equals_a_loop_over_positions():
-    """Each position hears its patch; the kernel's states are averaged over positions after each tick; messages too."""
+    """Each position has its patch; the kernel's states are averaged over positions after each tick; messages too."""
     args, side, channels, out = replace(ARGS, micro_ticks=1), 5, 2, 3
     theta, n, m = some_theta(args), args.state_size, args.message_size
     learner, conv = vsml.VSML(args), vsml.Conv(9 * channels, out, side)
@@ -309,7 +309,7 @@ def test_backprop_rules_are_gradient_descent():
         slow = F.cross_entropy(out, y[0, :, t])
         torch.testing.assert_close(loss.mean(), slow.detach())
         grads = torch.autograd.grad(slow, weights)
-        # each synapse hears its inputs and errors unscaled: the rate is clone_rate * sqrt(a) for the weights of a inputs
+        # inputs and errors of a synapse are unscaled: the rate is clone_rate * sqrt(a) for the weights of a inputs
         weights = [
             (wb - args.clone_rate * math.sqrt(wb.shape[2]) * grad).detach().requires_grad_()
             for wb, grad in zip(weights, grads, strict=True)
@@ -381,12 +381,46 @@ def test_datasets_share_a_generation_in_blocks():
     assert vsml.tasks_in_blocks(args, tasks, 1, 4) == ["b", "c", "a", "b"]
     seen = [name for step in range(3) for name in vsml.tasks_in_blocks(args, tasks, step, 4)]
     assert all(seen.count(name) == 4 for name in tasks)
+    digits = [Tasks(load("digits", "train"))] * 2
+    assert vsml.even_chunk(replace(args, chunk=16), digits) == 8  # no chunk has pairs of two datasets
 
 
-def test_blocks_of_a_long_lifetime_are_one_lifetime():
+def test_second_examples_of_a_class():
+    """Two examples of each class in a row, others in each rollout; a learner that repeats the last label is always correct."""
+    tasks = Tasks(load("digits", "test"))
+    x, y = vsml.twice_each(tasks, 5)
+    assert x.shape == (5, 20, 64) and y.tolist() == [[label for label in range(10) for _ in range(2)]] * 5
+    assert len(x.flatten(0, 1).unique(dim=0)) == 100
+    stored = tasks.dataset.inputs(torch.arange(len(tasks.dataset)))
+    classes = torch.arange(10).repeat_interleave(tasks.dataset.counts)
+    index = [(stored == one).all(1).nonzero()[0].item() for one in x[3]]
+    assert classes[index].tolist() == y[3].tolist()
+
+    class Repeat(vsml.OnlineSGD):
+        def initial_state(self, keys, num_inputs, num_outputs):
+            return torch.zeros(*keys.shape[:2], num_outputs)
+
+        def predict(self, params, state, x):
+            return state, state
+
+        def learn(self, params, state, error, label):
+            return label
+
+    assert vsml.second_correct(Repeat(False), torch.zeros(1), tasks, (x, y)) == 1.0
+    untrained = vsml.second_correct(vsml.OnlineSGD(False), torch.tensor([-9.0]), tasks, (x, y))
+    assert untrained < 0.4
+
+
+def test_rollouts_pass_once_through_the_examples_of_their_classes():
+    digits = load("digits", "test")
+    assert vsml.one_pass(Tasks(digits)) == 450 and vsml.one_pass(Tasks(load("random"))) == math.inf
+    assert vsml.one_pass(Tasks(digits, classes=5)) == digits.counts.sort().values[:5].sum()
+
+
+def test_blocks_of_a_long_rollout_are_one_rollout():
     args = replace(ARGS, test_steps=1100, test_seeds=3)
     learner, theta, tasks = vsml.OnlineSGD(adam=False), torch.tensor([-1.0]), Tasks(load("random", "test", size=3))
-    correct, losses = vsml.curve(args, learner, theta, tasks, at_once=2)
+    correct, losses = vsml.curve(args, learner, theta, tasks, size=2)
     ids = 2**40 + torch.arange(3)  # never those of meta-training
     x, y = tasks.sample(ids, ids, 1100)
     _, whole, right = vsml.rollout(
@@ -409,7 +443,7 @@ def test_when_a_learner_is_overtaken():
 
     curves = rows_of(vsml=(0.1, 0.5, 0.6, 0.6), sgd=(0.2, 0.4, 0.7, 0.8), adam=(0.0, 0.0, 0.0, 0.0))
     assert vsml.overtaken("vsml", curves) == {"sgd": 3}
-    assert vsml.overtaken("vsml", rows_of(vsml=(0.0, 0.0), sgd=(1.0, 1.0))) == {}
+    assert vsml.overtaken("vsml", rows_of(vsml=(0.0, 0.0), sgd=(0.0, 1.0))) == {}
 
 
 def test_fast_weight_memory_against_loops():
@@ -558,7 +592,7 @@ def test_a_user_of_the_class_is_told_what_is_wrong(tmp_path):
     with pytest.raises(vsml.UserError, match="number of classes is not known"):
         learner.predict(np.zeros(4))
     learner.learn(np.zeros((2, 4)), [0, 1])
-    for x, y in ((np.zeros(4), 2), (np.zeros(4), -1), (np.zeros(4), 0.5), (np.zeros((2, 4)), [0]), (np.zeros(5), 0)):
+    for x, y in ((np.zeros(4), 2), (np.zeros(4), -1), (np.zeros(4), 0.5), (np.zeros((2, 4)), [0]), (np.zeros(5), 0), (np.zeros((2, 3, 4)), np.zeros((3, 2), int))):
         with pytest.raises(vsml.UserError):
             learner.learn(x, y)
     for x in (np.zeros((0, 4)), np.full(4, np.nan), np.zeros((1, 1, 1, 4))):
@@ -664,7 +698,7 @@ def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
 
 @pytest.mark.parametrize("flags", ["", "--persistent 3 --sizes 4 8 --baselines"])
 def test_kill_and_resume_end_in_the_same_numbers(flags, finished, tmp_path):
-    """Also where lifetimes are carried from one meta-step to the next."""
+    """Also where states are carried from one meta-step to the next."""
     whole = finished[0]
     if flags:
         assert command(tmp_path, f"{flags} --run-name whole").returncode == 0
@@ -897,7 +931,8 @@ MISTAKES = {
     "--init {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
     "--meta-steps 0": "--meta-steps has to be from 1 to",
     "--backprop-lr inf": "--backprop-lr has to be from",
-    "--logit-slot 8": "--logit-slot has to be below --message-size 8",
+    "--logit-slot 8": "--message-size 8 is too small for --logit-slot",
+    "--preset clone --learner clone --baselines backprop --dataset digits wine": "on one dataset",
     "--dataset digits wine --sizes 4 8 --sequences 3": "--sequences cannot be shared by 1 processes .*; choose a multiple of 4",
     "--device cuda": "There is no CUDA device",
 }
