@@ -137,6 +137,9 @@ class Args:
     the release, where it projects: half)."""
     permuted_labels: Share = 0.0
     """The same for permuted labels (for --augment-baselines: VSML treats all labels alike)."""
+    blanked: Share = 0.0
+    """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the
+    thesis; see LAPTOP)."""
     augment_baselines: bool = False
     """The other learners see VSML's augmented tasks too (Figure B.6; no help, the thesis finds)."""
     sequence_length: Count = 500
@@ -254,6 +257,7 @@ LAPTOP = dict(
     feed_label=True,  # as the release does for deep networks
     state_init="half",  # better than the thesis' normals (see the results page)
     permuted_labels=0.5,  # nothing to VSML, a fair chance to the RNN with --augment-baselines
+    blanked=0.6,  # for larger images, which have empty borders (see the results page)
     population=64,  # for --meta-optimizer es: 0.2 s a step
     rank_shaping=True,  # es: raw losses leave 64 pairs on the plateau
     noise_std=0.1,  # es: likewise
@@ -1655,7 +1659,9 @@ def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
     classes."""
     settings: dict[str, Any] = dict(shots=args.shots, seed=args.seed)
     if augment:
-        settings |= dict(projected=args.projected, permuted_labels=args.permuted_labels)
+        settings |= dict(
+            projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked
+        )
     tasks = []
     for name, size in product(args.dataset, args.sizes or (None,)):
         size = size or (args.generated_size if name in GENERATED else None)

@@ -588,6 +588,8 @@ class Tasks:
         5.3.1, Algorithm 9), "glorot" from the uniform distribution of Glorot and Bengio (2010)
         (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
     permuted_inputs, permuted_labels: one random permutation per task.
+    blanked: each task replaces a share of its inputs, at most this one, by a constant, like the
+        empty border of an image.
     classes: each task has this many classes of the dataset, relabelled 0, 1, ...
     shots: sequences are few-shot episodes: `shots` examples of each class in random order, then
         one other example of any class. Each episode assigns its labels to classes at random.
@@ -601,6 +603,7 @@ class Tasks:
     projection_size: int | None = None
     permuted_inputs: float = 0.0
     permuted_labels: float = 0.0
+    blanked: float = 0.0
     classes: int | None = None
     shots: int = 0
     seed: int = 0
@@ -671,6 +674,12 @@ class Tasks:
             order = _permutations(fold(task, 5), x.shape[-1])
             permuted = _selected(task, 6, self.permuted_inputs)[..., None]
             x = torch.where(permuted, x.gather(2, order[:, None].expand_as(x)), x)
+
+        if self.blanked:
+            share = self.blanked * uniform(fold(task, 11), 1)
+            blank = uniform(fold(task, 10), x.shape[-1]) < share
+            constant = 0.5 * normal(fold(task, 12), 1)
+            x = torch.where(blank[:, None], constant[:, None], x)
 
         if self.projected == 1:
             x = x @ self.projections(task)

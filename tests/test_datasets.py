@@ -92,7 +92,7 @@ def test_samples_need_no_copy_between_host_and_device(name):
             assert operation.overloadpacket.__name__ not in ("lift_fresh", "_local_scalar_dense", "scalar_tensor")
             return operation(*args, **(kwargs or {}))
 
-    options = dict(projection="gaussian", projected=0.5, permuted_inputs=0.5, permuted_labels=0.5)
+    options = dict(projection="gaussian", projected=0.5, permuted_inputs=0.5, permuted_labels=0.5, blanked=0.5)
     few_shot = dict(classes=3, shots=2) if name == "digits" else {}
     for tasks in (Tasks(load(name), **options), Tasks(load(name), **few_shot)):
         tasks.sample(IDS, IDS, 3)  # keys of salts are made once

@@ -534,7 +534,7 @@ def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
     """A short meta-training on digits; then accuracy on unseen digits after 50 to 100 examples (chance: 10 %). With the
     error input and the label cut, the same parameters must get nowhere."""
     vsml.keep_memory()
-    short = dict(meta_steps=130, sequence_length=40, logit_scale=10.0, test_seeds=24, test_steps=100)
+    short = dict(meta_steps=130, sequence_length=40, logit_scale=10.0, blanked=0.0, test_seeds=24, test_steps=100)
     args = vsml.Args(**vsml.LAPTOP | short | dict(device="cpu"))
     learner = vsml.VSML(args)
     thetas = {"vsml": learner.init(torch.Generator().manual_seed(0))}
