@@ -610,3 +610,13 @@ def test_a_server_that_is_silent(tmp_path, monkeypatch):
 
 def test_all_names_are_known():
     assert len(NAMES) == 12
+
+
+def test_padded_images_lie_in_the_middle():
+    digits = load("digits", "train")
+    large = digits.pad(11)
+    assert large.shape == (1, 11, 11) and large.num_inputs == 121
+    assert torch.equal(large.x[:, :, 1:9, 1:9], digits.x)
+    assert large.x.sum() == digits.x.sum()
+    x, y = Tasks(large).sample(torch.arange(2), torch.arange(2), 5)
+    assert x.shape == (2, 5, 121) and x.min() == pytest.approx(-digits.mean / digits.std)

@@ -385,6 +385,19 @@ def test_datasets_share_a_generation_in_blocks():
     assert vsml.even_chunk(replace(args, chunk=16), digits) == 8  # no chunk has pairs of two datasets
 
 
+def test_images_fit_the_learner():
+    """A learner of fixed sizes gets smaller images with a border, larger ones shrunk, its number of channels."""
+    fit = partial(vsml.fit, ARGS)
+    digits = Tasks(load("digits", "test"))
+    assert fit(vsml.VSML(ARGS), digits) is digits.dataset
+    assert fit(vsml.InContextRNN(100, 10), digits).shape == (1, 10, 10)
+    assert fit(vsml.InContextRNN(25, 10), digits).shape == (1, 5, 5)
+    assert fit(vsml.InContextRNN(3 * 100, 10), digits).shape == (3, 10, 10)
+    assert fit(vsml.InContextRNN(100, 10), Tasks(load("wine", "test"))).shape == (13,)
+    with pytest.raises(vsml.DatasetError, match="made for 3 classes"):
+        fit(vsml.InContextRNN(100, 3), digits)
+
+
 def test_second_examples_of_a_class():
     """Two examples of each class in a row, others in each rollout; a learner that repeats the last label is always correct."""
     tasks = Tasks(load("digits", "test"))
