@@ -1690,7 +1690,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
     elif name == "vsml":
         learner = VSML(args, fast_cell(args, use) if run.compiles else None)
     else:
-        deep = name.endswith("2")
+        deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
         learner = OnlineSGD("adam" in name, (HIDDEN,) if deep else (), step)
     if args.triton and use == "train" and name == "vsml":

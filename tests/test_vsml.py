@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -383,6 +384,15 @@ def test_datasets_share_a_generation_in_blocks():
     assert all(seen.count(name) == 4 for name in tasks)
     digits = [Tasks(load("digits", "train"))] * 2
     assert vsml.even_chunk(replace(args, chunk=16), digits) == 8  # no chunk has pairs of two datasets
+
+
+def test_learners_by_gradient_descent():
+    run = SimpleNamespace(compiles=False, device=torch.device("cpu"))
+    make = partial(vsml.make_learner, args=ARGS, run=run, sizes=(64, 10), use="test")
+    described = {name: (make(name).adam, make(name).hidden) for name in ("sgd", "adam", *vsml.FIXED_RATE, "sgd2", "adam2")}
+    assert described == {"sgd": (False, ()), "adam": (True, ()), "sgd_1e-2": (False, ()), "adam_1e-3": (True, ()),
+                         "sgd2": (False, (160,)), "adam2": (True, (160,))}  # fmt: skip
+    assert [round(10 ** make(name).init().item(), 9) for name in vsml.FIXED_RATE] == [0.01, 0.001]
 
 
 def test_images_fit_the_learner():
