@@ -188,7 +188,7 @@ class Named(Seed):
     def fact(self, run, name):
         curves = {"step": [0.0, 10.0, 90.0], "transformer_loss_unseen": [2.3, 2.4, 1.0]}
         curves |= {f"transformer gradient norm {tensor}": [1.0, 1.0, 1.0] for tensor in ("head.weight", "other")}
-        facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0}}
+        facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
         facts["solved_after"] = {f"{env} {name}": [1] for env in ("bandit", "cartpole") for name in ("fme", "hill_climbing")}
         assert run in self.commands
