@@ -193,7 +193,7 @@ def measure_vsml(bench: Bench, size: int, pairs: int, examples: int) -> None:
         learner = vsml.make_learner("vsml", args, bench.run, (size * size, 10), "train")
         theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
         chunk = vsml.even_chunk(args, tasks)
-        step = partial(vsml.es_gradient, learner=learner, theta=theta, tasks=tasks, step=0)
+        step = partial(vsml.es_gradient, learner=learner, theta=theta, datasets=tasks, step=0)
         one_chunk = partial(step, replace(args, population=chunk))
         name = "vsml, Triton" if triton else "vsml"
 

@@ -641,6 +641,7 @@ THESIS = dict(  # appendix B.3.2 and section 3.4.2, but where a comment says so
 )  # fmt: skip
 OMNIGLOT = dict(dataset=("omniglot",), classes=(5,), shots=1, meta_loss="last", feed_label=True, backward_pass=True)
 OMNIGLOT |= dict(meta_steps=100_000, rnn_size=128, sizes=(28,), test_seeds=400)  # the release
+CONV = dict(conv=(8,), feed_label=True, backward_pass=True, norm_messages=True)  # the release
 ROWS = {  # row and number of the command at the thesis preset -> what differs from THESIS
     ("V3", 0): {},
     ("V4", 0): dict(sizes=(14, 28, 32), classes=(3, 4, 6, 7), projected=1.0, test_seeds=32),
@@ -649,8 +650,8 @@ ROWS = {  # row and number of the command at the thesis preset -> what differs f
     ("V5", 6): dict(projected=1.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random"), augment_baselines=True),
     ("V5", 7): dict(projected=0.5, augment_baselines=True),
     ("V7", 0): OMNIGLOT,
-    ("V9", 1): dict(conv=(8,), feed_label=True, backward_pass=True),
-    ("V9", 2): dict(dataset=("cifar10",), conv=(8,), feed_label=True, backward_pass=True, test_steps=10_000),
+    ("V9", 1): CONV,
+    ("V9", 2): CONV | dict(dataset=("cifar10",), test_steps=10_000),
 }
 
 
