@@ -559,10 +559,12 @@ def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
     vsml.keep_memory()
     short = dict(meta_steps=130, sequence_length=40, logit_scale=10.0, blanked=0.0, test_seeds=24, test_steps=100)
     args = vsml.Args(**vsml.LAPTOP | short | dict(device="cpu"))
+    run = SimpleNamespace(compiles=can_compile(), device=torch.device("cpu"))
+    trained = vsml.make_learner("vsml", args, run, (64, 10), "train")
     learner = vsml.VSML(args)
     thetas = {"vsml": learner.init(torch.Generator().manual_seed(0))}
     tasks = {"vsml": [Tasks(load("digits", "train"), projected=0.5)]}
-    vsml.meta_train(args, {"vsml": learner}, thetas, tasks, Silent(), {})
+    vsml.meta_train(args, {"vsml": trained}, thetas, tasks, Silent(), {})
 
     class WithoutError(vsml.VSML):
         def learn(self, params, layers, error, label):
