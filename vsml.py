@@ -237,7 +237,7 @@ class Args:
 
 LAPTOP = dict(
     dataset=("digits",),  # needs no download
-    meta_optimizer="backprop",  # a gradient tells more than the population that 2 cores can afford
+    meta_optimizer="backprop",  # a gradient is worth more than the population that 2 cores can afford
     meta_steps=600,  # three minutes
     sequences=16,  # as many sub-RNNs as stay in the cache
     sequence_length=60,  # memory and time; what is learned goes on learning for thousands of examples
@@ -375,7 +375,7 @@ class VSML(Learner):
         return torch.cat([value.flatten() for value in theta.values()])
 
     def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> list[Layer]:
-        """Random states V_L. Their randomness tells sub-RNNs with the same inputs apart."""
+        """Random states V_L. Their randomness lets sub-RNNs with the same inputs differ."""
         n, m = self.args.state_size, self.args.message_size
         layers = []
         for k, wires in enumerate(self.wiring(num_inputs, num_outputs)):
