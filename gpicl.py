@@ -48,12 +48,12 @@ from tqdm import tqdm
 
 from common import checkpoints, es, machine
 from common.checkpoints import CheckpointError
-from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks
-from common.datasets import compile_draws, distinct, integers, key, load
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
 from common.figures import matrix, plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
+from common.rng import compile_draws, integers, key
 
 # ======================================================================================================================
 # Args

@@ -14,8 +14,7 @@ Learning Backpropagation And Improving It" (NeurIPS 2021). Results: .github/resu
     Eq. 3.7, B.9   -> VSML.tick
     Algorithm 8    -> meta_train, around rollout and one_example
     Algorithm 13   -> rollout
-    Section 3.3.2  -> Backprop, Clone, clone_gradient (learning-algorithm cloning)
-    Appendix B.2.1 -> synapses (its curriculum)
+    Section 3.3.2  -> common/cloning.py (learning-algorithm cloning)
 
     python vsml.py                                     # meta-train, then learn unseen data
     python vsml.py --mode test --checkpoint pretrained --test-datasets mnist fashion_mnist
@@ -41,8 +40,9 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -52,25 +52,31 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import cells, checkpoints, es, kernels, machine
+from common import cells, checkpoints, cloning, es, kernels, machine
 from common.checkpoints import CheckpointError
-from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, fold, key, load, normal
+from common.cloning import Backprop, Clone
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, load
 from common.figures import plot, pyplot, save
 from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
 from common.learners import (
+    Classifier,
     FastWeightMemory,
     Hebbian,
     InContextRNN,
     Learner,
+    OnlineSGD,
     Params,
     State,
     affine,
     bounded,
+    descend,
     initial_weight,
     linear,
+    pad,
 )
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
+from common.rng import fold, normal
 
 # ======================================================================================================================
 # Args
@@ -313,57 +319,48 @@ class VSML(Learner):
         self.shapes = {"lstm.weight": (m + m + n, 4 * n), "lstm.bias": (4 * n,)}
         for name in ("fwd_msg", "bwd_msg"):
             self.shapes |= {name + ".weight": (n, m), name + ".bias": (m,)}
-            if args.norm_messages:
-                self.shapes |= {name + ".scale": (m,), name + ".offset": (m,)}
 
-    def tick(self, params: Params, layer: Layer, micro_ticks: int) -> Layer:
+    def tick(
+        self, params: Params, h: Tensor, c: Tensor, fwd_msg: Tensor, bwd_msg: Tensor, ticks: int
+    ) -> tuple[Tensor, Tensor]:
         """s_ab <- f_RNN(s_ab, fwd_msg_a, bwd_msg_b) for all a, b of a layer (Eq. 3.7, B.9), some
         ticks on the same messages."""
         n, m = self.args.state_size, self.args.message_size
         fwd_weight, bwd_weight, recurrent = params["lstm.weight"].split([m, m, n], dim=1)
-        from_a = affine(layer.fwd_msg, fwd_weight, params["lstm.bias"])
-        from_b = affine(layer.bwd_msg, bwd_weight)
-
-        h, c = layer.h, layer.c
-        for _ in range(micro_ticks):
+        from_a = affine(fwd_msg, fwd_weight, params["lstm.bias"])
+        from_b = affine(bwd_msg, bwd_weight)
+        for _ in range(ticks):
             h, c = self.cell(recurrent, from_a, from_b, h, c)
-        return Layer(h, c, layer.fwd_msg, layer.bwd_msg)
+        return h, c
 
     def message(self, params: Params, name: str, h: Tensor, axis: int) -> Tensor:
         """The messages f_fwd or f_bwd of hidden states h (p, ..., n), averaged over an axis, not
         summed (appendix B.3). As f is linear, the mean may come first."""
-        if self.args.norm_messages:
-            return normed_messages(params, name, h).mean(axis)
         return linear(params, name, h.mean(axis))
+
+    def update(self, params: Params, k: int, layer: Layer) -> tuple[Layer, Tensor, Tensor]:
+        """Layer k after an example's ticks, and its messages to the layers above and below."""
+        h, c = self.tick(params, *layer, self.args.micro_ticks)
+        to_above = self.message(params, "fwd_msg", h, axis=-3)  # (p, s, b, m), the mean over a
+        to_below = self.message(params, "bwd_msg", h, axis=-2)  # (p, s, a, m), the mean over b
+        return Layer(h, c, layer.fwd_msg, layer.bwd_msg), to_above, to_below
 
     def predict(self, params: Params, layers: list[Layer], x: Tensor) -> tuple[list[Layer], Tensor]:
         """The layers 1, ..., K in sequence (the loop over layers of Algorithm 8)."""
         layers = list(layers)
-        fwd_msg = F.pad(x[..., None], (0, self.args.message_size - 1))  # m_a1^(1) := x_a
-        for k, wires in enumerate(self.wiring(x.shape[-1], layers[-1].bwd_msg.shape[2])):
-            layer = Layer(layers[k].h, layers[k].c, fwd_msg, layers[k].bwd_msg)
-            layers[k], h = wires.tick(self, params, layer)
-            fwd_msg = wires.forward_message(self, params, h)  # m_b^(k+1)
+        fwd_msg = pad(x[..., None], self.args.message_size)  # m_a1^(1) := x_a
+        for k, (h, c, _, bwd_msg) in enumerate(layers):
+            layers[k], fwd_msg, to_below = self.update(params, k, Layer(h, c, fwd_msg, bwd_msg))
             if k > 0:
-                bwd_msg = wires.backward_message(self, params, h)  # m_a^(k-1)
-                layers[k - 1] = with_bwd_msg(layers[k - 1], bwd_msg)
+                layers[k - 1] = with_bwd_msg(layers[k - 1], to_below)
 
         logits = self.args.logit_scale * fwd_msg[..., self.args.logit_slot]  # y_b := m_b1^(K+1)
         return layers, bounded(logits, self.args.logit_bound)
 
     def learn(self, params: Params, layers: list[Layer], error: Tensor, label: Tensor) -> list[Layer]:
-        """The error is the message from above, m_b1^(K) := e_b. It arrives with the next example's
-        tick, or in a backward pass of its own."""
+        """The error is the message from above, m_b1^(K) := e_b. It arrives with the next tick."""
         top = torch.stack([error, label], -1) if self.args.feed_label else error[..., None]
-        top = F.pad(top, (0, self.args.message_size - top.shape[-1]))
-        layers = [*layers[:-1], with_bwd_msg(layers[-1], top)]
-        return backward_pass(self, params, layers) if self.args.backward_pass else layers
-
-    def wiring(self, num_inputs: int, num_outputs: int) -> "list[Dense | Conv]":
-        """The layers 1, ..., K: convolutions, if any, then dense ones."""
-        convolutions, num_inputs = convolutional(self.args, num_inputs)
-        sizes = pairwise((num_inputs, *self.args.hidden, num_outputs))
-        return [*convolutions, *(Dense(a, b) for a, b in sizes)]
+        return [*layers[:-1], with_bwd_msg(layers[-1], pad(top, self.args.message_size))]
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Truncated normals of std 1/sqrt(fan-in), zero biases, and the LSTM's long memory: slow to
@@ -374,48 +371,29 @@ class VSML(Learner):
         theta["lstm.bias"][2 * n : 3 * n] += self.args.forget_bias
         return torch.cat([value.flatten() for value in theta.values()])
 
+    def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
+        """a, b, and the numbers of messages from below and from above, of the layers 1, ..., K."""
+        sizes = pairwise((num_inputs, *self.args.hidden, num_outputs))
+        return [(a, b, a, b) for a, b in sizes]
+
     def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> list[Layer]:
         """Random states V_L. Their randomness lets sub-RNNs with the same inputs differ."""
         n, m = self.args.state_size, self.args.message_size
         layers = []
-        for k, wires in enumerate(self.wiring(num_inputs, num_outputs)):
-            shape = (*keys.shape[:2], 2, wires.a, wires.b, n)
+        for k, (a, b, *messages) in enumerate(self.sizes_of_layers(num_inputs, num_outputs)):
+            shape = (*keys.shape[:2], 2, a, b, n)
             h, c = normal(fold(keys, k), math.prod(shape[2:])).view(shape).unbind(2)
             if self.args.state_init == "half":
                 h = torch.zeros_like(h)
-                c = F.pad(c[..., : n // 2] / math.sqrt(wires.a), (0, n - n // 2))
-            fwd_msg = h.new_zeros(*keys.shape[:2], wires.inputs, m)
-            bwd_msg = h.new_zeros(*keys.shape[:2], wires.b * wires.positions, m)
+                c = pad(c[..., : n // 2] / math.sqrt(a), n)
+            fwd_msg, bwd_msg = (h.new_zeros(*keys.shape[:2], number, m) for number in messages)
             layers.append(Layer(h.contiguous(), c.contiguous(), fwd_msg, bwd_msg))
         return layers
 
     @staticmethod
-    def load(checkpoint: str | Path = "pretrained", **options: Any) -> "Classifier":
-        """A trained VSML to be used from Python: see Classifier for the options."""
+    def load(checkpoint: str | Path = "pretrained", **options: Any) -> Classifier:
+        """A trained VSML to be used from Python: see load_classifier for the options."""
         return load_classifier(checkpoint, **options)
-
-
-class Dense(NamedTuple):
-    """One sub-RNN for each weight of a dense layer."""
-
-    a: int
-    b: int
-    positions: int = 1
-
-    @property
-    def inputs(self) -> int:
-        return self.a
-
-    def tick(self, vsml: VSML, params: Params, layer: Layer) -> tuple[Layer, Tensor]:
-        """The layer after its ticks, and the hidden states that its messages are made of."""
-        layer = vsml.tick(params, layer, vsml.args.micro_ticks)
-        return layer, layer.h
-
-    def forward_message(self, vsml: VSML, params: Params, h: Tensor) -> Tensor:
-        return vsml.message(params, "fwd_msg", h, axis=-3)  # (p, s, b, m), the mean over a
-
-    def backward_message(self, vsml: VSML, params: Params, h: Tensor) -> Tensor:
-        return vsml.message(params, "bwd_msg", h, axis=-2)  # (p, s, a, m), the mean over b
 
 
 def with_bwd_msg(layer: Layer, bwd_msg: Tensor) -> Layer:
@@ -490,12 +468,12 @@ def es_gradient(
 ) -> Gradient:
     """The meta-gradient by evolution strategies. Both members of an antithetic pair learn from the
     same initial states and examples."""
-    chunk = even_chunk(args, datasets)
-    tasks_of_chunks = iter(tasks_in_blocks(args, datasets, step, chunk))
+    chunk = chunk_size(args, datasets)
+    numbers = iter(es.kinds_of_chunks(args.population, len(datasets), step, chunk))
     accuracy = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        tasks = next(tasks_of_chunks)
+        tasks = datasets[next(numbers)]
         ids = step * args.population + pairs[: len(pairs) // 2]
         x, y = tasks.sample(ids, ids, tasks.episode or args.sequence_length)
         keys = tasks.keys(ids, 3).repeat(2, 1)[:, None]
@@ -561,7 +539,7 @@ def meta_train(
     for step in run.steps(args.meta_steps if learners else 0, keep):
         metrics = {}
         for name, learner in learners.items():
-            estimate = clone_gradient if name == "clone" else gradient
+            estimate = cloning.gradient if name == "clone" else gradient
             thetas[name].grad, loss, accuracy = estimate(
                 args, learner, thetas[name], datasets[name], step, memory[name]
             )
@@ -625,38 +603,21 @@ def in_blocks(
 def new_memory(args: Args, learner: Learner, datasets: list[Tasks]) -> list[dict[str, Any]]:
     """What is kept of each dataset from one meta-step to the next, before the first: states of rollouts
     (--persistent) or of networks (cloning)."""
-    cloning = isinstance(learner, Clone)
-    size = CLONE_BUFFER if cloning else args.sequences // len(datasets) * (args.persistent > 1)
+    clone = isinstance(learner, Clone)
+    size = cloning.BUFFER if clone else args.sequences // len(datasets) * (args.persistent > 1)
     memory = []
     for tasks in datasets if size else ():
         keys = tasks.keys(torch.arange(size, device=tasks.dataset.device), 3)
-        keys = keys[:, None] if cloning else keys[None]
+        keys = keys[:, None] if clone else keys[None]
         state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         memory.append({"state": tree_map(Tensor.clone, state)})
     return memory or [{} for _ in datasets]
 
 
-def tasks_in_blocks(args: Args, datasets: list[Tasks], step: int, chunk: int) -> list[Tasks]:
-    """Of the chunks of this process, in evolution strategies. Equal blocks of pairs have one dataset each;
-    which one, changes with the generation where there are more blocks than datasets."""
-    blocks = num_blocks(args.population, len(datasets))
-    pairs = es.share(args.population)
-    numbers = (step * blocks + pair * blocks // args.population for pair in pairs[::chunk])
-    return [datasets[number % len(datasets)] for number in numbers]
-
-
-def num_blocks(population: int, datasets: int) -> int:
-    divisors = (n for n in range(1, population + 1) if population % n == 0)
-    return next((n for n in divisors if n >= datasets), population)
-
-
-def even_chunk(args: Args, datasets: list[Tasks]) -> int:
-    """How many pairs to run at once: always the same number, so that one compilation does, and a divisor of
-    a block's and of a process's number."""
-    block = args.population // num_blocks(args.population, len(datasets))
+def chunk_size(args: Args, datasets: list[Tasks]) -> int:
+    """How many pairs of evolution strategies to run at once."""
     limit = args.chunk or min(batch_size(args, tasks) for tasks in datasets) // 2
-    pairs = math.gcd(block, len(es.share(args.population)))
-    return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or c <= limit))
+    return es.even_chunk(args.population, len(datasets), limit)
 
 
 def next_batch(
@@ -684,40 +645,72 @@ def next_batch(
 # ======================================================================================================================
 # Deep networks: what the release adds, and convolutions (appendix B.2.2)
 # ======================================================================================================================
-def backward_pass(vsml: VSML, params: Params, layers: list[Layer]) -> list[Layer]:
-    """The layers K, ..., 1, so that the error reaches them before the next example."""
-    layers = list(layers)
-    wiring = vsml.wiring(layers[0].fwd_msg.shape[2], layers[-1].bwd_msg.shape[2])
-    for k in reversed(range(len(layers))):
-        layers[k], h = wiring[k].tick(vsml, params, layers[k])
-        if k > 0:
-            layers[k - 1] = with_bwd_msg(layers[k - 1], wiring[k].backward_message(vsml, params, h))
-    layers[-1] = with_bwd_msg(layers[-1], torch.zeros_like(layers[-1].bwd_msg))
-    return layers
+class DeepVSML(VSML):
+    """VSML with a layer norm on messages, a backward pass and convolutional layers below the dense ones,
+    each where its flag is on."""
+
+    def __init__(self, args: Args, cell: Callable | None = None):
+        super().__init__(args, cell)
+        for name in ("fwd_msg", "bwd_msg") if args.norm_messages else ():
+            self.shapes |= {name + ".scale": (args.message_size,), name + ".offset": (args.message_size,)}
+
+    def message(self, params: Params, name: str, h: Tensor, axis: int) -> Tensor:
+        """The norm is that of each sub-RNN's message; its scale starts at 1."""
+        if not self.args.norm_messages:
+            return super().message(params, name, h, axis)
+        msg = linear(params, name, h)
+        shape = (len(h), *(1,) * (h.ndim - 2), -1)
+        scale, offset = (params[name + part].view(shape) for part in (".scale", ".offset"))
+        return ((1 + scale) * F.layer_norm(msg, msg.shape[-1:]) + offset).mean(axis)
+
+    def learn(self, params: Params, layers: list[Layer], error: Tensor, label: Tensor) -> list[Layer]:
+        """With a backward pass, the layers K, ..., 1 tick, so that the error reaches them before the next
+        example."""
+        layers = super().learn(params, layers, error, label)
+        if not self.args.backward_pass:
+            return layers
+        for k in reversed(range(len(layers))):
+            layers[k], _, to_below = self.update(params, k, layers[k])
+            if k > 0:
+                layers[k - 1] = with_bwd_msg(layers[k - 1], to_below)
+        layers[-1] = with_bwd_msg(layers[-1], torch.zeros_like(layers[-1].bwd_msg))
+        return layers
+
+    def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
+        """Of square images of one or three channels, if there are convolutions."""
+        sizes, channels = [], 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
+        for out in self.args.conv:
+            conv = Conv(9 * channels, out, math.isqrt(num_inputs // channels))
+            sizes.append((conv.a, conv.b, num_inputs, out * conv.positions))
+            channels, num_inputs = out, out * conv.positions
+        return sizes + super().sizes_of_layers(num_inputs, num_outputs)
+
+    def update(self, params: Params, k: int, layer: Layer) -> tuple[Layer, Tensor, Tensor]:
+        """A convolutional layer ticks at all positions q of the image, on another patch at each, and keeps
+        the mean of the states (the release's choice)."""
+        if k >= len(self.args.conv):
+            return super().update(params, k, layer)
+        h, c, fwd_msg, bwd_msg = layer
+        a, b = h.shape[2:4]
+        conv = Conv(a, b, math.isqrt(fwd_msg.shape[2] // (a // 9)))
+        patches = conv.patches(fwd_msg)
+        above = bwd_msg.unflatten(2, (b, conv.positions)).transpose(2, 3)
+        for _ in range(self.args.micro_ticks):
+            at_q, c_at_q = self.tick(params, h[:, :, None], c[:, :, None], patches, above, ticks=1)
+            h, c = at_q.mean(2), c_at_q.mean(2)
+        to_above = self.message(params, "fwd_msg", at_q, axis=-3).transpose(2, 3).flatten(2, 3)
+        to_below = conv.pixels(self.message(params, "bwd_msg", at_q, axis=-2))
+        return Layer(h, c, fwd_msg, bwd_msg), to_above, to_below
 
 
-def normed_messages(params: Params, name: str, h: Tensor) -> Tensor:
-    """f_fwd or f_bwd of each sub-RNN (p, ..., m) under a layer norm; scale starts at 1."""
-    msg = linear(params, name, h)
-    shape = (len(h), *(1,) * (h.ndim - 2), -1)
-    scale, offset = (params[name + part].view(shape) for part in (".scale", ".offset"))
-    return (1 + scale) * F.layer_norm(msg, msg.shape[-1:]) + offset
-
-
-def convolutional(args: Args, num_inputs: int) -> "tuple[list[Conv], int]":
-    """The convolutional layers, for square images of one or three channels, and the number of
-    their outputs."""
-    layers, channels = [], 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
-    for out in args.conv:
-        layers.append(Conv(9 * channels, out, math.isqrt(num_inputs // channels)))
-        channels, num_inputs = out, out * layers[-1].positions
-    return layers, num_inputs
+def make_vsml(args: Args, cell: Callable | None = None) -> VSML:
+    deep = args.conv or args.backward_pass or args.norm_messages
+    return (DeepVSML if deep else VSML)(args, cell)
 
 
 class Conv(NamedTuple):
-    """One sub-RNN for each weight of a kernel (appendix B.2.2). It ticks at all positions q of the
-    image, on another patch at each, and keeps the mean of the states (the release's choice).
-    Messages lie as (channels, rows, columns), flattened."""
+    """A convolution with one sub-RNN for each weight of its kernel (appendix B.2.2). Messages lie as
+    (channels, rows, columns), flattened."""
 
     a: int  # inputs of a patch
     b: int  # channels out
@@ -729,10 +722,6 @@ class Conv(NamedTuple):
     def positions(self) -> int:
         return ((self.side - 1) // self.stride + 1) ** 2
 
-    @property
-    def inputs(self) -> int:
-        return self.a // self.kernel**2 * self.side**2
-
     def patches(self, msg: Tensor) -> Tensor:
         """Messages of pixels (p, s, channels * side * side, m) -> of patches (p, s, q, a, m)."""
         p, s, _, m = msg.shape
@@ -740,84 +729,18 @@ class Conv(NamedTuple):
         patches = F.unfold(image, self.kernel, padding=self.kernel // 2, stride=self.stride)
         return patches.view(p, s, m, self.a, self.positions).permute(0, 1, 4, 3, 2)
 
-    def tick(self, vsml: VSML, params: dict[str, Tensor], layer: Layer) -> tuple[Layer, Tensor]:
-        fwd_msg = self.patches(layer.fwd_msg)
-        bwd_msg = layer.bwd_msg.unflatten(2, (self.b, self.positions)).transpose(2, 3)
-        for _ in range(vsml.args.micro_ticks):
-            at_q = Layer(layer.h[:, :, None], layer.c[:, :, None], fwd_msg, bwd_msg)
-            at_q = vsml.tick(params, at_q, micro_ticks=1)
-            layer = Layer(at_q.h.mean(2), at_q.c.mean(2), layer.fwd_msg, layer.bwd_msg)
-        return layer, at_q.h
-
-    def forward_message(self, vsml: VSML, params: dict[str, Tensor], h: Tensor) -> Tensor:
-        return vsml.message(params, "fwd_msg", h, axis=-3).transpose(2, 3).flatten(2, 3)
-
-    def backward_message(self, vsml: VSML, params: dict[str, Tensor], h: Tensor) -> Tensor:
-        """The mean also runs over the patches that a pixel lies in."""
-        msg = vsml.message(params, "bwd_msg", h, axis=-2).permute(0, 1, 4, 3, 2)  # (p, s, m, a, q)
+    def pixels(self, msg: Tensor) -> Tensor:
+        """Messages of patches -> of pixels: the mean over the patches that a pixel lies in."""
+        msg = msg.permute(0, 1, 4, 3, 2)  # (p, s, m, a, q)
         options = dict(kernel_size=self.kernel, padding=self.kernel // 2, stride=self.stride)
         fold = partial(F.fold, output_size=(self.side, self.side), **options)
-        pixels, counts = (fold(v.flatten(0, 2).flatten(1, -2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
-        return (pixels / counts).view(*msg.shape[:3], -1).transpose(2, 3)
+        sums, counts = (fold(v.flatten(0, 2).flatten(1, -2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
+        return (sums / counts).view(*msg.shape[:3], -1).transpose(2, 3)
 
 
 # ======================================================================================================================
-# Baselines: gradient descent (common/learners.py has the meta-trained ones)
+# Baselines (common/learners.py), and the rate that gradient descent gets
 # ======================================================================================================================
-def descend(weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
-    """One step of gradient descent on weight (p, s, a, b) with inputs x (p, s, a) and the gradient
-    error (p, s, b) at its outputs; with two moments, by Adam (Kingma and Ba 2015, Algorithm 1).
-    Returns the new weight and moments."""
-    step = grad = x[..., :, None] * error[..., None, :]
-    if moments:
-        beta1, beta2, eps = 0.9, 0.999, 1e-8
-        moments = torch.lerp(grad, moments[0], beta1), torch.lerp(grad**2, moments[1], beta2)
-        step = moments[0] / (1 - beta1**t) / ((moments[1] / (1 - beta2**t)).sqrt() + eps)
-    return weight - lr * step, *moments
-
-
-class OnlineSGD(Learner):
-    """Dense tanh layers trained online by gradient descent, or Adam. theta is log10 of the rate."""
-
-    shapes: ClassVar = {"log_lr": (1,)}
-
-    def __init__(self, adam: bool, hidden: tuple[int, ...] = (), descend: Callable = descend):
-        self.adam = adam
-        self.hidden = hidden
-        self.descend = descend
-
-    def init(self, generator: torch.Generator | None = None) -> Tensor:
-        return torch.tensor([-3.0 if self.adam else -2.0])  # appendix B.3.2
-
-    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
-        """Weights and moments of all layers, their inputs, the number of examples seen."""
-        layers, inputs = [], []
-        for k, (a, b) in enumerate(pairwise((num_inputs, *self.hidden, num_outputs))):
-            weight = normal(fold(keys, k) if k else keys, a * b, math.sqrt(a))
-            weight = F.pad(weight.view(*keys.shape[:2], a, b), (0, 0, 0, 1))  # the bias, last
-            layers.append((weight, *(torch.zeros_like(weight) for _ in range(2 * self.adam))))
-            inputs.append(weight.new_zeros(*keys.shape[:2], a + 1))
-        return layers, inputs, keys.new_zeros((), dtype=torch.float32)
-
-    def predict(self, params: Params, state: State, x: Tensor) -> tuple[State, Tensor]:
-        layers, inputs, t = state
-        inputs = []
-        for weight, *_ in layers:
-            inputs.append(F.pad(x.tanh() if inputs else x, (0, 1), value=1.0))
-            x = (inputs[-1][..., None, :] @ weight).squeeze(-2)
-        return (layers, inputs, t), x
-
-    def learn(self, params: Params, state: State, error: Tensor, label: Tensor) -> State:
-        layers, inputs, t = state
-        layers, lr = list(layers), 10 ** params["log_lr"][..., None, None]
-        for k in reversed(range(len(layers))):
-            weight, x = layers[k][0], inputs[k]
-            layers[k] = self.descend(weight, x, error, lr, t + 1, *layers[k][1:])
-            if k > 0:  # backpropagation through tanh
-                error = ((weight @ error[..., None]).squeeze(-1) * (1 - x**2))[..., :-1]
-        return layers, inputs, t + 1
-
-
 RATES = torch.linspace(-4, 0, 17)  # log10
 
 
@@ -836,192 +759,6 @@ def search_rate(args: Args, learner: OnlineSGD, tasks: Tasks) -> Tensor:
         _, _, correct = rollout(learner, grid, state, x, y)
         scores.append(meta_loss(args, correct.float()))
     return grid[torch.cat(scores, 1).mean(1).argmax()]
-
-
-# ======================================================================================================================
-# Learning-algorithm cloning (section 3.3.2)
-# ======================================================================================================================
-# Who scales what, so that weights of layers of any size stay in the range of the LSTMs:
-#
-#                    the network (Backprop)                     its clone (Clone)
-#   forward          y_b = sum_a (tanh(x_a) w + b) / sqrt(a)    mean over a, times sqrt(a)
-#   error below      sum_b e_b w tanh'(x_a) / sqrt(a)           mean over b, times b / sqrt(a)
-#   update           w -= rate e_b tanh(x_a), b -= rate e_b     the same, read from the cell
-#   storage          w and b                                    w / 4 and b / 4 in two entries of c; h = tanh(c)
-#   of a batch       mean of the new w and b                    the same, of cells clipped to [-4, 4]
-#
-# So the update is gradient descent with the rate times sqrt(a) in each layer.
-class Weights(NamedTuple):
-    """The state of one layer of a network that is trained in batches."""
-
-    wb: Tensor  # (p, s, a, b, 2) weight and bias of each synapse; s is 1 where a batch shares them
-    x: Tensor  # (p, s, a) the last inputs, stored and fed back for the backward pass
-    error: Tensor  # (p, s, b) the last errors at the outputs
-
-
-class Backprop(Learner):
-    """What is cloned: a network trained by backpropagation and gradient descent, in batches. s are
-    the examples of a batch, whose new weights are averaged."""
-
-    shapes: ClassVar = {}
-
-    def __init__(self, args: Args):
-        self.args = args
-
-    def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
-        """y (p, s, b) of a layer."""
-        w, b = wb.unbind(-1)
-        return ((x.tanh()[..., None, :] @ w).squeeze(-2) + b.sum(-2)) / math.sqrt(x.shape[-1])
-
-    def backward(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """The error below (p, s, a) and the new wb (p, s, a, b, 2) of a layer."""
-        below = (wb[..., 0] @ error[..., None]).squeeze(-1) / math.sqrt(x.shape[-1])
-        inputs = torch.stack([x.tanh(), torch.ones_like(x)], -1)
-        change = inputs[..., :, None, :] * error[..., None, :, None]
-        return below * (1 - x.tanh() ** 2), wb - self.args.clone_rate * change
-
-    def init(self, generator: torch.Generator) -> Tensor:
-        return torch.zeros(0)
-
-    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> list[Weights]:
-        """Weights 0.3 N(0, 1) and zero biases, the same for the whole batch."""
-        layers = []
-        for k, (a, b) in enumerate(pairwise((num_inputs, *self.args.hidden, num_outputs))):
-            w = 0.3 * normal(fold(keys[:, :1], k), a * b).view(-1, 1, a, b)
-            x, error = (w.new_zeros(*keys.shape[:2], size) for size in (a, b))
-            layers.append(Weights(torch.stack([w, torch.zeros_like(w)], -1), x, error))
-        return layers
-
-    def predict(self, params: Params, layers: list[Weights], x: Tensor) -> tuple[list[Weights], Tensor]:
-        """The layers in order 1, ..., K, with frozen states."""
-        seen = []
-        for layer in layers:
-            seen.append(layer._replace(x=x))
-            parts = self.parts(layer, x)
-            x = torch.cat([self.forward(params, layer.wb, part) for part in parts], 1)
-        return seen, x
-
-    def learn(self, params: Params, layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
-        """The layers in order K, ..., 1."""
-        learned = []
-        for layer in reversed(layers):
-            pairs = zip(self.parts(layer, layer.x), self.parts(layer, error), strict=True)
-            results = [self.backward(params, layer.wb, *pair) for pair in pairs]
-            below, wb = zip(*results, strict=True)
-            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
-            learned.append(layer._replace(wb=wb, error=error))
-            error = torch.cat(below, 1)
-        return learned[::-1]
-
-    def parts(self, layer: Weights, x: Tensor) -> tuple[Tensor, ...]:
-        """A batch in parts that fit the memory."""
-        return x.split(4096, 1)
-
-
-class Clone(Backprop):
-    """Sub-LSTMs that are backpropagation: weight and bias are two entries of their cells; all other
-    entries of states and of messages are zero (appendix B.3.1). After one tick messages are sent,
-    after a second one the new weight and bias are read: one tick alone cannot multiply input and
-    error. Only what is read is computed."""
-
-    def __init__(self, args: Args):
-        super().__init__(args)
-        self.vsml = VSML(args)
-        self.shapes = self.vsml.shapes
-        self.init = self.vsml.init
-
-    def tick(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> Layer:
-        c = F.pad(wb / 4, (0, self.args.state_size - 2))
-        fwd_msg, bwd_msg = (F.pad(v[..., None], (0, self.args.message_size - 1)) for v in (x, error))
-        return self.vsml.tick(params, Layer(c.tanh(), c, fwd_msg, bwd_msg), micro_ticks=1)
-
-    def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
-        h = self.tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3])).h
-        return self.vsml.message(params, "fwd_msg", h, -3)[..., 0] * math.sqrt(x.shape[-1])
-
-    def backward(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        n, layer = self.args.state_size, self.tick(params, wb, x, error)
-        below = self.vsml.message(params, "bwd_msg", layer.h, -2)[..., 0]
-        below = below * error.shape[-1] / math.sqrt(x.shape[-1])
-        names = ("lstm.weight", "lstm.bias")  # of the gates, the two columns that are read
-        two = {name: params[name].unflatten(-1, (4, n))[..., :2].flatten(-2) for name in names}
-        layer = self.vsml.tick(two, layer._replace(c=layer.c[..., :2]), micro_ticks=1)
-        return below, 4 * layer.c.clamp(-4, 4)
-
-    def parts(self, layer: Weights, x: Tensor) -> list[Tensor]:
-        """As many examples as keep the sub-RNNs in a CPU's cache, a power of two, always with the
-        strides that the rules were compiled for."""
-        synapses = layer.wb[:, 0, ..., 0].numel()
-        few = 2 ** max(0, int(math.log2(2**17 / synapses))) if self.args.device == "cpu" else 4096
-        return [part.clone(memory_format=torch.contiguous_format) for part in x.split(few, 1)]
-
-
-def clone_gradient(
-    args: Args, learner: Clone, theta: Tensor, datasets: list[Tasks], step: int, memory: list[dict]
-) -> Gradient:
-    """Regress y, the error below, and the changes of w and b toward those of backpropagation on the
-    same synapses. Returns the gradient (d,), the loss in units of the targets' variances, and the
-    share of them that is explained."""
-    wb, x, error = synapses(args, learner, theta, datasets[0], step, memory[0]["state"])
-    theta = theta.detach().requires_grad_()
-    answers = []
-    for rules, params in ((learner, learner.params(theta[None])), (Backprop(args), {})):
-        below, new = rules.backward(params, wb, x, error)
-        answers.append(torch.cat([rules.forward(params, wb, x), below, (new - wb).flatten(2)], 2)[0])
-    ours, targets = answers
-    loss = (((ours - targets) ** 2).mean(0) / targets.var(0)).mean()
-    (grad,) = torch.autograd.grad(loss, theta)
-    return grad * (args.clip / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
-
-
-Synapses = tuple[Tensor, Tensor, Tensor]  # wb (1, count, 1, 1, 2), x and error (1, count, 1)
-
-
-@torch.no_grad()
-def synapses(args: Args, learner: Clone, theta: Tensor, tasks: Tasks, step: int, buffer: list[Weights]) -> Synapses:
-    """What to regress on, by the curriculum of appendix B.2.1, which goes from random synapses to a
-    network's with true errors, then to a network of sub-RNNs with their own errors.
-
-    buffer: states of networks, one along p each. Now and then the sub-RNNs train one of them on a
-    batch, and the result takes its place (appendix B.3.1).
-    """
-    progress = step / args.meta_steps
-    made = random_synapses(theta.device)
-    if progress < 0.25:
-        return made
-
-    one = torch.randint(len(buffer[0].wb), ()).item()
-    ids = torch.tensor([step], device=theta.device)
-    layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in buffer]
-    x, y = tasks.sample(ids, ids, 16)
-    if progress > 0.6 or step % 20 == 0:
-        own, _, _ = one_example(learner, learner.params(theta[None]), layers, x, y)
-        keys = tasks.keys(ids, 3)[None]
-        fresh = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
-        for old, new in zip(buffer, fresh if step % 400 == 0 else own, strict=True):
-            old.wb[one] = new.wb[0]
-    if progress > 0.6:
-        return pick_synapses(layers, own, step % len(layers), made)
-    true, _, _ = one_example(Backprop(args), {}, layers, x, y)
-    return pick_synapses(layers, true, step % len(layers), made)
-
-
-def random_synapses(device: torch.device, count: int = 4096) -> Synapses:
-    w, b, x, error = (std * torch.randn(1, count, 1, device=device) for std in (2.0, 0.3, 1.0, 0.3))
-    return torch.stack([w, b], -1)[..., None, :], x, error
-
-
-def pick_synapses(layers: list[Weights], trained: list[Weights], k: int, made: Synapses) -> Synapses:
-    """Three in four of the synapses are those of layer k with its inputs and errors in training; the
-    others stay random."""
-    wb, x, error = made
-    few = wb.shape[1] // 4
-    sizes = (*trained[k].x.shape[1:], trained[k].error.shape[2])
-    s, a, b = (torch.randint(size, (wb.shape[1] - few,), device=wb.device) for size in sizes)
-    wb[0, few:, 0, 0] = layers[k].wb[0, 0, a, b]
-    x[0, few:, 0] = trained[k].x[0, s, a]
-    error[0, few:, 0] = trained[k].error[0, s, b]
-    return wb, x, error
 
 
 # ======================================================================================================================
@@ -1232,19 +969,6 @@ def square(dataset: Dataset) -> bool:
     return len(dataset.shape) == 3 and dataset.shape[1] == dataset.shape[2]
 
 
-def probabilities(learner: Learner, theta: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> Tensor:
-    """Of the classes (s, t, b), predicted in rollouts through x (s, t, a) and y (s, t)."""
-    keys = tasks.keys(test_ids(tasks, len(x)), 3)[None]
-    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
-    params, steps = learner.params(theta[None]), []
-    for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
-        state, logits = learner.predict(params, state, x_t[None])
-        steps.append(logits[0].softmax(-1))
-        label = F.one_hot(y_t, tasks.num_classes).float()
-        state = learner.learn(params, state, (steps[-1] - label)[None], label[None])
-    return torch.stack(steps, 1)
-
-
 def introspect(
     path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: dict[str, Tasks]
 ) -> dict[str, float]:
@@ -1260,16 +984,16 @@ def introspect(
         len(learners), 2, figsize=(18, 2.4 * len(learners)), width_ratios=(1, 4), squeeze=False, layout="constrained"
     )
     for (name, learner), pair in zip(learners.items(), axes, strict=True):
-        of, theta = tasks[name], thetas[name]
+        of, theta = tasks[name], thetas[name][None]
         if isinstance(learner, OnlineSGD):
-            twice = twice_each(on_train(of), args.test_seeds)
-            score = partial(second_correct, learner, tasks=of, examples=twice)
-            theta = max(RATES.to(theta)[:, None], key=score)
-        examples = twice_each(of, args.test_seeds)
-        repeats[name] = second_correct(learner, theta, tasks=of, examples=examples)
+            rates = RATES.to(theta)[:, None]
+            scores = second_correct(learner, rates, on_train(of), *twice_each(on_train(of), args.test_seeds))
+            theta = rates[scores.argmax()][None]
+        twice = twice_each(of, args.test_seeds)
+        repeats[name] = second_correct(learner, theta, of, *twice).item()
         many = of.sample(test_ids(of, 1), test_ids(of, 1), min(100, len(of.dataset)))
-        for axis, (x, y) in zip(pair, (examples, many), strict=True):
-            p = probabilities(learner, theta, of, x[:1], y[:1])[0].numpy(force=True)
+        for axis, (x, y) in zip(pair, (twice, many), strict=True):
+            p = probabilities(learner, theta, of, x[0], y[0])
             axis.imshow(p.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axis.plot(y[0].numpy(force=True), "s", mfc="none", mec="tab:red", ms=7)
             axis.plot(p.argmax(1), ".", color="black", ms=4)
@@ -1289,9 +1013,24 @@ def twice_each(tasks: Tasks, count: int) -> tuple[Tensor, Tensor]:
     return data.inputs(index.flatten(1)), labels.expand(len(index), -1)
 
 
-def second_correct(learner: Learner, theta: Tensor, tasks: Tasks, examples: tuple[Tensor, Tensor]) -> float:
-    p = probabilities(learner, theta, tasks, *examples)
-    return (p.argmax(-1) == examples[1])[:, 1::2].float().mean().item()
+def second_correct(learner: Learner, thetas: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> Tensor:
+    """Share (p,) of the second of two examples x (s, t, a), y (s, t) that members (p, d) predict correctly."""
+    keys = tasks.keys(test_ids(tasks, len(x)), 3).expand(len(thetas), -1, -1)
+    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
+    x, y = x.expand(len(thetas), *x.shape), y.expand(len(thetas), *y.shape)
+    _, _, correct = rollout(learner, thetas, state, x, y)
+    return correct[:, :, 1::2].float().mean((1, 2))
+
+
+def probabilities(learner: Learner, theta: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> np.ndarray:
+    """Of the classes (t, b), predicted in a rollout through x (t, a) and y (t)."""
+    keys = tasks.keys(test_ids(tasks, 1), 3)[None]
+    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
+    params, steps = learner.params(theta), []
+    for x_t, y_t in zip(x, y, strict=True):
+        state, logits = learner.observe(params, state, x_t[None, None], y_t[None, None])
+        steps.append(logits[0, 0].softmax(-1))
+    return torch.stack(steps).numpy(force=True)
 
 
 def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> float:
@@ -1301,7 +1040,7 @@ def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> flo
     x, w = torch.meshgrid(torch.linspace(-3, 3, n), torch.linspace(-4, 4, n), indexing="xy")
     wb = torch.stack([w, torch.zeros_like(w)], -1).view(1, -1, 1, 1, 2).to(theta.device)
     inputs = learner.params(theta[None]), wb, x.reshape(1, -1, 1).to(theta.device)
-    y, target = (rules.forward(*inputs).view(n, n).cpu() for rules in (Clone(args), Backprop(args)))
+    y, target = (rules.forward(*inputs).view(n, n).cpu() for rules in (Clone(VSML(args)), Backprop(args)))
     error = (y - target).abs()
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for row in range(0, n, 20):
@@ -1319,89 +1058,17 @@ def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> flo
 # ======================================================================================================================
 # Use it
 # ======================================================================================================================
-class Classifier:
-    """A trained VSML that learns your data: predict(x), learn(x, y) and reset(), in any order.
-
-        learner = vsml.VSML.load("pretrained")
-        learner.learn(x_train, y_train)
-        probabilities = learner.predict(x_test)
-
-    checkpoint: "pretrained", or a checkpoint.pt of this script. num_classes: how many there are
-    (default: one more than the largest of the first labels). seed: decides the initial states.
-    Raises CheckpointError or UserError for what is no checkpoint of a VSML learner.
-
-    Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
-    several, one after the other, or (s, t, a) for s independent learners side by side. The first
-    call decides a and s. Raises UserError for other shapes, and for labels outside the classes.
-    """
-
-    def __init__(self, learner: VSML, theta: Tensor, num_classes: int | None = None, seed: int = 0):
-        self.learner = learner
-        self.params = learner.params(theta[None])
-        self.device = theta.device
-        self.given_classes = num_classes
-        self.seed = seed
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all examples, the number of inputs and the number of learners."""
-        self.state: list[Layer] | None = None
-        self.num_classes = self.given_classes
-
-    @torch.no_grad()
-    def learn(self, x: Any, y: Any) -> None:
-        """Learn from the examples x, in their order, with labels y (), (t,) or (s, t)."""
-        x = self.examples(x)
-        y = torch.as_tensor(y, device=self.device)
-        y = y.view((1,) * (2 - y.ndim) + y.shape)
-        if y.shape != x.shape[:2] or y.is_floating_point() or y.min() < 0:
-            raise UserError(f"There has to be a label from 0 on for each of {x.shape[:2]} examples.")
-        self.num_classes = self.num_classes or max(2, int(y.max()) + 1)
-        if y.max() >= self.num_classes:
-            raise UserError(f"A label is {y.max()}; give num_classes to load, now {self.num_classes}.")
-        state = self.start(x)
-        for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
-            state, _, _ = one_example(self.learner, self.params, state, x_t[None], y_t[None])
-        self.state = state
-
-    @torch.no_grad()
-    def predict(self, x: Any) -> Tensor:
-        """Probabilities of the classes, (c,), (t, c) or (s, t, c). Nothing is learned."""
-        inputs = self.examples(x)
-        state = self.start(inputs)
-        logits = [self.learner.predict(self.params, state, x_t[None])[1] for x_t in inputs.unbind(1)]
-        return torch.stack(logits, 2)[0].softmax(-1).view(*torch.as_tensor(x).shape[:-1], -1)
-
-    def examples(self, x: Any) -> Tensor:
-        """x as (s, t, a)."""
-        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
-        if not 1 <= x.ndim <= 3 or x.numel() == 0 or not x.isfinite().all():
-            raise UserError("Inputs have to be finite numbers of shape (a,), (t, a) or (s, t, a).")
-        return x.view((1,) * (3 - x.ndim) + x.shape)
-
-    def start(self, x: Tensor) -> list[Layer]:
-        """The state to go on from: the last one, or a random one for inputs like x (s, t, a)."""
-        if self.num_classes is None:
-            raise UserError("The number of classes is not known; give num_classes to load, or learn.")
-        if self.state is None:
-            keys = fold(key(self.seed, self.device), torch.arange(len(x), device=self.device))
-            return self.learner.initial_state(keys[None], x.shape[2], self.num_classes)
-        seen = self.state[0].fwd_msg.shape[1:3]
-        if seen != x.shape[::2]:
-            raise UserError(f"Inputs have to be those of {seen[0]} learners with {seen[1]} inputs each.")
-        return self.state
-
-
 def load_classifier(
     checkpoint: str | Path = "pretrained",
     num_classes: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """See Classifier."""
+    """See common.learners.Classifier. checkpoint: "pretrained", or a checkpoint.pt of this script. Raises
+    CheckpointError or UserError for what is no checkpoint of a VSML learner."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = VSML(Args(**saved["args"])) if saved["method"] == METHOD else None
+        learner = make_vsml(Args(**saved["args"])) if saved["method"] == METHOD else None
     except TypeError:
         learner = None
     if learner is None:
@@ -1609,7 +1276,6 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-CLONE_BUFFER = 64  # networks in the buffer (appendix B.3.1; the size is not in the thesis)
 HIDDEN = 160  # units of sgd2 and adam2 (appendix B.3.2)
 META_TRAINED = ("vsml", "rnn", "hebbian", "fwmemory", "clone")  # the others have at most a rate
 FIXED_RATE = ("sgd_1e-2", "adam_1e-3")
@@ -1646,8 +1312,8 @@ def batch_size(args: Args, tasks: Tasks, name: str = "vsml") -> int:
     a, b = tasks.num_inputs, tasks.num_classes
     numbers = a * b
     if name == "vsml":
-        wiring = VSML(args).wiring(a, b)
-        numbers = args.state_size * sum(wires.a * wires.b * wires.positions for wires in wiring)
+        sizes = make_vsml(args).sizes_of_layers(a, b)
+        numbers = args.state_size * sum(inputs * outputs for inputs, _, _, outputs in sizes)
     elif name == "fwmemory":
         numbers = 16**3
     elif name in ("sgd2", "adam2"):
@@ -1683,12 +1349,12 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
     elif name == "fwmemory":
         learner = FastWeightMemory(*sizes, args.logit_bound, feed_label=True)  # as in the release
     elif name in ("clone", "backprop"):
-        learner = (Clone if name == "clone" else Backprop)(args)
+        learner = Clone(VSML(args)) if name == "clone" else Backprop(args)
         if run.compiles and name == "clone" and use == "test":
             learner.forward = torch.compile(learner.forward, dynamic=False)
             learner.backward = torch.compile(learner.backward, dynamic=False)
     elif name == "vsml":
-        learner = VSML(args, fast_cell(args, use) if run.compiles else None)
+        learner = make_vsml(args, fast_cell(args, use) if run.compiles else None)
     else:
         deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend

@@ -18,7 +18,7 @@ import math
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common import rng
 
 BUNDLED = ("digits", "wine", "breast_cancer")
 DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "omniglot")
@@ -46,120 +48,6 @@ UNREADABLE = (AssertionError, EOFError, LookupError, OSError, RuntimeError, Type
 
 class DatasetError(Exception):
     """A dataset that cannot be loaded or used; the message is one sentence that says what to do."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Random numbers as pure functions of integers
-# --------------------------------------------------------------------------------------------------
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers that looks random (the finaliser of MurmurHash3)."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * -2048144789
-    x = (x ^ (x >> 13 & 0x7FFFF)) * -1028477387
-    return x ^ (x >> 16 & 0xFFFF)
-
-
-def _int32(value: Tensor | int) -> Tensor | int:
-    """The lowest 32 bits as a signed integer."""
-    if isinstance(value, Tensor):
-        return value.to(torch.int32)
-    return (value + 2**31) % 2**32 - 2**31
-
-
-def fold(key: Tensor, value: Tensor | int) -> Tensor:
-    """A new key from a key and a 64-bit integer. key: (..., 2) int32; value broadcasts to (...).
-
-    A Python number stays one: as a tensor it would be copied to a GPU, which waits for that.
-    """
-    low, high = _int32(value), _int32(value >> 32)
-    first = _mix(_mix(key[..., 0] + low) ^ high)
-    second = _mix(key[..., 1] ^ first) + low
-    return torch.stack([first, second], -1)
-
-
-@cache
-def key(seed: int, device: torch.device | str = "cpu", salt: int | None = None) -> Tensor:
-    """The key (2,) of a seed, or of one of its salts. All further keys are folded from it."""
-    if salt is not None:
-        return fold(key(seed, device), salt)
-    root = torch.tensor([-1640531527, 668265263], dtype=torch.int32, device=device)
-    return fold(root, seed)
-
-
-def bits(key: Tensor, counter: Tensor) -> Tensor:
-    """32 random bits, int32, for each counter. key: (..., 2) broadcasts against counter (...)."""
-    return _mix(_mix(counter.to(torch.int32) + key[..., 0]) ^ key[..., 1])
-
-
-def integers(key: Tensor, counter: Tensor, high: Tensor | int) -> Tensor:
-    """Integers in [0, high), int64."""
-    return (bits(key, counter).long() & 0x7FFFFFFF) % high
-
-
-def uniform(key: Tensor, size: int) -> Tensor:
-    """Uniform numbers in (0, 1), shape (..., size) for keys (..., 2)."""
-    counter = torch.arange(size, dtype=torch.int32, device=key.device)
-    return ((bits(key[..., None, :], counter) >> 8 & 0xFFFFFF).float() + 0.5) * 2**-24
-
-
-def normal(key: Tensor, size: int, divisor: float = 1.0) -> Tensor:
-    """Standard normals (Box and Muller 1958) over `divisor`, (..., size) for keys (..., 2)."""
-    half = -(-size // 2)
-    u, v = uniform(key, 2 * half).chunk(2, -1)
-    radius = (-2 * u.log()).sqrt()
-    angle = 2 * math.pi * v
-    both = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
-    return both[..., :size].div_(divisor)  # in place, as it may have gigabytes
-
-
-def shuffle(position: Tensor, n: Tensor | int, key: Tensor, rounds: int = 24) -> Tensor:
-    """The image of each position under a random permutation of 0..n-1, which is never stored.
-
-    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012). Each round pairs x with (k - x) mod n,
-    and one random bit, the same for both, decides whether they swap.
-
-    position: (...) int64 in [0, n); n and key (..., 2) broadcast against it. Returns (...) int64.
-    """
-    shifts, keys = _round_keys(key, n, rounds)
-    shape = position.shape
-
-    def flat(x: Tensor, *last: int) -> Tensor:
-        """One form whatever the shapes, and no view: torch.compile compiles each form once."""
-        return x.expand(*shape, *last).reshape(-1, *last).clone()
-
-    position = flat(position)
-    n = flat(n) if isinstance(n, Tensor) else torch.full_like(position, n)
-    for shift, key in zip(shifts.split(4, -1), keys.split(4, -2), strict=True):
-        position = _swap_rounds(position, n, flat(shift, 4), flat(key, 4, 2))
-    return position.view(shape)
-
-
-def _round_keys(key: Tensor, n: Tensor | int, rounds: int) -> tuple[Tensor, Tensor]:
-    """For each round of `shuffle` the k of its pairs, (..., rounds), and the key of its bits."""
-    index = torch.arange(rounds, device=key.device)
-    shifts = integers(key[..., None, :], index, n[..., None] if isinstance(n, Tensor) else n)
-    return shifts, fold(key[..., None, :], index + 1)
-
-
-def _swap_rounds(position: Tensor, n: Tensor, shifts: Tensor, keys: Tensor) -> Tensor:
-    """Some rounds of `shuffle`: position, n (N,), shifts (N, rounds), keys (N, rounds, 2)."""
-    for shift, key in zip(shifts.unbind(-1), keys.unbind(-2), strict=True):
-        partner = (shift - position) % n
-        swap = bits(key, torch.maximum(position, partner)) & 1
-        position = torch.where(swap == 0, position, partner)
-    return position
-
-
-def compile_draws() -> None:
-    """From now on torch.compile makes normals and rounds of `shuffle`, the largest costs of Tasks.
-
-    The numbers are the same to rounding. On a CPU a batch of tasks takes half of the time, and each
-    of the two functions is compiled once, in seconds. (`_round_keys` as well would take ten seconds
-    more and gain little; Tasks.sample as a whole takes minutes.)
-    """
-    global normal, _swap_rounds
-    if not hasattr(normal, "_torchdynamo_orig_callable"):
-        normal = torch.compile(normal, dynamic=True)  # one compilation for all shapes
-        _swap_rounds = torch.compile(_swap_rounds, dynamic=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,7 +229,7 @@ def _tenth(y: Tensor) -> Tensor:
     y = y[order]
     count = y.bincount()
     within = torch.arange(len(y)) - (count.cumsum(0) - count)[y]  # its number in its class
-    rank = shuffle(within, count[y], fold(key(0, salt=1), y))
+    rank = rng.shuffle(within, count[y], rng.fold(rng.key(0, salt=1), y))
     tenth = ((count + 5) // 10).clamp(min=1).minimum(count - 1)
     mask = torch.empty(len(y), dtype=torch.bool)
     mask[order] = rank < tenth[y]
@@ -542,12 +430,12 @@ def _make_random(shape: tuple[int, ...], points: int = 20) -> Callable:
     size = math.prod(shape)
 
     def make(task: Tensor, position: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        images = normal(fold(task, 1), points * size).view(-1, points, size)
+        images = rng.normal(rng.fold(task, 1), points * size).view(-1, points, size)
         index = torch.arange(points, device=task.device)
-        labels = integers(fold(task, 2)[:, None], index, 10)
+        labels = rng.integers(rng.fold(task, 2)[:, None], index, 10)
 
-        order = fold(sequence[:, None], position // points)
-        point = shuffle(position % points, points, order)
+        order = rng.fold(sequence[:, None], position // points)
+        point = rng.shuffle(position % points, points, order)
         x = images.gather(1, point[..., None].expand(-1, -1, size))
         return x, labels.gather(1, point)
 
@@ -563,9 +451,9 @@ def _make_sum_sign(shape: tuple[int, ...]) -> Callable:
     low, high = (0.5 * (1 + math.erf(z / math.sqrt(2))) for z in (-2, 2))
 
     def make(task: Tensor, position: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        example = fold(sequence[:, None], position)
-        noise = torch.special.ndtri(low + (high - low) * uniform(fold(example, 1), size))
-        x = noise + 2 * uniform(fold(example, 2), 1) - 1
+        example = rng.fold(sequence[:, None], position)
+        noise = torch.special.ndtri(low + (high - low) * rng.uniform(rng.fold(example, 1), size))
+        x = noise + 2 * rng.uniform(rng.fold(example, 2), 1) - 1
         return x, (x.sum(-1) >= 0).long()
 
     return make
@@ -645,7 +533,7 @@ class Tasks:
 
     def keys(self, ids: Tensor, salt: int) -> Tensor:
         """(s, 2) keys of the ids (s,), different for each salt."""
-        return fold(key(self.seed, ids.device, salt), ids)
+        return rng.fold(rng.key(self.seed, ids.device, salt), ids)
 
     @torch.no_grad()
     def sample(
@@ -666,19 +554,19 @@ class Tasks:
         x, y = examples(task, position, sequence)
 
         if self.permuted_labels:
-            order = _permutations(fold(task, 4), self.num_classes)
+            order = _permutations(rng.fold(task, 4), self.num_classes)
             permuted = _selected(task, 3, self.permuted_labels)
             y = torch.where(permuted, order.gather(1, y), y)
 
         if self.permuted_inputs:
-            order = _permutations(fold(task, 5), x.shape[-1])
+            order = _permutations(rng.fold(task, 5), x.shape[-1])
             permuted = _selected(task, 6, self.permuted_inputs)[..., None]
             x = torch.where(permuted, x.gather(2, order[:, None].expand_as(x)), x)
 
         if self.blanked:
-            share = self.blanked * uniform(fold(task, 11), 1)
-            blank = uniform(fold(task, 10), x.shape[-1]) < share
-            constant = 0.5 * normal(fold(task, 12), 1)
+            share = self.blanked * rng.uniform(rng.fold(task, 11), 1)
+            blank = rng.uniform(rng.fold(task, 10), x.shape[-1]) < share
+            constant = 0.5 * rng.normal(rng.fold(task, 12), 1)
             x = torch.where(blank[:, None], constant[:, None], x)
 
         if self.projected == 1:
@@ -693,8 +581,8 @@ class Tasks:
         """The projection matrices (s, inputs, projected inputs) of the tasks with keys (s, 2)."""
         a, b = self.dataset.num_inputs, self.num_inputs
         if self.projection == "gaussian":
-            return normal(fold(task, 8), a * b, math.sqrt(a)).view(-1, a, b)
-        return (2 * uniform(fold(task, 8), a * b).view(-1, a, b) - 1) * math.sqrt(6 / (a + b))
+            return rng.normal(rng.fold(task, 8), a * b, math.sqrt(a)).view(-1, a, b)
+        return (2 * rng.uniform(rng.fold(task, 8), a * b).view(-1, a, b) - 1) * math.sqrt(6 / (a + b))
 
     def _stored_examples(
         self, task: Tensor, position: Tensor, sequence: Tensor
@@ -705,7 +593,7 @@ class Tasks:
 
         chosen = torch.arange(data.num_classes, device=data.device).expand(len(task), -1)
         if self.classes or self.shots:
-            chosen = _permutations(fold(task, 9), data.num_classes)[:, : self.num_classes]
+            chosen = _permutations(rng.fold(task, 9), data.num_classes)[:, : self.num_classes]
         if self.shots:
             return self._episodes(chosen, position, sequence)
 
@@ -713,7 +601,7 @@ class Tasks:
         chosen = chosen.sort(-1).values
         end = count[chosen].cumsum(-1)
         total = end[:, -1:]
-        number = shuffle(position % total, total, fold(sequence[:, None], position // total))
+        number = rng.shuffle(position % total, total, rng.fold(sequence[:, None], position // total))
         label = torch.searchsorted(end, number, right=True)
         within = number - (end - count[chosen]).gather(1, label)
         return data.inputs(first[chosen.gather(1, label)] + within), label
@@ -727,26 +615,26 @@ class Tasks:
         first = count.cumsum(0) - count
 
         last = self.episode - 1  # index of the query
-        episode = fold(sequence[:, None], position // self.episode)
+        episode = rng.fold(sequence[:, None], position // self.episode)
         position = position % self.episode
         query = position == last
 
-        order = shuffle(position.clamp(max=last - 1), last, episode)
-        label = integers(fold(episode, 2), torch.zeros_like(position), c)
+        order = rng.shuffle(position.clamp(max=last - 1), last, episode)
+        label = rng.integers(rng.fold(episode, 2), torch.zeros_like(position), c)
         label = torch.where(query, label, order % c)
         shot = (order // c).masked_fill(query, self.shots)
 
         index = chosen.gather(1, label)
-        within = shuffle(shot, count[index], fold(fold(episode, 1), label))
+        within = rng.shuffle(shot, count[index], rng.fold(rng.fold(episode, 1), label))
         return data.inputs(first[index] + within), label
 
 
 def _selected(task: Tensor, salt: int, share: float) -> Tensor:
     """Mask (s, 1) of the tasks with keys (s, 2) that an augmentation applies to."""
-    return uniform(fold(task, salt), 1) < share
+    return rng.uniform(rng.fold(task, salt), 1) < share
 
 
 def _permutations(key: Tensor, n: int) -> Tensor:
     """A random permutation of 0..n-1 for each key (s, 2): (s, n) int64."""
     positions = torch.arange(n, device=key.device).expand(len(key), -1)
-    return shuffle(positions, n, key[:, None])
+    return rng.shuffle(positions, n, key[:, None])

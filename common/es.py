@@ -16,6 +16,7 @@ returns, to float rounding.
 Axes: p members of a batch (all + directions, then all - directions), d parameters.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,27 @@ def share(pairs: int) -> range:
             f"A population of {pairs} pairs cannot be shared evenly by {world} processes."
         )
     return range(rank * pairs // world, (rank + 1) * pairs // world)
+
+
+def num_blocks(pairs: int, kinds: int) -> int:
+    """The smallest number of equal blocks of pairs that gives each kind of task one."""
+    divisors = (n for n in range(1, pairs + 1) if pairs % n == 0)
+    return next((n for n in divisors if n >= kinds), pairs)
+
+
+def even_chunk(pairs: int, kinds: int, limit: int) -> int:
+    """The most pairs to evaluate at once, at most `limit`. Always the same number, so that one
+    compilation does: a divisor of the pairs of a block and of those of a process."""
+    most = math.gcd(pairs // num_blocks(pairs, kinds), len(share(pairs)))
+    return max(c for c in range(1, most + 1) if most % c == 0 and (c == 1 or c <= limit))
+
+
+def kinds_of_chunks(pairs: int, kinds: int, generation: int, chunk: int) -> list[int]:
+    """Which kind of task, 0 to kinds - 1, each chunk of this process has. All pairs of a block have
+    one; which one, changes with the generation if there are more blocks than kinds."""
+    blocks = num_blocks(pairs, kinds)
+    numbers = (generation * blocks + pair * blocks // pairs for pair in share(pairs)[::chunk])
+    return [number % kinds for number in numbers]
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Learners of supervised sequences: what they have in common, and VSML's meta-trained baselines.
+"""Learners of supervised sequences: what they have in common, the class that a Python program uses,
+and VSML's baselines.
 
     learner = InContextRNN(num_inputs=64, num_outputs=10, size=16)
     theta = learner.init(torch.Generator().manual_seed(0))[None]  # (p, d)
@@ -12,11 +13,14 @@ outputs, n hidden state.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.rng import fold, key, normal
 
 Params = dict[str, Tensor]
 State = Any
@@ -41,6 +45,13 @@ class Learner:
         parts = theta.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
         views = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(-1, *shape) for (name, shape), part in views}
+
+    def observe(self, params: Params, state: State, x: Tensor, y: Tensor) -> tuple[State, Tensor]:
+        """Predict, then learn from the label: x (p, s, a), y (p, s) int64. Returns the logits, too."""
+        state, logits = self.predict(params, state, x)
+        label = (y[..., None] == torch.arange(logits.shape[-1], device=y.device)).to(logits.dtype)
+        error = logits.softmax(-1) - label  # the gradient of the cross-entropy at the logits
+        return self.learn(params, state, error, label), logits
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,6 +81,86 @@ def pad(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, size - x.shape[-1]))
 
 
+class Classifier:
+    """A meta-trained learner that learns your data: predict(x), learn(x, y) and reset(), in any order.
+
+        classifier = vsml.VSML.load("pretrained")
+        classifier.learn(x_train, y_train)
+        probabilities = classifier.predict(x_test)
+
+    theta: (d,). num_classes: how many there are (default: one more than the largest of the first
+    labels). seed: decides the initial states.
+
+    Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
+    several, one after the other, or (s, t, a) for s independent learners side by side. The first
+    call decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
+    """
+
+    def __init__(
+        self, learner: Learner, theta: Tensor, num_classes: int | None = None, seed: int = 0
+    ):
+        self.learner = learner
+        self.params = learner.params(theta[None])
+        self.device = theta.device
+        self.given_classes = num_classes
+        self.seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all examples, the number of inputs and the number of learners."""
+        self.state: State | None = None
+        self.sizes: tuple[int, int] | None = None  # s, a
+        self.num_classes = self.given_classes
+
+    @torch.no_grad()
+    def learn(self, x: Any, y: Any) -> None:
+        """Learn from the examples x, in their order, with labels y (), (t,) or (s, t)."""
+        x = self.examples(x)
+        y = torch.as_tensor(y, device=self.device)
+        y = y.view((1,) * (2 - y.ndim) + y.shape)
+        if y.shape != x.shape[:2] or y.is_floating_point() or y.min() < 0:
+            raise ValueError(f"There has to be a label from 0 on for each of {x.shape[:2]} examples.")
+        self.num_classes = self.num_classes or max(2, int(y.max()) + 1)
+        if y.max() >= self.num_classes:
+            raise ValueError(f"A label is {y.max()}; give num_classes to load, now {self.num_classes}.")
+        state = self.start(x)
+        for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
+            state, _ = self.learner.observe(self.params, state, x_t[None], y_t[None])
+        self.state = state
+
+    @torch.no_grad()
+    def predict(self, x: Any) -> Tensor:
+        """Probabilities of the classes, (c,), (t, c) or (s, t, c). Nothing is learned."""
+        inputs = self.examples(x)
+        state = self.start(inputs)
+        logits = [self.learner.predict(self.params, state, x_t[None])[1] for x_t in inputs.unbind(1)]
+        return torch.stack(logits, 2)[0].softmax(-1).view(*torch.as_tensor(x).shape[:-1], -1)
+
+    def examples(self, x: Any) -> Tensor:
+        """x as (s, t, a)."""
+        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        if not 1 <= x.ndim <= 3 or x.numel() == 0 or not x.isfinite().all():
+            raise ValueError("Inputs have to be finite numbers of shape (a,), (t, a) or (s, t, a).")
+        return x.view((1,) * (3 - x.ndim) + x.shape)
+
+    def start(self, x: Tensor) -> State:
+        """The state to go on from: the last one, or an initial one for inputs like x (s, t, a)."""
+        if self.num_classes is None:
+            raise ValueError("The number of classes is not known; give num_classes to load, or learn.")
+        sizes = len(x), x.shape[2]
+        if self.state is None:
+            self.sizes = sizes
+            keys = fold(key(self.seed, self.device), torch.arange(len(x), device=self.device))
+            return self.learner.initial_state(keys[None], x.shape[2], self.num_classes)
+        if self.sizes != sizes:
+            s, a = self.sizes
+            raise ValueError(f"Inputs have to be those of {s} learners with {a} inputs each.")
+        return self.state
+
+
+# ==================================================================================================
+# Baselines that are meta-trained
+# ==================================================================================================
 class InContextRNN(Learner):
     """The in-context RNN (Hochreiter et al. 2001; thesis, appendix B.3.2): one LSTM whose inputs are
     the image, the last error and, if `feed_label`, the last label. Its sizes are fixed: fewer inputs
@@ -204,3 +295,60 @@ class Hebbian(Learner):
         y = self.layer(params, fast, x).softmax(-1)[..., None, :]
         rate = params["rate"][..., None, None].sigmoid()
         return fast + rate * y * (x[..., None] - y * fast), x  # Oja's rule
+
+
+# ==================================================================================================
+# Baselines by gradient descent
+# ==================================================================================================
+def descend(weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
+    """One step of gradient descent on weight (p, s, a, b) with inputs x (p, s, a) and the gradient
+    error (p, s, b) at its outputs; with two moments, by Adam (Kingma and Ba 2015, Algorithm 1).
+    Returns the new weight and moments."""
+    step = grad = x[..., :, None] * error[..., None, :]
+    if moments:
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
+        moments = torch.lerp(grad, moments[0], beta1), torch.lerp(grad**2, moments[1], beta2)
+        step = moments[0] / (1 - beta1**t) / ((moments[1] / (1 - beta2**t)).sqrt() + eps)
+    return weight - lr * step, *moments
+
+
+class OnlineSGD(Learner):
+    """Dense tanh layers trained online by gradient descent, or Adam. theta is log10 of the rate."""
+
+    shapes: ClassVar = {"log_lr": (1,)}
+
+    def __init__(self, adam: bool, hidden: tuple[int, ...] = (), descend: Callable = descend):
+        self.adam = adam
+        self.hidden = hidden
+        self.descend = descend
+
+    def init(self, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tensor([-3.0 if self.adam else -2.0])  # appendix B.3.2
+
+    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
+        """Weights and moments of all layers, their inputs, the number of examples seen."""
+        layers, inputs = [], []
+        for k, (a, b) in enumerate(pairwise((num_inputs, *self.hidden, num_outputs))):
+            weight = normal(fold(keys, k) if k else keys, a * b, math.sqrt(a))
+            weight = F.pad(weight.view(*keys.shape[:2], a, b), (0, 0, 0, 1))  # the bias, last
+            layers.append((weight, *(torch.zeros_like(weight) for _ in range(2 * self.adam))))
+            inputs.append(weight.new_zeros(*keys.shape[:2], a + 1))
+        return layers, inputs, keys.new_zeros((), dtype=torch.float32)
+
+    def predict(self, params: Params, state: State, x: Tensor) -> tuple[State, Tensor]:
+        layers, inputs, t = state
+        inputs = []
+        for weight, *_ in layers:
+            inputs.append(F.pad(x.tanh() if inputs else x, (0, 1), value=1.0))
+            x = (inputs[-1][..., None, :] @ weight).squeeze(-2)
+        return (layers, inputs, t), x
+
+    def learn(self, params: Params, state: State, error: Tensor, label: Tensor) -> State:
+        layers, inputs, t = state
+        layers, lr = list(layers), 10 ** params["log_lr"][..., None, None]
+        for k in reversed(range(len(layers))):
+            weight, x = layers[k][0], inputs[k]
+            layers[k] = self.descend(weight, x, error, lr, t + 1, *layers[k][1:])
+            if k > 0:  # backpropagation through tanh
+                error = ((weight @ error[..., None]).squeeze(-1) * (1 - x**2))[..., :-1]
+        return layers, inputs, t + 1

@@ -49,7 +49,8 @@ from torch.utils._pytree import tree_map_only
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, envs, machine
-from common.datasets import Tasks, compile_draws, load
+from common.datasets import Tasks, load
+from common.rng import compile_draws
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -192,7 +193,7 @@ def measure_vsml(bench: Bench, size: int, pairs: int, examples: int) -> None:
         args = replace(args, triton=triton)
         learner = vsml.make_learner("vsml", args, bench.run, (size * size, 10), "train")
         theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
-        chunk = vsml.even_chunk(args, tasks)
+        chunk = vsml.chunk_size(args, tasks)
         step = partial(vsml.es_gradient, learner=learner, theta=theta, datasets=tasks, step=0)
         one_chunk = partial(step, replace(args, population=chunk))
         name = "vsml, Triton" if triton else "vsml"

@@ -18,24 +18,9 @@ import torch
 from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import datasets
-from common.datasets import (
-    BUNDLED,
-    FIRST_ID,
-    GENERATED,
-    NAMES,
-    DatasetError,
-    Tasks,
-    bits,
-    distinct,
-    fold,
-    integers,
-    key,
-    load,
-    normal,
-    shuffle,
-    uniform,
-)
+from common import datasets, rng
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, NAMES, DatasetError, Tasks, distinct, load
+from common.rng import bits, fold, integers, key, normal, shuffle, uniform
 
 IDS = torch.arange(6)
 COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -118,7 +103,7 @@ def test_shuffle_reaches_all_permutations_equally_often():
 @pytest.fixture
 def compilable(monkeypatch):
     for name in ("normal", "_swap_rounds"):
-        monkeypatch.setattr(datasets, name, getattr(datasets, name))  # put back afterwards
+        monkeypatch.setattr(rng, name, getattr(rng, name))  # put back afterwards
     torch._dynamo.reset()
 
 
@@ -126,10 +111,10 @@ def compilable(monkeypatch):
 def test_compiled_draws_are_the_same_numbers(digits, compilable):
     tasks = Tasks(digits, projection="gaussian", projected=1.0, permuted_labels=0.5)
     plain = tasks.sample(IDS, IDS, 30)
-    datasets.compile_draws()
-    compiled = datasets.normal
-    datasets.compile_draws()  # a second time does nothing
-    assert datasets.normal is compiled
+    rng.compile_draws()
+    compiled = rng.normal
+    rng.compile_draws()  # a second time does nothing
+    assert rng.normal is compiled
     x, y = tasks.sample(IDS, IDS, 30)
     torch.testing.assert_close(x, plain[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(y, plain[1])
@@ -142,7 +127,7 @@ def test_draws_are_compiled_once_for_all_shapes(digits, compilable, monkeypatch)
 
     compiled = []
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    datasets.compile_draws()
+    rng.compile_draws()
     for data in (digits, load("wine"), load("random"), digits.resize(14)):
         for batch, length in ((32, 40), (64, 40), (7, 12)):
             tasks = Tasks(data, "gaussian", 1.0, projection_size=20, permuted_inputs=0.5, permuted_labels=0.5)

@@ -243,7 +243,8 @@ def test_ids_of_tasks():
 def test_the_same_id_is_the_same_task_in_another_process():
     code = """
 import torch
-from common.datasets import Tasks, compile_draws, load
+from common.datasets import Tasks, load
+from common.rng import compile_draws
 tasks = Tasks(load("digits"), projection="gaussian", projected=1.0, permuted_labels=1.0, seed=3)
 x, y = tasks.sample(torch.tensor([5, 2**40 + 5]), torch.tensor([1, 2]), 9)
 """

@@ -1,0 +1,211 @@
+"""Learning-algorithm cloning: sub-LSTMs of VSML learn to be backpropagation (thesis, section 3.3.2,
+appendices B.2.1 and B.3.1).
+
+    learner = Clone(vsml)  # of vsml.py, with --preset clone
+    grad, loss, explained = gradient(args, learner, theta, [tasks], step, [{"state": states}])
+
+Who scales what, so that weights of layers of any size stay in the range of the LSTMs:
+
+                   the network (Backprop)                     its clone (Clone)
+  forward          y_b = sum_a (tanh(x_a) w + b) / sqrt(a)    mean over a, times sqrt(a)
+  error below      sum_b e_b w tanh'(x_a) / sqrt(a)           mean over b, times b / sqrt(a)
+  update           w -= rate e_b tanh(x_a), b -= rate e_b     the same, read from the cell
+  storage          w and b                                    w / 4 and b / 4 in two entries of c; h = tanh(c)
+  of a batch       mean of the new w and b                    the same, of cells clipped to [-4, 4]
+
+So the update is gradient descent with the rate times sqrt(a) in each layer.
+
+Axes: p networks, s examples of a batch, a inputs, b outputs.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.learners import Learner, Params, pad
+from common.rng import fold, normal
+
+BUFFER = 64  # networks in the buffer (appendix B.3.1; the size is not in the thesis)
+
+
+class Weights(NamedTuple):
+    """The state of one layer of a network that is trained in batches."""
+
+    wb: Tensor  # (p, s, a, b, 2) weight and bias of each synapse; s is 1 where a batch shares them
+    x: Tensor  # (p, s, a) the last inputs, stored and fed back for the backward pass
+    error: Tensor  # (p, s, b) the last errors at the outputs
+
+
+class Backprop(Learner):
+    """What is cloned: a network trained by backpropagation and gradient descent, in batches. s are
+    the examples of a batch, whose new weights are averaged."""
+
+    shapes: ClassVar = {}
+
+    def __init__(self, args: Any):
+        self.args = args  # the flags of vsml.py
+
+    def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
+        """y (p, s, b) of a layer."""
+        w, b = wb.unbind(-1)
+        return ((x.tanh()[..., None, :] @ w).squeeze(-2) + b.sum(-2)) / math.sqrt(x.shape[-1])
+
+    def backward(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """The error below (p, s, a) and the new wb (p, s, a, b, 2) of a layer."""
+        below = (wb[..., 0] @ error[..., None]).squeeze(-1) / math.sqrt(x.shape[-1])
+        inputs = torch.stack([x.tanh(), torch.ones_like(x)], -1)
+        change = inputs[..., :, None, :] * error[..., None, :, None]
+        return below * (1 - x.tanh() ** 2), wb - self.args.clone_rate * change
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        return torch.zeros(0)
+
+    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> list[Weights]:
+        """Weights 0.3 N(0, 1) and zero biases, the same for the whole batch."""
+        layers = []
+        for k, (a, b) in enumerate(pairwise((num_inputs, *self.args.hidden, num_outputs))):
+            w = 0.3 * normal(fold(keys[:, :1], k), a * b).view(-1, 1, a, b)
+            x, error = (w.new_zeros(*keys.shape[:2], size) for size in (a, b))
+            layers.append(Weights(torch.stack([w, torch.zeros_like(w)], -1), x, error))
+        return layers
+
+    def predict(self, params: Params, layers: list[Weights], x: Tensor) -> tuple[list[Weights], Tensor]:
+        """The layers in order 1, ..., K, with frozen states."""
+        seen = []
+        for layer in layers:
+            seen.append(layer._replace(x=x))
+            parts = self.parts(layer, x)
+            x = torch.cat([self.forward(params, layer.wb, part) for part in parts], 1)
+        return seen, x
+
+    def learn(self, params: Params, layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
+        """The layers in order K, ..., 1."""
+        learned = []
+        for layer in reversed(layers):
+            pairs = zip(self.parts(layer, layer.x), self.parts(layer, error), strict=True)
+            results = [self.backward(params, layer.wb, *pair) for pair in pairs]
+            below, wb = zip(*results, strict=True)
+            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
+            learned.append(layer._replace(wb=wb, error=error))
+            error = torch.cat(below, 1)
+        return learned[::-1]
+
+    def parts(self, layer: Weights, x: Tensor) -> tuple[Tensor, ...]:
+        """A batch in parts that fit the memory."""
+        return x.split(4096, 1)
+
+
+class Clone(Backprop):
+    """Sub-LSTMs that are backpropagation: weight and bias are two entries of their cells; all other
+    entries of states and of messages are zero (appendix B.3.1). After one tick messages are sent,
+    after a second one the new weight and bias are read: one tick alone cannot multiply input and
+    error. Only what is read is computed."""
+
+    def __init__(self, vsml: Any):
+        super().__init__(vsml.args)
+        self.vsml = vsml
+        self.shapes = vsml.shapes
+        self.init = vsml.init
+
+    def messages(self, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return pad(x[..., None], self.args.message_size), pad(error[..., None], self.args.message_size)
+
+    def tick(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """h and c after one tick."""
+        c = pad(wb / 4, self.args.state_size)
+        return self.vsml.tick(params, c.tanh(), c, *self.messages(x, error), ticks=1)
+
+    def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
+        h, _ = self.tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3]))
+        return self.vsml.message(params, "fwd_msg", h, -3)[..., 0] * math.sqrt(x.shape[-1])
+
+    def backward(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = self.tick(params, wb, x, error)
+        below = self.vsml.message(params, "bwd_msg", h, -2)[..., 0]
+        below = below * error.shape[-1] / math.sqrt(x.shape[-1])
+
+        columns = (4, self.args.state_size)  # of the gates; two of each are read
+        names = ("lstm.weight", "lstm.bias")
+        two = {name: params[name].unflatten(-1, columns)[..., :2].flatten(-2) for name in names}
+        _, c = self.vsml.tick(two, h, c[..., :2], *self.messages(x, error), ticks=1)
+        return below, 4 * c.clamp(-4, 4)
+
+    def parts(self, layer: Weights, x: Tensor) -> list[Tensor]:
+        """As many examples as keep the sub-RNNs in a CPU's cache, a power of two, always with the
+        strides that the rules were compiled for."""
+        synapses = layer.wb[:, 0, ..., 0].numel()
+        few = 2 ** max(0, int(math.log2(2**17 / synapses))) if self.args.device == "cpu" else 4096
+        return [part.clone(memory_format=torch.contiguous_format) for part in x.split(few, 1)]
+
+
+def gradient(
+    args: Any, learner: Clone, theta: Tensor, datasets: list, step: int, memory: list[dict]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regress y, the error below, and the changes of w and b toward those of backpropagation on the
+    same synapses. Returns the gradient (d,), the loss in units of the targets' variances, and the
+    share of them that is explained."""
+    wb, x, error = synapses(args, learner, theta, datasets[0], step, memory[0]["state"])
+    theta = theta.detach().requires_grad_()
+    answers = []
+    for rules, params in ((learner, learner.params(theta[None])), (Backprop(args), {})):
+        below, new = rules.backward(params, wb, x, error)
+        answers.append(torch.cat([rules.forward(params, wb, x), below, (new - wb).flatten(2)], 2)[0])
+    ours, targets = answers
+    loss = (((ours - targets) ** 2).mean(0) / targets.var(0)).mean()
+    (grad,) = torch.autograd.grad(loss, theta)
+    return grad * (args.clip / grad.norm()).clamp(max=1), loss.detach(), 1 - loss.detach()
+
+
+Synapses = tuple[Tensor, Tensor, Tensor]  # wb (1, count, 1, 1, 2), x and error (1, count, 1)
+
+
+@torch.no_grad()
+def synapses(
+    args: Any, learner: Clone, theta: Tensor, tasks: Any, step: int, buffer: list[Weights]
+) -> Synapses:
+    """What to regress on, by the curriculum of appendix B.2.1, which goes from random synapses to a
+    network's with true errors, then to a network of sub-RNNs with their own errors.
+
+    buffer: states of networks, one along p each. Now and then the sub-RNNs train one of them on a
+    batch, and the result takes its place (appendix B.3.1).
+    """
+    progress = step / args.meta_steps
+    made = random_synapses(theta.device)
+    if progress < 0.25:
+        return made
+
+    one = torch.randint(len(buffer[0].wb), ()).item()
+    ids = torch.tensor([step], device=theta.device)
+    layers = [layer._replace(wb=layer.wb[one : one + 1].clone()) for layer in buffer]
+    x, y = tasks.sample(ids, ids, 16)
+    if progress > 0.6 or step % 20 == 0:
+        own, _ = learner.observe(learner.params(theta[None]), layers, x, y)
+        keys = tasks.keys(ids, 3)[None]
+        fresh = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
+        for old, new in zip(buffer, fresh if step % 400 == 0 else own, strict=True):
+            old.wb[one] = new.wb[0]
+    if progress > 0.6:
+        return pick_synapses(layers, own, step % len(layers), made)
+    true, _ = Backprop(args).observe({}, layers, x, y)
+    return pick_synapses(layers, true, step % len(layers), made)
+
+
+def random_synapses(device: torch.device, count: int = 4096) -> Synapses:
+    w, b, x, error = (std * torch.randn(1, count, 1, device=device) for std in (2.0, 0.3, 1.0, 0.3))
+    return torch.stack([w, b], -1)[..., None, :], x, error
+
+
+def pick_synapses(layers: list[Weights], trained: list[Weights], k: int, made: Synapses) -> Synapses:
+    """Three in four of the synapses are those of layer k with its inputs and errors in training; the
+    others stay random."""
+    wb, x, error = made
+    few = wb.shape[1] // 4
+    sizes = (*trained[k].x.shape[1:], trained[k].error.shape[2])
+    s, a, b = (torch.randint(size, (wb.shape[1] - few,), device=wb.device) for size in sizes)
+    wb[0, few:, 0, 0] = layers[k].wb[0, 0, a, b]
+    x[0, few:, 0] = trained[k].x[0, s, a]
+    error[0, few:, 0] = trained[k].error[0, s, b]
+    return wb, x, error
