@@ -8,17 +8,21 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
 "General-Purpose In-Context Learning by Meta-Learning Transformers" (2022). Results: .github/results/gpicl.md.
 
     Eq. 5.1        -> InContextLearner.predict
-    Eq. 5.2        -> lifetime, meta_loss
+    Eq. 5.2        -> rollout, meta_loss
     Algorithm 9    -> train_tasks (the task distribution), meta_train (the loop)
     Section 5.4.2  -> state_size
-    Section 5.4.3  -> train_tasks (bias), SignOfAverage, left_plateau
+    Section 5.4.3  -> train_tasks (bias), SignOfAverage, plateau_end
     Section 5.4.4  -> embed (features of pre-trained networks)
     Appendix D.4   -> OuterProductLSTM, VSML, VSMLWithoutSymmetries
-    Appendix D.5   -> MLP, OnlineSGD, sweep_rates
+    Appendix D.5   -> MLP, OnlineSGD, search_rates
 
     python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
-    python gpicl.py --mode sweep --vary num_tasks=1,64,1024,16384 --bias-end 0.9 --baselines    # the phases of Figure 5.4
+    python tests/reproduce.py G4                             # the phases of Figure 5.4
+
+    learner = gpicl.InContextLearner.load("pretrained", num_classes=3)
+    learner.learn(x_train, y_train)                          # z-normalised arrays (t, a) and labels (t,)
+    probabilities = learner.predict(x_test)
 
 Axes, everywhere: s sequences in parallel, t time (examples), a inputs, c classes, h heads, n width or hidden state, m message.
 Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
@@ -26,18 +30,17 @@ Inputs x have shape (s, t, a), labels y (s, t), logits (s, t, c).
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,8 +52,9 @@ from tqdm import tqdm
 from common import checkpoints, es, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
-from common.figures import matrix, plot, pyplot, save
+from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
+from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 from common.rng import compile_draws, integers, key
@@ -73,20 +77,19 @@ class Args:
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Where tensors are."""
     compile: bool = True
     """Fuse the meta-step with torch.compile (needs a C++ compiler on a CPU)."""
-    mode: Literal["train", "test", "sweep"] = "train"
-    """train: meta-train, then meta-test; test: only meta-test a --checkpoint; sweep: a run for each combination of --vary,
-    those that are finished are kept, then the figures over all of them."""
+    mode: Literal["train", "test"] = "train"
+    """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
     resume: str | None = None
-    """A run folder to go on with, exactly where it stopped."""
+    """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
-    """Name of the run folder (default: script-dataset-learner-seed-time), or of the folder of a sweep's runs."""
+    """Name of the run folder (default: script-dataset-learner-seed-time)."""
     data_dir: str = "data"
     """Where torchvision's datasets are, or are downloaded to, and where features are kept."""
     track: bool = False
@@ -97,8 +100,6 @@ class Args:
     """Meta-steps between lines of metrics.csv, each with the mean loss since the last one."""
     statistics: bool = False
     """Log norms and cosines of gradients and updates for each tensor, and draw them (Figures D.8 to D.10)."""
-    vary: tuple[str, ...] = ()
-    """sweep: flags and their values, as in num_tasks=1,256,65536 seed=0,1."""
 
     learner: Name = "transformer"
     """What learns at meta-test time. Meta-trained: transformer, lstm, outer_lstm (LSTM with outer-product state), vsml,
@@ -280,64 +281,13 @@ def previous_labels(y: Tensor, num_classes: int) -> Tensor:
     return F.pad(F.one_hot(y[:, :-1], num_classes).float(), (0, 0, 1, 0))
 
 
-def lifetime(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def rollout(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Learn one sequence of examples: predict y_j after having seen D_{1:j-1} and x_j, for all j (Eq. 5.2).
 
-    x (s, t, a), y (s, t) int64. Returns the cross-entropies (s, t) in nats and whether each prediction was right (s, t).
+    x (s, t, a), y (s, t) int64. Returns the cross-entropies (s, t) in nats and whether each prediction was correct (s, t).
     """
     logits, _ = learner(x, previous_labels(y, num_classes))
     return F.cross_entropy(logits.mT, y, reduction="none"), logits.argmax(-1) == y
-
-
-class InContextLearner:
-    """A trained learner to be used like any other one: learn(x, y) from an example, predict(x) a label, in any order.
-
-    checkpoint: of a run. num_inputs: the size of your inputs, z-normalised, which a random projection takes to the size that
-    the learner was meta-trained on; task: the id of that projection. Raises CheckpointError or UserError for a file that is
-    no checkpoint of this script, and UserError for inputs and labels that it cannot take, or when a Transformer has learned
-    as many examples as it has positions.
-    """
-
-    def __init__(self, checkpoint: Path | str, num_inputs: int, task: int = 0):
-        saved = checkpoints.read(Path(checkpoint), method=str, args=dict, state=dict)
-        try:
-            self.args = Args(**saved["args"])
-        except TypeError as error:
-            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.") from error
-        learners, parts = restored(self.args, [self.args.learner], saved["state"])
-        inputs, self.num_classes = parts["sizes"].tolist()
-        self.model = learners[self.args.learner].eval()
-        self.num_inputs = num_inputs
-        data = Dataset("yours", "train", (num_inputs,), self.num_classes)
-        tasks = Tasks(data, projection="gaussian", projected=1.0, projection_size=inputs, seed=self.args.seed)
-        self.projection = tasks.projections(tasks.keys(torch.tensor([task]), 1))[0]
-        self.state = None
-        self.label = torch.zeros(1, 1, self.num_classes)
-        self.seen = 0
-
-    @torch.no_grad()
-    def step(self, x: Tensor) -> tuple[Tensor, Any]:
-        x = torch.as_tensor(x, dtype=torch.float32)
-        if x.numel() != self.num_inputs or not x.isfinite().all():
-            raise UserError(
-                f"An input has to be {self.num_inputs} finite numbers; "
-                f"this one has {x.numel()} numbers, {x.isfinite().sum()} of them finite."
-            )
-        if isinstance(self.model, Transformer) and self.seen == self.args.sequence_length:
-            raise UserError(f"This Transformer has {self.args.sequence_length} positions, and all of them are used.")
-        return self.model(x.reshape(1, 1, -1) @ self.projection, self.label, self.state)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Probabilities (c,) of the classes for the input x (num_inputs,), by Eq. 5.1."""
-        return self.step(x)[0][0, 0].softmax(-1)
-
-    def learn(self, x: Tensor, y: int) -> None:
-        """Learn that the input x (num_inputs,) has the label y."""
-        if y not in range(self.num_classes):
-            raise UserError(f"A label has to be a whole number from 0 to {self.num_classes - 1}, not {y}.")
-        _, self.state = self.step(x)
-        self.label = F.one_hot(torch.tensor([[int(y)]]), self.num_classes).float()
-        self.seen += 1
 
 
 # ======================================================================================================================
@@ -359,11 +309,11 @@ def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> T
     )
 
 
-def schedule(args: Args, step: int, left: int) -> tuple[float, float]:
-    """Bias and learning rate at a meta-step. Both wait for the step `left` at which the loss left its plateau (-1: not yet),
-    however long that takes, and go linearly to their last values from there."""
-    way = (step - left) / (args.meta_steps - left) if left >= 0 else 0
-    return args.bias + way * (last_bias(args) - args.bias), args.lr * (1 - way * args.lr_decay)
+def schedule(args: Args, step: int, plateau: int) -> tuple[float, float]:
+    """Bias and learning rate at a meta-step. Both stay until the step `plateau` at which the loss left its plateau (-1: not
+    yet), and go linearly to their last values from there."""
+    progress = (step - plateau) / (args.meta_steps - plateau) if plateau >= 0 else 0
+    return args.bias + progress * (last_bias(args) - args.bias), args.lr * (1 - progress * args.lr_decay)
 
 
 def last_bias(args: Args) -> float:
@@ -380,8 +330,8 @@ def batch_ids(args: Args, step: int, device: torch.device, rank: int = 0, world:
 
 def meta_loss(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """J(theta) of Eq. 5.2 divided by N_D, and the accuracy of the last prediction."""
-    losses, right = lifetime(learner, x, y, num_classes)
-    return losses.mean(), right[:, -1].float().mean()
+    losses, correct = rollout(learner, x, y, num_classes)
+    return losses.mean(), correct[:, -1].float().mean()
 
 
 class SignOfAverage(torch.optim.Optimizer):
@@ -423,35 +373,39 @@ def meta_train(
     trained = {name: learner for name, learner in learners.items() if name not in FIXED}
     loss_of = {name: compiled(run, learner, classes) for name, learner in trained.items()}
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
-    watched = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
+    statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
-    left = torch.tensor(-1)  # the step at which the first learner left the plateau
-    keep = {"models": learners, "optimizers": optimizers, "sums": sums, "left": left} | facts
+    plateau = torch.tensor(-1)  # the step at which the first learner left it
+
+    keep = {"models": learners, "optimizers": optimizers, "sums": sums, "plateau": plateau} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         ids = batch_ids(args, step, run.device, run.rank, run.world)
-        bias, lr = schedule(args, step, int(left))
+        bias, lr = schedule(args, step, int(plateau))
         tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias)
         x, y = tasks.sample(*ids, args.sequence_length)  # D ~ p(D)
-        log = {}
         for name, learner in trained.items():
-            loss, right = loss_of[name](x, y)
+            loss, accuracy = loss_of[name](x, y)
             loss.backward()
             average_gradients(learner, args.clip)
             optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].step()  # theta <- theta - alpha * gradient of J(theta)
             optimizers[name].zero_grad()
-            sums[name] += torch.stack([loss.detach(), right])
-            if (step + 1) % args.log_every == 0:
-                loss, right = es.all_reduce_mean(sums[name] / args.log_every)
-                log |= {f"{name}_loss": loss, f"{name}_accuracy": right}
+            sums[name] += torch.stack([loss.detach(), accuracy])
+
+        if (step + 1) % args.log_every == 0:
+            metrics = {}
+            for name, learner in trained.items():
+                loss, accuracy = es.all_reduce_mean(sums[name] / args.log_every)
+                metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
                 with torch.no_grad():
-                    log |= {f"{name}_loss_{what}": meta_loss(learner, *data, classes)[0] for what, data in watch.items()}
-                log |= {f"{name} {what}": value for what, value in watched[name].found.items()} if watched else {}
+                    metrics |= {f"{name}_loss_{what}": meta_loss(learner, *data, classes)[0] for what, data in watch.items()}
+                if statistics:
+                    metrics |= {f"{name} {what}": value for what, value in statistics[name].values.items()}
                 sums[name].zero_()
-        if log:
-            run.log(step, log)
-            if left < 0 and left_plateau([step], [float(next(iter(log.values())))], classes) is not None:
-                left.fill_(step)
+            run.log(step, metrics)
+            first = float(metrics[f"{next(iter(trained))}_loss"])
+            if plateau < 0 and plateau_end([step], [first], classes) is not None:
+                plateau.fill_(step)
 
 
 def average_gradients(learner: nn.Module, clip: float | None) -> None:
@@ -465,9 +419,9 @@ def average_gradients(learner: nn.Module, clip: float | None) -> None:
         nn.utils.clip_grad_norm_(learner.parameters(), clip)
 
 
-def left_plateau(steps: list[int], losses: list[float], num_classes: int) -> int | None:
+def plateau_end(steps: list[int], losses: list[float], num_classes: int) -> int | None:
     """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
-    tenth below ln c, the loss of one who knows nothing; None if there is none. (The thesis has no definition. Class priors
+    tenth below ln c, the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors
     and fixed permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
     return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * math.log(num_classes)), None)
 
@@ -479,7 +433,7 @@ class Statistics:
 
     def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
         self.named, self.optimizer = dict(learner.named_parameters()), optimizer
-        self.found: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
 
@@ -491,10 +445,10 @@ class Statistics:
             state = self.optimizer.state[parameter]  # what is put into it is saved with the optimiser
             for kind, now in (("gradient", parameter.grad), ("update", parameter.detach() - self.start[name])):
                 last = state.get(f"last {kind}", torch.zeros_like(now))
-                self.found[f"{kind} norm {name}"] = now.norm()
-                self.found[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), last.flatten(), 0)
+                self.values[f"{kind} norm {name}"] = now.norm()
+                self.values[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), last.flatten(), 0)
                 state[f"last {kind}"] = now.clone()
-            self.found |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+            self.values |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
 # ======================================================================================================================
@@ -560,16 +514,16 @@ class OuterProductLSTM(Recurrent):
         parts = self.gates(torch.cat([x, self.label_scale * label, hidden], -1)).unflatten(
             -1, (self.heads, 8, self.size)
         )  # (s, h, 8, i)
-        left, right, query, out = parts.split([3, 3, 1, 1], 2)
-        i, g, f = (F.softplus(self.key_scale) * left.tanh()[..., None] * right.tanh()[..., None, :]).unbind(2)
+        k1, k2, query, out = parts.split([3, 3, 1, 1], 2)
+        i, g, f = (F.softplus(self.key_scale) * k1.tanh()[..., None] * k2.tanh()[..., None, :]).unbind(2)
         cell = (f + 1).sigmoid() * cell + i.sigmoid() * g
         hidden = (out.sigmoid() * (query @ cell).tanh()).flatten(1)
         return self.head(hidden), (hidden, cell)
 
 
 class SubRNNs(nn.Module):
-    """A grid of LSTMs with shared weights. Each hears what comes in at its row a and at its column b, and what its row and
-    its column said to themselves at the tick before (Eq. 4.9; Appendix D.4). Messages are averaged."""
+    """A grid of LSTMs with shared weights. The inputs of each are those of its row a and of its column b, and the messages of
+    its row and of its column at the tick before (Eq. 4.9; Appendix D.4). Messages are averaged."""
 
     def __init__(self, args: Args, row_inputs: int, column_inputs: int, n: int):
         super().__init__()
@@ -590,8 +544,8 @@ class SubRNNs(nn.Module):
 
 
 class VSML(Recurrent):
-    """One layer of VSML with self-messages (Appendix D.4). Rows hear their input; columns the error of the last prediction and
-    the last label. Logits are the first of the messages to the columns."""
+    """One layer of VSML with self-messages (Appendix D.4). A row's input is that of the network; a column's are the error of the
+    last prediction and the last label. Logits are the first of the messages to the columns."""
 
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
@@ -604,8 +558,8 @@ class VSML(Recurrent):
 
     def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
         *state, predicted = state
-        said, *state = self.grid(x[..., None], torch.stack([predicted - label, label], -1), *state)
-        logits = self.scale * said[..., 0]
+        messages, *state = self.grid(x[..., None], torch.stack([predicted - label, label], -1), *state)
+        logits = self.scale * messages[..., 0]
         return logits, (*state, logits.softmax(-1))
 
 
@@ -624,8 +578,8 @@ class VSMLWithoutSymmetries(Recurrent):
 
     def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
         row, column = self.project(torch.cat([x, self.label_scale * label], -1))[..., None].chunk(2, 1)
-        said, *state = self.grid(row, column, *state)
-        return self.head(said.flatten(1)), tuple(state)
+        messages, *state = self.grid(row, column, *state)
+        return self.head(messages.flatten(1)), tuple(state)
 
 
 class OnlineSGD(Recurrent):
@@ -650,13 +604,13 @@ class OnlineSGD(Recurrent):
         return dict(weights=first, moments=moments, inputs=inputs, predicted=self.zeros(s, first[-1].shape[2]), t=self.zeros(1))
 
     def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Learn from the last example, whose label has become known, then predict."""
+        """Learn from the last example, whose label is now there, then predict."""
         weights, moments, t = list(state["weights"]), list(state["moments"]), state["t"]
         error = state["predicted"] - label  # gradient of the cross-entropy with respect to the logits; zero before the first
         for k in reversed(range(len(weights))):
-            heard = state["inputs"][k]
-            gradient = heard[..., None] * error[:, None]
-            error = (weights[k] @ error[..., None]).squeeze(-1)[:, :-1] * (heard[:, :-1] > 0)
+            inputs = state["inputs"][k]
+            gradient = inputs[..., None] * error[:, None]
+            error = (weights[k] @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
             if self.rule != "sgd":
                 one, two = torch.lerp(gradient, moments[2 * k], 0.9), torch.lerp(gradient**2, moments[2 * k + 1], 0.999)
                 moments[2 * k : 2 * k + 2] = one, two
@@ -672,10 +626,10 @@ class OnlineSGD(Recurrent):
         return x, dict(weights=weights, moments=moments, inputs=inputs, predicted=x.softmax(-1), t=t + 1)
 
 
-def sweep_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[int, ...] = (0, 32, 64, 128)) -> Tensor:
+def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[int, ...] = (0, 32, 64, 128)) -> Tensor:
     """The sweep of Appendix D.5 on meta-training tasks: learning rates from 1e-4 to 0.5, rules, and hidden units. Returns the
     setting (index of the rule, hidden units, rate) with the best mean accuracy over a sequence. Rates lie along s."""
-    device, found = tasks.dataset.device, []
+    device, results = tasks.dataset.device, []
     rates = torch.logspace(-4, math.log10(0.5), 16, device=device)
     x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, device), args.sequence_length)
     several = rates.repeat_interleave(len(x))[:, None, None]
@@ -683,10 +637,11 @@ def sweep_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[
         learner = OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
         initialise(learner, args.seed)
         learner.to(device)
-        _, right = lifetime(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), tasks.num_classes)
-        scores = right.float().view(len(rates), -1).mean(1)
-        found.append((scores.max(), torch.tensor([OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])))
-    return max(found, key=lambda one: one[0])[1]
+        _, correct = rollout(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), tasks.num_classes)
+        scores = correct.float().view(len(rates), -1).mean(1)
+        best = torch.tensor([OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])
+        results.append((scores.max(), best))
+    return max(results, key=lambda result: result[0])[1]
 
 
 # ======================================================================================================================
@@ -766,8 +721,8 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
     """What is meta-tested on, all on --split, by name and novelty: tasks that were meta-trained on (none), unseen projections
-    and uniform permutations of a known dataset (task), and unseen datasets (domain)."""
-    found = {}
+    and uniform permutations of a meta-training dataset (task), and unseen datasets (domain)."""
+    tests = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
     for name in distinct(args.test_datasets or args.dataset + others):
         dataset = prepare(args, name, args.split, device)
@@ -775,10 +730,10 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
         seen = train_tasks(args, dataset, num_inputs, last_bias(args))
         unseen = replace(seen, permuted_labels=1.0)
         if name in args.dataset:
-            found |= {(task, "none"): seen, (task, "task"): unseen}
+            tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
-            found[task, "domain"] = unseen
-    return found
+            tests[task, "domain"] = unseen
+    return tests
 
 
 def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -791,8 +746,8 @@ def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int)
         ids = integers(key(args.seed, device, 2), ids, args.num_tasks)
     ids = ids.repeat(-(-sequences // len(ids)))[:sequences]
     length = min(length, len(tasks.dataset) or length)  # once through the data at most
-    together = max(1, min(512, 2 ** (24 if args.device == "cpu" else 30) // (tasks.dataset.num_inputs * tasks.num_inputs)))
-    for part in torch.arange(sequences, device=device).split(together):
+    size = max(1, min(512, 2 ** (24 if args.device == "cpu" else 30) // (tasks.dataset.num_inputs * tasks.num_inputs)))
+    for part in torch.arange(sequences, device=device).split(size):
         yield tasks.sample(ids[part], first + part, length)
 
 
@@ -822,7 +777,7 @@ def measured(
     parts = {name: [] for name in learners}
     for x, y in test_data(args, tasks, novelty == "none", args.test_seeds, args.test_steps or args.sequence_length):
         for name, learner in learners.items():
-            parts[name].append(lifetime(learner, x, y, num_classes))
+            parts[name].append(rollout(learner, x, y, num_classes))
 
     rows, curve = [], []
     for name in learners:
@@ -899,191 +854,71 @@ def draw_statistics(path: Path, learner: str, columns: dict[str, list[tuple[int,
     save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sweeps: many runs, and the figures over all of them
-# ----------------------------------------------------------------------------------------------------------------------
-FREE = ("resume", "device", "compile", "track", "data_dir", "run_dir")  # may change between the calls of a sweep
-NOT_VARIED = {*FREE, "preset", "mode", "checkpoint", "run_name", "vary", "baselines", "dataset", "test_datasets"}
+# ======================================================================================================================
+# Use it
+# ======================================================================================================================
+class Context(NamedTuple):
+    """What an InContextLearner keeps of s sequences."""
+
+    projection: Tensor  # (s, a, num_inputs)
+    label: Tensor  # (s, c) of the last example
+    before: Any  # the model's state after the examples that were learned
+    after: Any  # and after the one that was predicted last
+    examples: int
 
 
-def sweep(args: Args) -> None:
-    """A run for each combination of --vary, one after the other; those that are finished are kept and those that were cut
-    off are continued. Then the figures, over all runs in the folder."""
-    axes = {}
-    for text in args.vary:
-        name, _, values = text.partition("=")
-        axes[name.replace("-", "_")] = values.split(",")
-    unknown = axes.keys() - {f.name for f in fields(Args)} | axes.keys() & NOT_VARIED
-    if unknown or not axes or len(axes) < len(args.vary):
-        text = f"; {', '.join(map(repr, unknown))} cannot be varied" if unknown else ", each flag once"
-        raise UserError(f"--mode sweep needs --vary, as in --vary num_tasks=1,16,256 seed=0,1{text}.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("A sweep runs in one process; start it without torchrun.")
-    name = args.run_name or "-".join([METHOD, "sweep", *axes])
-    if name != Path(name).name or name == "..":
-        raise UserError(f"--run-name {name} is not a name; the folder that runs are in is --run-dir.")
-    folder = Path(args.run_dir, name)
-    runs = {}
-    for texts in itertools.product(*axes.values()):
-        flags = [f"--{axis.replace('_', '-')}={text}" for axis, text in zip(axes, texts, strict=True)]
-        one = replace(args, mode="train", vary=(), run_dir=str(folder))
+class InContextLearner(Learner):
+    """A meta-trained learner in the form that common.learners.Classifier takes. Inputs of any size are projected to the size
+    that it was meta-trained on, by a task of its own for each sequence (Algorithm 9)."""
+
+    shapes: ClassVar = {}
+
+    def __init__(self, model: nn.Module, args: Args, num_inputs: int, num_classes: int):
+        self.model = model.eval()
+        self.args = args
+        self.num_inputs = num_inputs
+        self.num_classes = num_classes
+
+    @staticmethod
+    def load(
+        checkpoint: str | Path = "pretrained",
+        num_classes: int | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Classifier:
+        """A trained learner to be used from Python: see Classifier. checkpoint: "pretrained", or a checkpoint.pt of this
+        script. Raises CheckpointError or UserError for what is no checkpoint of this script. What it returns raises
+        ValueError for more classes than were meta-trained, and for more examples than a Transformer has positions."""
+        path = checkpoints.named(checkpoint, METHOD)
+        saved = checkpoints.read(path, method=str, args=dict, state=dict)
         try:
-            one = tyro.cli(Args, args=flags, default=one, console_outputs=False)
-        except SystemExit as error:
-            raise UserError(f"--vary: {' '.join(flags)} is not a number or a name that the flag takes.") from error
-        one.run_name = ",".join(f"{axis}={getattr(one, axis)}" for axis in axes)
-        check_ranges(one)
-        check(one)
-        runs[one.run_name] = one
+            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+        except TypeError:
+            args = None
+        if args is None:
+            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
+        learners, parts = restored(args, [args.learner], saved["state"])
+        learner = InContextLearner(learners[args.learner].to(device), args, *parts["sizes"].tolist())
+        return Classifier(learner, torch.zeros(0, device=device), num_classes, seed)
 
-    for name, one in runs.items():
-        checkpoint = {}
-        path = folder / name / "checkpoint.pt"
-        if path.exists():
-            checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
-            for flag, value in asdict(one).items():
-                if flag not in FREE and checkpoint["args"].get(flag, value) != value:
-                    flag = flag.replace("_", "-")
-                    raise UserError(f"{path.parent} was run with another --{flag}; choose another --run-name.")
-            one = replace(one, resume=str(path.parent))
-        if not (folder / name / "results.json").exists():
-            experiment(one, checkpoint)
-            release()
-            torch.compiler.reset()
-    draw_sweep(folder, list(axes))
+    def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> Context:
+        if num_outputs > self.num_classes:
+            raise ValueError(f"This learner has {self.num_classes} classes, not {num_outputs}.")
+        data = Dataset("yours", "train", (num_inputs,), num_outputs, device=keys.device)
+        projection = train_tasks(self.args, data, self.num_inputs, bias=0.0).projections(keys[0])
+        label = torch.zeros(keys.shape[1], num_outputs, device=keys.device)
+        return Context(projection, label, None, None, 0)
 
+    def predict(self, params: Params, state: Context, x: Tensor) -> tuple[Context, Tensor]:
+        """Eq. 5.1. Keeps what `learn` would continue from."""
+        if isinstance(self.model, Transformer) and state.examples == self.args.sequence_length:
+            raise ValueError(f"This Transformer has {self.args.sequence_length} positions, and all of them are used.")
+        x = x[0, :, None] @ state.projection
+        logits, after = self.model(x, pad(state.label, self.num_classes)[:, None], state.before)
+        return state._replace(after=after), logits[None, :, 0, : state.label.shape[1]]
 
-def draw_sweep(folder: Path, axes: list[str]) -> None:
-    """The figures and a table over all runs in a sweep's folder. axes: the flags that were varied."""
-    runs = []
-    facts = ("plateau", "final_loss", "state_size", "parameters")
-    for path in sorted(folder.glob("*/results.json")):
-        try:
-            run = json.loads(path.read_text())
-            run = {name: run[name] for name in ("args", "results", *facts)}
-            loss = math.nan if run["final_loss"] is None else round(run["final_loss"], 4)
-            runs.append(run | {"final_loss": loss, "metrics": read_metrics(path.parent)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged; delete it, and the sweep writes it again.") from error
-    numeric = [name for name in axes if name != "seed" and any(isinstance(run["args"][name], int | float) for run in runs)]
-    runs = [run for run in runs if all(run["args"][name] is not None for name in numeric)]
-    x = numeric[0] if numeric else "num_tasks"
-    runs = sorted((run | {"x": float(run["args"][x])} for run in runs), key=lambda run: run["x"])
-
-    xs = [run["x"] for run in runs]
-    wide = min(xs) > 0 and max(xs) >= 8 * min(xs)
-    axis = dict(xlabel=x.replace("_", " "), xscale="log" if wide else "linear")
-    draw_phases(folder / "phases.png", runs, axis)
-    draw_solutions(folder / "solutions.png", runs, axis)
-    draw_losses(folder / "meta_loss.png", runs, axes)
-    draw_plateaus(folder / "plateau.png", runs, numeric[1] if len(numeric) > 1 else None, axis)
-    if len(numeric) > 1:
-        draw_heat_maps(folder / "heat_map.png", runs, *numeric[:2])
-    if len({run["parameters"] for run in runs}) > 1 or len({run["state_size"] for run in runs}) > 1:
-        draw_state_size(folder / "state_size.png", runs)
-    for run in runs:
-        name = ",".join(f"{axis}={run['args'][axis]}" for axis in axes)
-        numbers = [f"{fact} {run[fact]}" for fact in facts]
-        for novelty, label in NOVELTY.items():
-            numbers.append(f"{label} {reached(run, novelty, 1):.3f} -> {reached(run, novelty):.3f}")
-        print(f"{name}: {', '.join(numbers)}")
-    print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
-
-
-def reached(run: dict[str, Any], novelty: str, step: int | None = None, metric: str = "accuracy") -> float:
-    """The mean over test sets of one novelty of what a run's learner reached at an example, by default at the last one."""
-    rows = [row for row in run["results"] if row["learner"] == run["args"]["learner"] and row["metric"] == metric]
-    rows = [row for row in rows if row["novelty"] == novelty]
-    last = {row["task"]: row["step"] for row in rows}  # rows are in the order of steps
-    values = [row["mean"] for row in rows if row["step"] == (step or last[row["task"]])]
-    return sum(values) / len(values) if values else math.nan
-
-
-def marked(rows: list[dict[str, Any]], mark: str) -> dict[str, Any]:
-    """Rows for plot, with a mark at each point."""
-    lines = dict.fromkeys(row["learner"] for row in rows)
-    return {"rows": rows, "styles": {line: f"C{i}{mark}" for i, line in enumerate(lines)}}
-
-
-def draw_phases(path: Path, runs: list[dict[str, Any]], axis: dict[str, str]) -> None:
-    """Figure 5.4: how much is learned within a sequence, accuracy at the last example minus that at the first."""
-    rows = []
-    for novelty, label in NOVELTY.items():
-        last = [(run["x"], reached(run, novelty)) for run in runs]
-        gain = [(run["x"], reached(run, novelty) - reached(run, novelty, 1)) for run in runs]
-        rows += line_rows("last minus first example", label, gain) + line_rows("last example", label, last)
-    plot(**marked(rows, ".-"), path=path, ylabel="accuracy", **axis)
-
-
-def draw_solutions(path: Path, runs: list[dict[str, Any]], axis: dict[str, str]) -> None:
-    """Figures D.1 and D.4: the losses of all runs in the end, which come in clusters."""
-    rows = []
-    for run in runs:
-        rows += line_rows("meta-training", "meta-training tasks", [(run["x"], run["final_loss"])])
-        for novelty in ("task", "domain"):
-            loss = reached(run, novelty, metric="cross_entropy")
-            rows += line_rows("meta-test, last example", NOVELTY[novelty], [(run["x"], loss)])
-    plot(**marked(rows, "o"), path=path, ylabel="cross-entropy in nats", **axis)
-
-
-def power_law(x: list[float], y: list[float]) -> float | None:
-    """The exponent of y ~ x^exponent by least squares of the logarithms; None for fewer than three points."""
-    if len(set(x)) < 3 or min([*x, *y]) <= 0:
-        return None
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (x, y))
-    x = x - x.mean()
-    return ((x * y).sum() / (x * x).sum()).item()
-
-
-def draw_losses(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
-    """Figures 5.6 and 5.8: meta-losses, the mean over seeds, by the other flags that were varied."""
-    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for run in runs:
-        learner = run["args"]["learner"]
-        line = ", ".join(f"{name} {run['args'][name]}" for name in names if name not in ("learner", "seed"))
-        points.setdefault((LABELS[learner], line), []).extend(run["metrics"].get(f"{learner}_loss", ()))
-    rows = [row for of, some in points.items() for row in line_rows(*of, some)]
-    if rows:
-        plot(rows, path, xlabel="meta-step", ylabel="cross-entropy in nats")
-
-
-def draw_plateaus(path: Path, runs: list[dict[str, Any]], y: str | None, axis: dict[str, str]) -> None:
-    """Figures 5.7, D.11 and D.12: the length of the plateau, and the tasks that were seen in it, with a power law for each
-    value of y, if that was varied too."""
-    rows = []
-    left = [run for run in runs if run["plateau"] is not None]
-    for kind in dict.fromkeys(run["args"].get(y) for run in left):
-        some = [run for run in left if run["args"].get(y) == kind]
-        steps = [(run["x"], run["plateau"]) for run in some]
-        tasks = [(run["x"], run["plateau"] * run["args"]["batch"]) for run in some]
-        for panel, points in (("plateau in meta-steps", steps), ("tasks seen in the plateau", tasks)):
-            exponent = power_law([at for at, _ in points], [length for _, length in points])
-            law = "plateau" if exponent is None else f"power law with exponent {exponent:.2f}"
-            rows += line_rows(panel, f"{y} {kind}: {law}" if y else law, points)
-    if rows:
-        plot(**marked(rows, "o-"), path=path, yscale="log", **axis)
-
-
-def draw_heat_maps(path: Path, runs: list[dict[str, Any]], x: str, y: str) -> None:
-    """Figures 5.2 and 5.7a: accuracy at the last example, on seen and unseen tasks, and what kind of solution was found."""
-    solution = "solution: 0 stuck, 1 memorises, 2 learns"
-    cells: dict[str, dict[tuple[str, str], float]] = {"seen tasks": {}, "unseen tasks": {}, solution: {}}
-    for run in sorted(runs, key=lambda run: float(run["args"][y])):
-        at = tuple(f"{name.replace('_', ' ')} {run['args'][name]}" for name in (y, x))
-        seen, unseen = reached(run, "none"), reached(run, "task")
-        kind = 0 if run["plateau"] is None else 1 + (unseen > 0.5 * seen)
-        for name, number in zip(cells, (seen, unseen, kind), strict=True):
-            cells[name][at] = number
-    matrix(cells, path, "accuracy at the last example, and kind of solution")
-
-
-def draw_state_size(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Figure 5.5: accuracy at the last example of unseen tasks against the size of the state, and against parameters."""
-    rows = []
-    for panel, quantity in (("numbers in the state", "state_size"), ("parameters", "parameters")):
-        for run in sorted(runs, key=lambda run: run[quantity]):
-            rows += line_rows(panel, LABELS[run["args"]["learner"]], [(run[quantity], reached(run, "task"))])
-    plot(**marked(rows, "o-"), path=path, xscale="log", ylabel="accuracy, last example", ylim=(0, 1.02))
+    def learn(self, params: Params, state: Context, error: Tensor, label: Tensor) -> Context:
+        return Context(state.projection, label[0], state.after, None, state.examples + 1)
 
 
 # ======================================================================================================================
@@ -1293,8 +1128,6 @@ def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.dataset:
         raise UserError("--dataset needs at least one dataset.")
-    if args.vary:
-        raise UserError("--vary is for --mode sweep.")
     names = {args.learner, *args.baselines}
     if args.test_steps and args.test_steps > args.sequence_length and names & {"transformer", "untrained"}:
         raise UserError(f"A Transformer has --sequence-length {args.sequence_length} positions, not {args.test_steps}.")
@@ -1304,7 +1137,7 @@ def check(args: Args) -> None:
 
 
 def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
-    """A learner by its name with fresh parameters. setting: of those in TUNED, found by sweep_rates."""
+    """A learner by its name with fresh parameters. setting: of those in TUNED, found by search_rates."""
     if name in TUNED:
         rule, hidden, lr = setting.tolist()
         learner = OnlineSGD(num_inputs, num_classes, OnlineSGD.RULES[int(rule)], int(hidden), lr)
@@ -1334,13 +1167,6 @@ def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[
 
 def main() -> None:
     args, checkpoint = parse_args()
-    if args.mode == "sweep":
-        return sweep(args)
-    experiment(args, checkpoint)
-
-
-def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
-    """One run: meta-train, then meta-test."""
     check(args)
     names = list(dict.fromkeys([args.learner, *args.baselines]))
     run = Run(args, checkpoint)
@@ -1363,7 +1189,7 @@ def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
     if not checkpoint:
         first = train_tasks(args, datasets[0], sizes[0], last_bias(args))
         with torch.no_grad():
-            parts["settings"] |= {name: sweep_rates(args, first, TUNED[name]) for name in names if name in TUNED}
+            parts["settings"] |= {name: search_rates(args, first, TUNED[name]) for name in names if name in TUNED}
         learners = {name: make_learner(name, args, *sizes, parts["settings"].get(name)) for name in names}
     learners = {name: learner.to(run.device) for name, learner in learners.items()}
     if args.mode == "train":
@@ -1382,7 +1208,7 @@ def experiment(args: Args, checkpoint: dict[str, Any]) -> None:
     trained = [name for name in names if f"{name}_loss" in columns]
     for name in reversed(trained):
         steps, losses = zip(*columns[f"{name}_loss"], strict=True)
-        left = left_plateau(steps, losses, sizes[1])
+        left = plateau_end(steps, losses, sizes[1])
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
         how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
         run.info(f"{LABELS[name]}: the loss {how}.")
