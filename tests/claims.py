@@ -333,6 +333,33 @@ def until_solved(learner: str, env: str) -> Number:
 # ==================================================================================================
 # Entries
 # ==================================================================================================
+class Figure(NamedTuple):
+    """A figure over the runs of an entry: in each panel lines of points (x, y), or with `matrix` a
+    heat-map with a row for each line and a column for each x. y, and x where it is a Number, are
+    numbers of each seed."""
+
+    name: str
+    xlabel: str
+    ylabel: str
+    panels: dict[str, dict[str, list[tuple[Number | float | str, Number]]]]
+    xscale: str = "log"
+    yscale: str = "linear"
+    matrix: bool = False
+
+    def points(self, seed: Seed) -> list[tuple[str, str, float | str, float]]:
+        """(panel, line, x, y) of one seed, without those whose rows are missing."""
+        points = []
+        for panel, lines in self.panels.items():
+            for line, some in lines.items():
+                for x, y in some:
+                    try:
+                        at = x.of(seed) if isinstance(x, Number) else x
+                        points.append((panel, line, at, y.of(seed)))
+                    except (LookupError, TypeError):
+                        continue
+        return points
+
+
 class Row(NamedTuple):
     """An experiment. Claims name commands by their labels, and may depend on the preset. {V3.0} in
     a command is the folder of V3's first command with the same seed; V3.0 as a command is that run
@@ -345,6 +372,7 @@ class Row(NamedTuple):
     thesis: str | dict[str, str] | None = None
     needs: str = ""
     enough_seeds: int = ENOUGH_SEEDS
+    figures: Callable[[str], list[Figure]] = lambda preset: []
 
     def commands(self, preset: str) -> dict[str, str]:
         commands = self.laptop if preset == "laptop" or self.thesis is None else self.thesis

@@ -1,4 +1,4 @@
-"""The rows that tests/reproduce.py saves, and the tables and the README's figure made of them.
+"""The rows that tests/reproduce.py saves, and the tables and figures made of them.
 
 .github/results/rows/ROW-PRESET.json has for each seed and command the device, seconds, and the
 facts and rows that claims use. In the README and on the results pages a table is between
@@ -9,11 +9,13 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from claims import KEYS, Outcome, Row, Seed, UserError, weakest
+from claims import KEYS, Figure, Outcome, Row, Seed, UserError, weakest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".github" / "results"
@@ -53,6 +55,8 @@ def compact(
     seed = Seed(runs)
     for claim in row.claims_at(preset):
         claim.check([seed])  # notes in seed.used what it reads
+    for figure in row.figures(preset):
+        figure.points(seed)
 
     short = []
     for label, results in runs.items():
@@ -205,8 +209,11 @@ def section(name: str, row: Row, preset: str) -> str:
         lines.append([label, task, novelty, metric.replace("_", " "), str(step), *values])
 
     row_head = ["run", "task", "new", "metric", "after", *learners]
-    tables_of_both = [table(claim_head, claims), table(row_head, lines)]
-    return "\n\n".join([head, conditions, commands, *tables_of_both])
+    parts = [head, conditions, commands, table(claim_head, claims), table(row_head, lines)]
+    for figure in row.figures(preset):
+        if (PAGES / f"{figure.name}.png").exists():
+            parts.append(f"![{name}]({figure.name}.png)")
+    return "\n\n".join(parts)
 
 
 def over_seeds(values: list[float] | None) -> str:
@@ -244,8 +251,47 @@ def tables(rows: dict[str, Row]) -> dict[Path, str]:
 
 
 # ==================================================================================================
-# The figure
+# Figures
 # ==================================================================================================
+def draw_figures(rows: dict[str, Row]) -> None:
+    """The figures of all entries with saved rows, over their seeds; then the README's."""
+    for name, row in rows.items():
+        for preset in ("laptop", "thesis"):
+            for figure in row.figures(preset):
+                if entry := checked(name, row, preset):
+                    draw(figure, [figure.points(seed) for seed in entry[1]])
+    draw_strip(rows)
+
+
+def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]]) -> None:
+    """Means over seeds and their standard errors."""
+    sys.path.insert(0, str(ROOT))
+    from common import figures
+
+    values: dict[tuple, list[float]] = {}
+    for panel, line, x, y in chain(*seeds):
+        values.setdefault((panel, line, x), []).append(y)
+    path = PAGES / f"{figure.name}.png"
+    if figure.matrix:
+        cells: dict[str, dict[tuple[str, str], float]] = {}
+        for (panel, line, x), ys in values.items():
+            cells.setdefault(panel, {})[line, str(x)] = statistics.fmean(ys)
+        figures.matrix(cells, path, figure.ylabel)
+        return
+
+    rows = []
+    for (panel, line, x), ys in values.items():
+        error = statistics.stdev(ys) / math.sqrt(len(ys)) if len(ys) > 1 else 0.0
+        row = {"task": panel, "learner": line, "step": x, "mean": statistics.fmean(ys)}
+        row |= {"std": error, "seeds": len(ys)}
+        rows.append(row)
+    lines = dict.fromkeys(row["learner"] for row in rows)
+    styles = {line: f"C{i}o-" for i, line in enumerate(lines)}
+    axis = {"xlabel": figure.xlabel, "ylabel": figure.ylabel}
+    axis |= {"xscale": figure.xscale, "yscale": figure.yscale}
+    figures.plot(rows, path, styles=styles, columns=3, **axis)
+
+
 def draw_strip(rows: dict[str, Row]) -> None:
     """A panel for each script: a task's first metric by learner, from saved rows; else a panel of
     an earlier figure."""

@@ -17,15 +17,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # isort: off
-from claims import ENOUGH_SEEDS, KEYS, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
+from claims import ENOUGH_SEEDS, KEYS, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
 from claims import higher, learns, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
 from claims import without_worst
-from report import ROOT, checked, compact, draw_strip, read_json, rounded, save, status, tables, text
+from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
 # isort: on
 
@@ -111,6 +112,14 @@ def left_out(preset: str, flags: str) -> dict[str, str]:
             for out in LEFT_OUT[preset]}
 
 
+def datasets_figure(preset: str) -> Figure:
+    """Figure 3.8: cumulative accuracy at the end on a dataset that was left out of meta-training, and its deviation."""
+    learners = ["vsml", *LEARNERS.split()[3:]]
+    panels = {panel: {learner: [(name, at(learner, name, None, f"without {name}", field=field)) for name in LEFT_OUT[preset]]
+                      for learner in learners} for panel, field in (("mean", "mean"), ("deviation over rollouts", "std"))}
+    return Figure("vsml_datasets", "dataset left out", "cumulative accuracy on the dataset left out", panels, matrix=True)
+
+
 LEFT_OUT_1 = left_out("thesis", f"--test-seeds 32 {LEARNERS}")
 ABLATED = LEFT_OUT_1["without fashion_mnist"]
 VSML = {
@@ -139,7 +148,7 @@ VSML = {
         {label: f"{command} --projected 1" for label, command in LEFT_OUT_1.items()}
         | {"no projections (B.5)": ABLATED, "projections for all (B.6)": f"{ABLATED} --projected 1 --augment-baselines",
            "half projected (B.7)": "vsml.py --dataset mnist --projected 0.5 --augment-baselines --test-datasets mnist "
-                                   "fashion_mnist"}),
+                                   "fashion_mnist"}, figures=lambda preset: [datasets_figure(preset)]),
     "V6": Row("Fig. 3.9, B.8", "repeated digits almost always correct",
         "vsml.py --mode test --checkpoint {V3.0}/checkpoint.pt --test-datasets mnist --test-steps 100 --baselines sgd adam",
         [fact("", "repeats", "vsml") > 0.8, fact("", "repeats", "vsml") > fact("", "repeats", "adam") + 0.3,
@@ -221,6 +230,43 @@ BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128
 BIG = "batch 128, num_tasks 16384"
 TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
 SET = {"laptop": "digits", "thesis": "mnist"}
+
+
+def width_figure(preset: str, tasks: list[int], widths: list[int]) -> Figure:
+    """Figure 5.2: accuracy at the last example, by learner and width (rows) and number of tasks (columns)."""
+    panels = {panel: {f"{learner}, width {width}": [
+        (f"{count} tasks", reached(SET[preset], new, f"learner {learner}, num_tasks {count}, width {width}", learner=learner))
+        for count in tasks] for learner in ("transformer", "mlp") for width in widths}
+        for new, panel in (("none", "seen tasks"), ("task", "unseen tasks"))}
+    return Figure("gpicl_width", "tasks", "accuracy at the last example", panels, matrix=True)
+
+
+def phases_figure(preset: str, tasks: list[int]) -> Figure:
+    """Figure 5.4: accuracy at the first and at the last example, by number of tasks."""
+    kinds = [(SET[preset], "none", "seen tasks"), (SET[preset], "task", "unseen tasks"),
+             ("fashion_mnist", "domain", "fashion_mnist, unseen")]
+    panels = {panel: {f"{words} example": [(count, reached(task, new, f"num_tasks {count}", step)) for count in tasks]
+                      for words, step in (("first", 0), ("last", None))} for task, new, panel in kinds}
+    return Figure("gpicl_phases", "number of tasks", "accuracy", panels)
+
+
+def state_figure(runs: Iterable[str], task: str) -> Figure:
+    """Figure 5.5: accuracy at the last example of unseen tasks by the size of the state, and by the number of parameters."""
+    learners = dict.fromkeys(run.split()[1].rstrip(",") for run in runs)
+    panels = {panel: {learner: [(fact(run, size), reached(task, "task", run, learner=learner))
+                                for run in runs if run.startswith(f"learner {learner},")] for learner in learners}
+              for size, panel in (("state_size", "numbers in the state"), ("parameters", "parameters"))}
+    return Figure("gpicl_state", "size", "accuracy at the last example", panels)
+
+
+def batch_figure(tasks: list[int]) -> Figure:
+    """Figures 5.7 and D.11: the length of the plateau by batch size, in meta-steps and in tasks."""
+    panels = {panel: {f"{count} tasks": [
+        (batch, plateau(f"batch {batch}, num_tasks {count}") * (batch if panel.startswith("tasks") else 1)) for batch in BATCHES]
+        for count in tasks} for panel in ("meta-steps in the plateau", "tasks in the plateau")}
+    return Figure("gpicl_plateau", "batch size", "", panels, yscale="log")
+
+
 GPICL = {
     "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
         sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
@@ -229,7 +275,9 @@ GPICL = {
             reached(one[0], "task", f"learner transformer, num_tasks {one[1]}, width {one[3]}") < 0.2,
             reached(one[0], "none", f"learner mlp, num_tasks {one[1]}, width {one[3]}", learner="mlp") > 0.2,
             reached(one[0], "task", f"learner mlp, num_tasks {one[2]}, width {one[3]}", learner="mlp") < 0.2]),
-        sweep(UNIFORM, learner=["transformer", "mlp"], num_tasks=[2**8, 2**13, 2**16, 2**24], width=[32, 256])),
+        sweep(UNIFORM, learner=["transformer", "mlp"], num_tasks=[2**8, 2**13, 2**16, 2**24], width=[32, 256]),
+        figures=lambda preset: [width_figure(preset, *(([64, 1024, 16384], [16, 64]) if preset == "laptop" else
+                                                       ([2**8, 2**13, 2**16, 2**24], [32, 256])))]),
     "G2": Row("Fig. 5.3", "rises in context on unseen datasets",
         sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist", dataset=BOTH),
         [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
@@ -258,18 +306,20 @@ GPICL = {
             learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
             learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
-        sweep(f"{UNIFORM} fashion_mnist", num_tasks=[2**power for power in range(0, 25, 4)])),
+        sweep(f"{UNIFORM} fashion_mnist", num_tasks=[2**power for power in range(0, 25, 4)]),
+        figures=lambda preset: [phases_figure(preset, [1, 4, 16, 64, 256, 1024, 4096, 16384] if preset == "laptop" else
+                                              [2**power for power in range(0, 25, 4)])]),
     "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
-        FULL_STATES),
+        FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
     "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
         sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
         [exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
          plateau(BIG) > plateau(BATCHES[128]),
          unseen_loss("end", slice(-5, None), BIG) > unseen_loss("start", slice(0, 2), BIG)],
         sweep("gpicl.py --dataset fashion_mnist --bias 0 --baselines --test-datasets fashion_mnist",
-              batch=[16, 32, 64, 128], num_tasks=[1024, 16384])),
+              batch=[16, 32, 64, 128], num_tasks=[1024, 16384]), figures=lambda preset: [batch_figure([1024, 16384])]),
     "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
         sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
         [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
@@ -474,7 +524,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where torchvision's datasets are")
     parser.add_argument("--check", action="store_true", help="only check the claims, from saved rows")
     parser.add_argument("--tables", action="store_true", help="only rewrite the tables, from saved rows")
-    parser.add_argument("--figures", action="store_true", help="only redraw the README's figure, from saved rows")
+    parser.add_argument("--figures", action="store_true", help="only redraw the figures, from saved rows")
     parser.add_argument("--list", action="store_true", help="show all entries")
     args = parser.parse_args()
     unknown = [name for name in args.rows if name not in ROWS]
@@ -499,7 +549,7 @@ def main() -> None:
         for path, new in tables(ROWS).items():
             path.write_text(new)
     if args.figures:
-        draw_strip(ROWS)
+        draw_figures(ROWS)
     if failed:
         raise UserError("\n".join(failed))
 

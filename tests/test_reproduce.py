@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import claims
 import pytest
 import report
 import reproduce
@@ -358,6 +359,26 @@ def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monk
     monkeypatch.setattr(report, "STRIP", strip)
     report.draw_strip(reproduce.ROWS)
     assert plt.imread(report.PAGES / "strip.png").shape[:2] == (260, 580)
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+def test_a_figure_over_the_runs_of_an_entry(matrix, tmp_path, monkeypatch):
+    """Points of each seed; those whose rows are missing are left out."""
+
+    def seed(mean):
+        row = dict(zip(claims.KEYS, ("a", "t", "task", "accuracy", 5, mean, 0.1, 3), strict=False))
+        return claims.Seed({run: {"results": [row], "size": 7} for run in ("x 1", "x 2")})
+
+    lines = {"a": [(x, claims.at("a", "t", run=f"x {x}")) for x in (1, 2)], "b": [(1, claims.at("b", "t", run="x 1"))]}
+    sizes = {"a": [(claims.fact("x 1", "size"), claims.at("a", "t", run="x 1"))]}
+    figure = claims.Figure("drawn", "x", "accuracy", {"lines": lines, "sizes": sizes}, matrix=matrix)
+    one = seed(0.5)
+    points = figure.points(one)
+    assert points == [("lines", "a", 1, 0.5), ("lines", "a", 2, 0.5), ("sizes", "a", 7, 0.5)]
+    assert ("x 1", "size") in one.used and ("x 2", "t", "task", "accuracy", 5) in one.used
+    monkeypatch.setattr(report, "PAGES", tmp_path)
+    report.draw(figure, [points, figure.points(seed(0.7))])
+    assert (tmp_path / "drawn.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
