@@ -108,9 +108,9 @@ class Args:
     baselines: tuple[Name, ...] = ("sgd", "adam", "untrained")
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
-    dataset: tuple[str, ...] = ("digits",)
-    """Datasets to meta-train on (train splits), one after the other: names or files of your own, my.npz with the arrays
-    x_train y_train x_test y_test (thesis: mnist; digits needs no download)."""
+    dataset: tuple[str, ...] = ("mnist",)
+    """Datasets to meta-train on (train splits), one after the other: names, or files, my.npz with the arrays x_train y_train
+    x_test y_test (Table 5.2: mnist; digits needs no download)."""
     size: Side = 32
     """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
     channels: Literal[1, 3] = 3
@@ -120,8 +120,13 @@ class Args:
     as a control, an untrained ResNet-18, before projecting them. Computed once, kept in --data-dir."""
     num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
     """K, how many tasks there are to meta-train on; inf: no task comes twice (section 5.4.2)."""
+    classes: tuple[Count, ...] = ()
+    """Numbers of classes in meta-training tasks (the thesis: all of the dataset's)."""
+    normalise_inputs: bool = True
+    """Images have mean 0 and standard deviation 1 (Appendix D.5; not in Figure 5.4)."""
     bias: Share = 0.9
-    """Share of the meta-training tasks whose labels are permuted by one and the same permutation (section 5.4.3)."""
+    """Share of each meta-training batch whose labels are permuted by one and the same permutation (section 5.4.3). The
+    thesis: .9 in Figure 5.3, Table 5.2, for VSML and LSTMs; 0 elsewhere."""
     bias_end: Share | None = None
     """Once the loss has left its plateau, the bias goes linearly to this (not in the thesis; default: it stays)."""
     sequence_length: Length = 100
@@ -130,7 +135,11 @@ class Args:
     width: Size = 256
     """N_M, size of a token; hidden units of lstm and mlp (Appendix D.4)."""
     layers: Size = 4
-    """Layers of the Transformer, or of the LSTM (Appendix D.4)."""
+    """Layers of the Transformer (Appendix D.4)."""
+    post_norm: bool = False
+    """Layer norm after attention and MLP, and ReLUs, as in Vaswani et al. 2017 (the thesis: "vanilla")."""
+    lstm_layers: Size = 1
+    """Layers of the LSTM (Appendix D.4 names one hidden size)."""
     heads: Size = 8
     """Heads of the Transformer, or of the outer-product LSTM (Appendix D.4)."""
     key_size: Size = 32
@@ -148,10 +157,12 @@ class Args:
 
     meta_optimizer: Literal["adam", "adamw", "sign"] = "adam"
     """Adam, with decoupled weight decay, or the sign of the averaged gradient (Figure D.12)."""
-    meta_steps: Annotated[int, (1, 2**24)] = 50_000
-    """Outer iterations (Figure 5.7)."""
-    batch: Annotated[int, (1, 2**16)] = 128
-    """Sequences, each of its own task, in a meta-step (Appendix D.4)."""
+    meta_steps: Annotated[int, (1, 2**24)] | None = None
+    """Outer iterations (default: 50,000, Figure 5.7; lstm: 100,000, Appendix D.4)."""
+    batch: Annotated[int, (1, 2**16)] | None = None
+    """Sequences, each of its own task, in a meta-step (default: 128; vsml: 8; Appendix D.4)."""
+    chunk: Annotated[int, (1, 2**16)] | None = None
+    """Sequences whose gradients are computed at once, to bound memory (default: all)."""
     lr: Positive = 2e-4
     """Learning rate (not in the thesis)."""
     eps: Positive = 1e-8
@@ -162,6 +173,12 @@ class Args:
     """Once the loss has left its plateau, the learning rate falls linearly to zero (not in the thesis)."""
     clip: Positive | None = None
     """Largest norm of the meta-gradient (not in the thesis)."""
+    maml_lr: Positive | None = None
+    """maml: learning rate of its updates (default: the best one without meta-training)."""
+    maml_outer_lr: Positive | None = None
+    """maml: --lr of its own."""
+    meta_sgd: bool = False
+    """maml: meta-train a rate for each weight too, from --maml-lr on (Li et al. 2017; not in the thesis)."""
 
     test_datasets: tuple[str, ...] = ()
     """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
@@ -177,6 +194,7 @@ class Args:
 
 
 LAPTOP = dict(
+    dataset=("digits",),  # needs no download
     size=8,  # digits as they are
     channels=1,
     width=64,  # 25 ms a step; a learner of 120 K parameters is enough for digits
@@ -197,6 +215,8 @@ LAPTOP = dict(
     test_tasks=128,
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
+STEPS = {"lstm": 100_000}  # where --meta-steps and --batch are not given; Appendix D.4
+BATCH = {"vsml": 8}
 
 
 # ======================================================================================================================
@@ -207,23 +227,28 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 #   of all; state, what the learner keeps of earlier examples, None at the first; logits (s, t, c), from which the label of
 #   each example is predicted.
 class Block(nn.Module):
-    """Self-attention and an MLP, each behind a layer norm."""
+    """Self-attention and an MLP, each behind a layer norm, or, with post_norm, before one."""
 
-    def __init__(self, width: int, heads: int, key_size: int):
+    def __init__(self, width: int, heads: int, key_size: int, post_norm: bool):
         super().__init__()
         self.heads = heads
+        self.post_norm = post_norm
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * heads * key_size), nn.Linear(heads * key_size, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, token: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """token (s, t, n), past (2, s, h, earlier, key_size): keys and values of the tokens before."""
-        q, *kv = self.qkv(self.attention_norm(token)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        inputs = token if self.post_norm else self.attention_norm(token)
+        q, *kv = self.qkv(inputs).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         now = torch.stack(kv)
         kv = now if past is None else torch.cat([past, now], 3)
         mask = None if past is None else torch.ones(q.shape[2], kv.shape[3], dtype=bool, device=q.device).tril(past.shape[3])
         read = F.scaled_dot_product_attention(q, *kv, attn_mask=mask, is_causal=past is None)
         token = token + self.out(read.transpose(1, 2).flatten(2))
+        if self.post_norm:
+            token = self.attention_norm(token)
+            return self.mlp_norm(token + self.down(F.relu(self.up(token)))), kv
         return token + self.down(F.gelu(self.up(self.mlp_norm(token)))), kv
 
 
@@ -235,8 +260,10 @@ class Transformer(nn.Module):
         self.label_scale = args.label_scale
         self.embed = nn.Linear(num_inputs + num_classes, args.width)
         self.position = nn.Parameter(torch.zeros(args.sequence_length, args.width))
-        self.blocks = nn.ModuleList(Block(args.width, args.heads, args.key_size) for _ in range(args.layers))
-        self.norm, self.head = nn.LayerNorm(args.width), nn.Linear(args.width, num_classes)
+        sizes = (args.width, args.heads, args.key_size, args.post_norm)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(args.layers))
+        self.norm = nn.Identity() if args.post_norm else nn.LayerNorm(args.width)
+        self.head = nn.Linear(args.width, num_classes)
 
     def forward(self, x: Tensor, label: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """state: the key-value cache."""
@@ -294,19 +321,32 @@ def rollout(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple
 # The outer loop
 # ======================================================================================================================
 UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
+ENDLESS = 2**39  # K, where no task comes twice
 
 
 def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> Tasks:
-    """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for a share of the
-    tasks, the bias (section 5.4.3), and uniform for the others."""
+    """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for the first K bias
+    tasks (section 5.4.3), and uniform for the others."""
     return Tasks(
         dataset,
         projection="gaussian",
         projected=1.0,
         projection_size=num_inputs,
-        permuted_labels=1 - bias,
+        classes=class_counts(args, dataset),
+        permuted_from=biased_tasks(args, bias),
         seed=args.seed,
     )
+
+
+def class_counts(args: Args, dataset: Dataset) -> tuple[int, ...] | None:
+    """Of --classes, those that the dataset has; None: all its classes."""
+    counts = tuple(count for count in args.classes if count <= dataset.num_classes)
+    return counts if counts and len(dataset) else None
+
+
+def biased_tasks(args: Args, bias: float) -> int:
+    """How many of the K tasks have the fixed permutation."""
+    return round(bias * (ENDLESS if args.num_tasks == "inf" else args.num_tasks))
 
 
 def schedule(args: Args, step: int, plateau: int) -> tuple[float, float]:
@@ -320,12 +360,21 @@ def last_bias(args: Args) -> float:
     return args.bias if args.bias_end is None else args.bias_end
 
 
-def batch_ids(args: Args, step: int, device: torch.device, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-    """The ids (s,) of a meta-step's tasks, drawn uniformly from 0, ..., K - 1, and those of its sequences, all new."""
-    sequences = step * args.batch + torch.arange(args.batch, device=device)[rank::world]
+def batch_ids(
+    args: Args, step: int, bias: float, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The ids (s,) of a meta-step's tasks, drawn uniformly from 0, ..., K - 1, but for the exact share of those with the fixed
+    permutation; and the ids of its sequences, all new."""
+    number = torch.arange(args.batch, device=device)[rank::world]  # in the batch
+    sequences = step * args.batch + number
+    many = ENDLESS if args.num_tasks == "inf" else args.num_tasks
+    biased = biased_tasks(args, bias)
+    fixed = number < round(bias * args.batch) if 0 < biased < many else torch.full_like(number, biased, dtype=torch.bool)
     if args.num_tasks == "inf":
-        return sequences, sequences
-    return integers(key(args.seed, device, 1), sequences, args.num_tasks), sequences
+        return torch.where(fixed, sequences, sequences + biased), sequences
+
+    draw = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, many - biased).clamp(min=1))
+    return torch.where(fixed, draw, draw + biased), sequences
 
 
 def meta_loss(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -379,18 +428,21 @@ def meta_train(
 
     keep = {"models": learners, "optimizers": optimizers, "sums": sums, "plateau": plateau} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
-        ids = batch_ids(args, step, run.device, run.rank, run.world)
         bias, lr = schedule(args, step, int(plateau))
+        ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
         tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias)
-        x, y = tasks.sample(*ids, args.sequence_length)  # D ~ p(D)
+        for part in zip(*(one.split(args.chunk or len(one)) for one in ids), strict=True):
+            x, y = tasks.sample(*part, args.sequence_length)  # D ~ p(D)
+            for name in trained:
+                loss, accuracy = loss_of[name](x, y)
+                share = len(x) / len(ids[0])
+                (share * loss).backward()
+                sums[name] += share * torch.stack([loss.detach(), accuracy])
         for name, learner in trained.items():
-            loss, accuracy = loss_of[name](x, y)
-            loss.backward()
             average_gradients(learner, args.clip)
-            optimizers[name].param_groups[0]["lr"] = lr
+            optimizers[name].param_groups[0]["lr"] = lr * (args.maml_outer_lr or args.lr) / args.lr if name == "maml" else lr
             optimizers[name].step()  # theta <- theta - alpha * gradient of J(theta)
             optimizers[name].zero_grad()
-            sums[name] += torch.stack([loss.detach(), accuracy])
 
         if (step + 1) % args.log_every == 0:
             metrics = {}
@@ -472,7 +524,7 @@ class LSTM(nn.Module):
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
         self.label_scale = args.label_scale
-        self.lstm = nn.LSTM(num_inputs + num_classes, args.width, args.layers, batch_first=True)
+        self.lstm = nn.LSTM(num_inputs + num_classes, args.width, args.lstm_layers, batch_first=True)
         self.head = nn.Linear(args.width, num_classes)
 
     def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -593,6 +645,7 @@ class OnlineSGD(Recurrent):
         """lr may be a tensor (s, 1, 1), a rate for each sequence."""
         super().__init__()
         self.rule, self.lr = rule, lr
+        self.log_lr = nn.ParameterList()  # for each weight, where rates are meta-trained
         sizes = (num_inputs, hidden, num_classes) if hidden else (num_inputs, num_classes)
         self.weights = nn.ParameterList(torch.empty(b, a) for a, b in itertools.pairwise(sizes))
         self.biases = nn.ParameterList(torch.empty(b) for b in sizes[1:])
@@ -618,7 +671,8 @@ class OnlineSGD(Recurrent):
                 gradient = one / (1 - 0.9**count) / ((two / (1 - 0.999**count)).sqrt() + 1e-8)
             if self.rule == "adamw":
                 gradient = gradient + 0.01 * weights[k] * (t > 0)
-            weights[k] = weights[k] - self.lr * gradient
+            lr = self.log_lr[k].exp() if len(self.log_lr) else self.lr
+            weights[k] = weights[k] - lr * gradient
         inputs = []
         for weight in weights:
             inputs.append(F.pad(x.relu() if inputs else x, (0, 1), value=1.0))
@@ -631,7 +685,7 @@ def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple
     setting (index of the rule, hidden units, rate) with the best mean accuracy over a sequence. Rates lie along s."""
     device, results = tasks.dataset.device, []
     rates = torch.logspace(-4, math.log10(0.5), 16, device=device)
-    x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, device), args.sequence_length)
+    x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, last_bias(args), device), args.sequence_length)
     several = rates.repeat_interleave(len(x))[:, None, None]
     for rule, units in itertools.product(rules, hidden):
         learner = OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
@@ -652,6 +706,8 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     if args.features != "none":
         return embed(load(name, split, args.data_dir, device), args.features, args.data_dir)
     dataset = load(name, split, args.data_dir, device, args.size, args.channels)
+    if not args.normalise_inputs:
+        dataset = replace(dataset, mean=0.0, std=1.0)
     if name == "random":  # ten points, repeated (Appendix D.5)
         return replace(dataset, make=MAKERS[name](dataset.shape, points=10))
     return dataset
@@ -728,7 +784,7 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs, last_bias(args))
-        unseen = replace(seen, permuted_labels=1.0)
+        unseen = replace(seen, permuted_from=0, classes=None)
         if name in args.dataset:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
@@ -1124,6 +1180,12 @@ KINDS = {"transformer": Transformer, "untrained": Transformer, "lstm": LSTM, "ou
 KINDS |= {"vsml": VSML, "vsml_nosym": VSMLWithoutSymmetries}
 
 
+def with_budget(args: Args) -> Args:
+    """The learner's steps and batch size where the flags name none."""
+    steps, batch = STEPS.get(args.learner, 50_000), BATCH.get(args.learner, 128)
+    return replace(args, meta_steps=args.meta_steps or steps, batch=args.batch or batch)
+
+
 def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.dataset:
@@ -1138,12 +1200,18 @@ def check(args: Args) -> None:
 
 def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
     """A learner by its name with fresh parameters. setting: of those in TUNED, found by search_rates."""
-    if name in TUNED:
-        rule, hidden, lr = setting.tolist()
-        learner = OnlineSGD(num_inputs, num_classes, OnlineSGD.RULES[int(rule)], int(hidden), lr)
-    else:
+    if name not in TUNED:
         learner = KINDS[name](args, num_inputs, num_classes)
+        initialise(learner, args.seed)
+        return learner
+    rule, hidden, lr = setting.tolist()
+    if name == "maml":
+        lr = args.maml_lr or lr
+    learner = OnlineSGD(num_inputs, num_classes, OnlineSGD.RULES[int(rule)], int(hidden), lr)
     initialise(learner, args.seed)
+    if name == "maml" and args.meta_sgd:
+        shapes = [(w.shape[1] + 1, w.shape[0]) for w in learner.weights]
+        learner.log_lr.extend(nn.Parameter(torch.full(shape, math.log(lr))) for shape in shapes)
     return learner
 
 
@@ -1167,6 +1235,7 @@ def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[
 
 def main() -> None:
     args, checkpoint = parse_args()
+    args = with_budget(args)
     check(args)
     names = list(dict.fromkeys([args.learner, *args.baselines]))
     run = Run(args, checkpoint)

@@ -18,7 +18,7 @@ import math
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -475,10 +475,12 @@ class Tasks:
     projected: projected inputs. projection: "gaussian" draws the matrix from N(0, 1/a) (section
         5.3.1, Algorithm 9), "glorot" from the uniform distribution of Glorot and Bengio (2010)
         (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
-    permuted_inputs, permuted_labels: one random permutation per task.
+    permuted_inputs, permuted_labels: one random permutation per task. permuted_from: labels are
+        permuted in the tasks with ids from here on, instead of in a share of all.
     blanked: each task replaces a share of its inputs, at most this one, by a constant, like the
         empty border of an image.
-    classes: each task has this many classes of the dataset, relabelled 0, 1, ...
+    classes: each task has this many classes of the dataset, relabelled 0, 1, ...; of several
+        numbers each task has one.
     shots: sequences are few-shot episodes: `shots` examples of each class in random order, then
         one other example of any class. Each episode assigns its labels to classes at random.
 
@@ -492,20 +494,24 @@ class Tasks:
     permuted_inputs: float = 0.0
     permuted_labels: float = 0.0
     blanked: float = 0.0
-    classes: int | None = None
+    classes: int | tuple[int, ...] | None = None
     shots: int = 0
     seed: int = 0
+    permuted_from: int | None = None
 
     def __post_init__(self):
-        data, classes, shots = self.dataset, self.classes, self.shots
+        data, shots = self.dataset, self.shots
         name, available = data.name, data.num_classes
 
-        if classes and not 2 <= classes <= available:
-            raise DatasetError(
-                f"Asked for {classes} classes, but '{name}' has {available}; "
-                f"choose from 2 to {available}."
-            )
-        if classes and not len(data):
+        for classes in self._class_counts:
+            if not 2 <= classes <= available:
+                raise DatasetError(
+                    f"Asked for {classes} classes, but '{name}' has {available}; "
+                    f"choose from 2 to {available}."
+                )
+        if shots and len(self._class_counts) > 1:
+            raise DatasetError("Few-shot episodes have one number of classes.")
+        if self._class_counts and not len(data):
             raise DatasetError(
                 f"The classes of '{name}' are made on the fly and cannot be chosen from."
             )
@@ -523,8 +529,13 @@ class Tasks:
         return self.projection_size or self.dataset.num_inputs
 
     @property
+    def _class_counts(self) -> tuple[int, ...]:
+        return (self.classes,) if isinstance(self.classes, int) else self.classes or ()
+
+    @property
     def num_classes(self) -> int:
-        return self.classes or self.dataset.num_classes
+        """The most classes that a task has."""
+        return max(self._class_counts, default=self.dataset.num_classes)
 
     @property
     def episode(self) -> int:
@@ -553,9 +564,11 @@ class Tasks:
         examples = data.make or self._stored_examples
         x, y = examples(task, position, sequence)
 
-        if self.permuted_labels:
-            order = _permutations(rng.fold(task, 4), self.num_classes)
+        if self.permuted_labels or self.permuted_from is not None:
+            order = _permutations(rng.fold(task, 4), self.num_classes, self._counts_of(task))
             permuted = _selected(task, 3, self.permuted_labels)
+            if self.permuted_from is not None:
+                permuted = (tasks >= self.permuted_from)[:, None]
             y = torch.where(permuted, order.gather(1, y), y)
 
         if self.permuted_inputs:
@@ -598,6 +611,10 @@ class Tasks:
             return self._episodes(chosen, position, sequence)
 
         # A task numbers its examples class by class: those of label k end before end[k].
+        if len(self._class_counts) > 1:  # classes that a task does not have come last, and are empty
+            absent = torch.arange(self.num_classes, device=data.device) >= self._counts_of(task)
+            chosen = chosen.masked_fill(absent, data.num_classes)
+            first, count = F.pad(first, (0, 1)), F.pad(count, (0, 1))
         chosen = chosen.sort(-1).values
         end = count[chosen].cumsum(-1)
         total = end[:, -1:]
@@ -605,6 +622,14 @@ class Tasks:
         label = torch.searchsorted(end, number, right=True)
         within = number - (end - count[chosen]).gather(1, label)
         return data.inputs(first[chosen.gather(1, label)] + within), label
+
+    def _counts_of(self, task: Tensor) -> Tensor | None:
+        """How many classes (s, 1) the tasks with keys (s, 2) have, where they differ."""
+        if len(self._class_counts) < 2:
+            return None
+        counts = _on_device(self._class_counts, task.device)
+        zeros = torch.zeros(len(task), 1, dtype=torch.int64, device=task.device)
+        return counts[rng.integers(rng.fold(task, 13)[:, None], zeros, len(counts))]
 
     def _episodes(
         self, chosen: Tensor, position: Tensor, sequence: Tensor
@@ -629,12 +654,21 @@ class Tasks:
         return data.inputs(first[index] + within), label
 
 
+@cache
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since a copy to a GPU waits for it."""
+    return torch.tensor(values, device=device)
+
+
 def _selected(task: Tensor, salt: int, share: float) -> Tensor:
     """Mask (s, 1) of the tasks with keys (s, 2) that an augmentation applies to."""
     return rng.uniform(rng.fold(task, salt), 1) < share
 
 
-def _permutations(key: Tensor, n: int) -> Tensor:
-    """A random permutation of 0..n-1 for each key (s, 2): (s, n) int64."""
+def _permutations(key: Tensor, n: int, first: Tensor | None = None) -> Tensor:
+    """A random permutation of 0..n-1 for each key (s, 2): (s, n) int64. first (s, 1): only that many
+    numbers are permuted, and the entries after them mean nothing."""
     positions = torch.arange(n, device=key.device).expand(len(key), -1)
-    return rng.shuffle(positions, n, key[:, None])
+    if first is None:
+        return rng.shuffle(positions, n, key[:, None])
+    return rng.shuffle(positions.minimum(first - 1), first, key[:, None])

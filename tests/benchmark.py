@@ -312,7 +312,7 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     """A meta-step of the Transformer. The dataset is digits, scaled; time depends on its size."""
     import gpicl
 
-    args = bench.args(gpicl, size=size, channels=channels)
+    args = gpicl.with_budget(bench.args(gpicl, size=size, channels=channels))
     if bench.run.compiles:
         compile_draws()
     data = gpicl.prepare(args, "digits", "train", bench.device)
@@ -323,7 +323,7 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     number = itertools.count()
 
     def sample() -> tuple[Tensor, Tensor]:
-        ids = gpicl.batch_ids(args, next(number), bench.device)
+        ids = gpicl.batch_ids(args, next(number), args.bias, bench.device)
         return tasks.sample(*ids, args.sequence_length)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:

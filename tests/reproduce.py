@@ -222,12 +222,11 @@ STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16
           **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
           **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
           **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
-FULL_STATES = {**sweep(f"{PLAIN} mnist --dataset mnist --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
-               **sweep(f"{PLAIN} mnist --dataset mnist --layers 1", learner=["lstm"], width=[64, 256, 1024]),
-               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
-               **sweep(f"{PLAIN} mnist --dataset mnist", learner=["vsml_nosym"], grid=[4, 8, 16])}
+FULL_STATES = {**sweep(f"{PLAIN} mnist --bias 0 --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
+               **sweep(f"{PLAIN} mnist", learner=["lstm"], width=[64, 256, 1024]),
+               **sweep(f"{PLAIN} mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
+               **sweep(f"{PLAIN} mnist --size 14 --channels 1", learner=["vsml_nosym"], grid=[1, 2, 4, 8, 16, 24])}
 BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)}
-BIG = "batch 128, num_tasks 16384"
 TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
 SET = {"laptop": "digits", "thesis": "mnist"}
 
@@ -295,10 +294,9 @@ GPICL = {
             reached("random", "domain") > 0.99,
             *(reached(task, "task" if task == "mnist" else "domain") > TABLE[task] - 0.03
               for task in TABLE if preset == "thesis")],
-        {"": f"gpicl.py --dataset mnist --baselines sgd adam maml --test-datasets {' '.join(TABLE)}",
-         "lstm": "gpicl.py --dataset mnist --learner lstm --layers 1 --meta-steps 100000 --baselines "
-                 f"--test-datasets {' '.join(TABLE)}",
-         "vsml": f"gpicl.py --dataset mnist --learner vsml --batch 8 --baselines --test-datasets {' '.join(TABLE)}"}),
+        {"": f"gpicl.py --baselines sgd adam maml --test-datasets {' '.join(TABLE)}",
+         "lstm": f"gpicl.py --learner lstm --baselines --test-datasets {' '.join(TABLE)}",
+         "vsml": f"gpicl.py --learner vsml --baselines --test-datasets {' '.join(TABLE)}"}),
     "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
         sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=[1, 4, 16, 64, 256, 1024, 4096, 16384]),
         per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
@@ -306,7 +304,7 @@ GPICL = {
             learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
             learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
-        sweep(f"{UNIFORM} fashion_mnist", num_tasks=[2**power for power in range(0, 25, 4)]),
+        sweep(f"{UNIFORM} fashion_mnist --no-normalise-inputs", num_tasks=[2**power for power in range(0, 25, 4)]),
         figures=lambda preset: [phases_figure(preset, [1, 4, 16, 64, 256, 1024, 4096, 16384] if preset == "laptop" else
                                               [2**power for power in range(0, 25, 4)])]),
     "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
@@ -315,11 +313,12 @@ GPICL = {
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
     "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
         sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
-        [exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
-         plateau(BIG) > plateau(BATCHES[128]),
-         unseen_loss("end", slice(-5, None), BIG) > unseen_loss("start", slice(0, 2), BIG)],
-        sweep("gpicl.py --dataset fashion_mnist --bias 0 --baselines --test-datasets fashion_mnist",
-              batch=[16, 32, 64, 128], num_tasks=[1024, 16384]), figures=lambda preset: [batch_figure([1024, 16384])]),
+        per({"laptop": ["batch 128, num_tasks 16384"], "thesis": ["batch 128, num_tasks 65536"]}, lambda big: [
+            exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
+            plateau(big) > plateau(BATCHES[128]),
+            unseen_loss("end", slice(-5, None), big) > unseen_loss("start", slice(0, 2), big)]),
+        sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0", batch=[16, 32, 64, 128], num_tasks=[1024, 65536]),
+        figures=lambda preset: [batch_figure([1024, 16384 if preset == "laptop" else 65536])]),
     "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
         sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
         [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
@@ -344,7 +343,7 @@ GPICL = {
         per({"laptop": [("digits", 20, 40), ("digits", 40, 80)], "thesis": [("mnist", 50, 100), ("mnist", 100, 200)]},
             lambda one: [reached(one[0], "task", f"sequence_length {one[1]}")
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
-        sweep(f"{PLAIN} mnist --dataset mnist", sequence_length=[50, 100, 200])),
+        sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
         f"{PLAIN} digits --statistics",
         [gradient_norm("last layer", lambda norms: norms["head.weight"]) >
