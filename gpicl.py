@@ -49,7 +49,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, es, machine
+from common import checkpoints, es, kernels, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
 from common.figures import plot, pyplot, save
@@ -80,6 +80,8 @@ class Args:
     """Where tensors are."""
     compile: bool = True
     """Fuse the meta-step with torch.compile (needs a C++ compiler on a CPU)."""
+    triton: bool = False
+    """Random projections by a Triton kernel that never stores them (equal in tests; not yet timed)."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
@@ -334,6 +336,7 @@ def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> T
         projection_size=num_inputs,
         classes=class_counts(args, dataset),
         permuted_from=biased_tasks(args, bias),
+        project=kernels.project if args.triton and dataset.num_inputs % 2 == 0 else None,
         seed=args.seed,
     )
 
@@ -1190,6 +1193,8 @@ def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.dataset:
         raise UserError("--dataset needs at least one dataset.")
+    if args.triton and (args.device != "cuda" or not find_spec("triton")):
+        raise UserError("--triton needs a GPU and Triton.")
     names = {args.learner, *args.baselines}
     if args.test_steps and args.test_steps > args.sequence_length and names & {"transformer", "untrained"}:
         raise UserError(f"A Transformer has --sequence-length {args.sequence_length} positions, not {args.test_steps}.")

@@ -477,6 +477,8 @@ class Tasks:
         (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
     permuted_inputs, permuted_labels: one random permutation per task. permuted_from: labels are
         permuted in the tasks with ids from here on, instead of in a share of all.
+    project: a faster form of x @ self.projections(task) for "gaussian", on x (s, t, a), keys (s, 2)
+        and projection_size.
     blanked: each task replaces a share of its inputs, at most this one, by a constant, like the
         empty border of an image.
     classes: each task has this many classes of the dataset, relabelled 0, 1, ...; of several
@@ -498,6 +500,7 @@ class Tasks:
     shots: int = 0
     seed: int = 0
     permuted_from: int | None = None
+    project: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
     def __post_init__(self):
         data, shots = self.dataset, self.shots
@@ -582,7 +585,9 @@ class Tasks:
             constant = 0.5 * rng.normal(rng.fold(task, 12), 1)
             x = torch.where(blank[:, None], constant[:, None], x)
 
-        if self.projected == 1:
+        if self.projected == 1 and self.project:
+            x = self.project(x, rng.fold(task, 8), self.num_inputs)
+        elif self.projected == 1:
             x = x @ self.projections(task)
         elif self.projected:
             projected = _selected(task, 7, self.projected)[..., None]

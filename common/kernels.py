@@ -1,6 +1,11 @@
-"""VSML's rollout for evolution strategies as two Triton kernels, for one dense layer: `rollout` of
-vsml.py, to which tests compare it in Triton's interpreter on a CPU. Axes: p members (first all "+",
-then all "-"), t time, a inputs, b outputs, n units, m message."""
+"""Triton kernels. Tests compare them with the readable forms in Triton's interpreter on a CPU.
+
+triton_rollout: VSML's rollout for evolution strategies, one dense layer (`rollout` of vsml.py). Axes:
+p members (first all "+", then all "-"), t time, a inputs, b outputs, n units, m message.
+
+project: random projections that are never stored (Tasks.projections of common/datasets.py). Axes:
+s sequences, t time, a inputs, b projected inputs.
+"""
 
 from functools import cache, lru_cache
 
@@ -119,3 +124,55 @@ def triton_rollout(params, h, c, x, y, *, logit_slot, **options):
     torch._foreach_copy_(inputs, values)
     run()
     return tuple(result.clone() for result in results)
+
+
+@cache
+def project_kernel():
+    global tl, mix, uniform
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def mix(x):
+        x = (x ^ (x >> 16)) * 2246822507
+        x = (x ^ (x >> 13)) * 3266489909
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def uniform(key, counter):
+        """In (0, 1), as in common/rng.py. All numbers are uint32."""
+        bits = mix(mix(counter + tl.load(key)) ^ tl.load(key + 1))
+        return ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+
+    @triton.jit(do_not_specialize=["T"])
+    def kernel(x, keys, y, T, A, B, root, TIME: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+        """A tile of y, of TIME by COLUMNS. Both numbers of a Box-Muller pair are used: they are A/2
+        rows apart."""
+        s, half = tl.program_id(0).to(tl.int64), A // 2
+        t = tl.program_id(1) * TIME + tl.arange(0, TIME)[:, None]
+        column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        total = tl.zeros((TIME, COLUMNS), tl.float32)
+        for first in range(0, half, ROWS):
+            counter = ((first + tl.arange(0, ROWS)[:, None]) * B + column).to(tl.uint32)
+            radius = tl.sqrt(-2 * tl.log(uniform(keys + 2 * s, counter))) * root
+            angle = 6.283185307179586 * uniform(keys + 2 * s, counter + (half * B).to(tl.uint32))
+            row = first + tl.arange(0, ROWS)[None, :]
+            at, mask = x + (s * T + t) * A + row, (t < T) & (row < half)
+            total = tl.dot(tl.load(at, mask, 0.0), radius * tl.cos(angle), total, input_precision=PRECISION)
+            lower = tl.load(at + half, mask, 0.0)
+            total = tl.dot(lower, radius * tl.sin(angle), total, input_precision=PRECISION)
+        tl.store(y + (s * T + t) * B + column, total, (t < T) & (column < B))
+
+    return kernel
+
+
+def project(x, keys, size, precision="tf32"):
+    """x (s, t, a), a even, times a matrix (a, size) of N(0, 1/a) for each of the keys (s, 2)."""
+    s, t, a = x.shape
+    y = x.new_empty(s, t, size)
+    time = min(128, max(16, 1 << (t - 1).bit_length()))
+    grid = s, -(-t // time), -(-size // 64)
+    keys = keys.contiguous().view(torch.uint32)
+    project_kernel()[grid](x.contiguous(), keys, y, t, a, size, a**-0.5, time, 32, 64, precision)
+    return y

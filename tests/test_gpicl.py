@@ -762,6 +762,7 @@ MISTAKES = {
     "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "has no 'settings maml'",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has no 'models transformer' of the kind and size",
     "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
+    "--triton --device cpu": "--triton needs a GPU",
     "--lr 1e29": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
 }
 

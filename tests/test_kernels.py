@@ -1,8 +1,9 @@
-"""common/kernels.py equals the readable rollout, in Triton's interpreter on a CPU."""
+"""common/kernels.py equals the readable forms, in Triton's interpreter on a CPU."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from conftest import ENV
 
 import vsml
-from common.kernels import triton_rollout
+from common.datasets import Tasks, load
+from common.kernels import project, triton_rollout
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 
@@ -56,3 +58,16 @@ def test_equals_the_readable_rollout(pairs, t, a, b, ticks, feed_label, slot):
     expected = last[0].h[:, 0], last[0].c[:, 0], losses[:, 0]
     torch.testing.assert_close(fast[:3], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(fast[3], correct[:, 0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above")
+@pytest.mark.parametrize(("side", "t", "size"), [(8, 5, 64), (2, 17, 3), (14, 130, 70)])
+def test_projections_equal_those_of_tasks(side, t, size):
+    data = load("digits", "train", size=side)
+    options = dict(projection="gaussian", projected=1.0, projection_size=size)
+    tasks, ids = Tasks(data, **options, seed=3), torch.tensor([0, 5, 2**40 + 7])
+    fast = Tasks(data, **options, seed=3, project=partial(project, precision="ieee"))
+    x, y = tasks.sample(ids, ids, t)
+    again, same = fast.sample(ids, ids, t)
+    torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(y, same)
