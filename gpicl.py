@@ -42,6 +42,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,8 +63,12 @@ from common.rng import compile_draws, integers, key
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-FIXED = ("sgd", "adam", "untrained")  # not meta-trained
-Name = Literal["transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam", "untrained"]
+FITTED = ("logistic", "neighbors", "forest")  # by scikit-learn, anew for each prediction
+FIXED = ("sgd", "adam", "untrained", *FITTED)  # not meta-trained
+Name = Literal[
+    "transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam", "untrained",
+    "logistic", "neighbors", "forest",
+]  # fmt: skip
 Size = Annotated[int, (1, 2**12)]  # of a network or one of its parts
 Length = Annotated[int, (1, 2**16)]  # of a sequence, in examples
 
@@ -106,7 +111,8 @@ class Args:
     learner: Name = "transformer"
     """What learns at meta-test time. Meta-trained: transformer, lstm, outer_lstm (LSTM with outer-product state), vsml,
     vsml_nosym (VSML without symmetries), mlp (no memory at all), maml (an initialisation). With nothing but tuned settings:
-    sgd, adam. untrained: the transformer before meta-training."""
+    sgd, adam. untrained: the transformer before meta-training. As baselines, fitted by scikit-learn (not in the thesis):
+    logistic (regression), neighbors (five nearest), forest (of a hundred trees)."""
     baselines: tuple[Name, ...] = ("sgd", "adam", "untrained")
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
@@ -701,6 +707,31 @@ def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple
     return max(results, key=lambda result: result[0])[1]
 
 
+@torch.no_grad()
+def fitted_correct(name: str, x: Tensor, y: Tensor, steps: list[int]) -> Tensor:
+    """Whether the predictions at some steps (counted from 1) of x (s, t, a), y (s, t) are correct, (s, len(steps)), after a
+    fit of scikit-learn's defaults to the examples before. While there is one class, it is predicted; before any, class 0."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def predict(x: np.ndarray, y: np.ndarray) -> int:
+        """The label of the last example, from those before it."""
+        if len(set(y[:-1])) < 2:
+            return y[0] if len(y) > 1 else 0
+        if name == "logistic":
+            model = LogisticRegression(max_iter=1000)
+        elif name == "neighbors":
+            model = KNeighborsClassifier(min(5, len(y) - 1))
+        else:
+            model = RandomForestClassifier(random_state=0)
+        return model.fit(x[:-1], y[:-1]).predict(x[-1:])[0]
+
+    xs, ys = x.numpy(force=True), y.numpy(force=True)
+    correct = [[predict(x[:step], y[:step]) == y[step - 1] for step in steps] for x, y in zip(xs, ys, strict=True)]
+    return torch.tensor(correct, device=x.device)
+
+
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
@@ -834,11 +865,18 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
     parts = {name: [] for name in learners}
+    fitted = {name: [] for name in FITTED if name in args.baselines}
     for x, y in test_data(args, tasks, novelty == "none", args.test_seeds, args.test_steps or args.sequence_length):
         for name, learner in learners.items():
             parts[name].append(rollout(learner, x, y, num_classes))
+        for name in fitted:
+            fitted[name].append(fitted_correct(name, x, y, plotted_steps(x.shape[1])))
 
     rows, curve = [], []
+    for name, correct in fitted.items():
+        values = torch.cat(correct).float()
+        at = zip(plotted_steps(y.shape[1]), values.unbind(1), strict=True)
+        rows += [result_row(name, task, novelty, "accuracy", step, one) for step, one in at]
     for name in learners:
         losses, correct = (torch.cat(kind) for kind in zip(*parts[name], strict=True))
         correct = correct.float()
@@ -859,7 +897,8 @@ def plotted_steps(steps: int) -> list[int]:
 
 LABELS = {"transformer": "GPICL (Transformer)", "lstm": "LSTM", "outer_lstm": "outer-product LSTM", "vsml": "VSML"}
 LABELS |= {"vsml_nosym": "VSML without symmetries", "mlp": "MLP", "maml": "MAML", "sgd": "online SGD", "adam": "online Adam"}
-LABELS |= {"untrained": "Transformer, untrained"}
+LABELS |= {"untrained": "Transformer, untrained", "logistic": "logistic regression", "neighbors": "nearest neighbors"}
+LABELS |= {"forest": "random forest"}
 NOVELTY = {"none": "seen tasks", "task": "unseen tasks", "domain": "unseen dataset"}
 
 
@@ -1193,6 +1232,8 @@ def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.dataset:
         raise UserError("--dataset needs at least one dataset.")
+    if args.learner in FITTED:
+        raise UserError(f"--learner {args.learner} is a baseline; name it in --baselines.")
     if args.triton and (args.device != "cuda" or not find_spec("triton")):
         raise UserError("--triton needs a GPU and Triton.")
     names = {args.learner, *args.baselines}
@@ -1242,7 +1283,7 @@ def main() -> None:
     args, checkpoint = parse_args()
     args = with_budget(args)
     check(args)
-    names = list(dict.fromkeys([args.learner, *args.baselines]))
+    names = [name for name in dict.fromkeys([args.learner, *args.baselines]) if name not in FITTED]
     run = Run(args, checkpoint)
     if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
         compile_draws()  # fewer tasks save less time than compiling takes

@@ -361,6 +361,14 @@ GPICL = {
          "shallow": "vsml.py --dataset mnist --feed-label --norm-messages --baselines --test-datasets mnist",
          **{f"{depth} hidden": f"vsml.py --dataset mnist --hidden {'32 ' * depth}--feed-label --norm-messages --baselines "
                                "--test-datasets mnist" for depth in (1, 2, 3)}}),
+    "G13": Row("beyond", "scikit-learn's classifiers after the same examples",
+        "gpicl.py --mode test --checkpoint {G3.0}/checkpoint.pt --baselines logistic neighbors forest --test-seeds 256 "
+        "--test-datasets digits wine breast_cancer mnist fashion_mnist",
+        per({"laptop": [("digits", "task"), ("mnist", "domain"), ("fashion_mnist", "domain"), ("wine", "domain"),
+                        ("breast_cancer", "domain")],
+             "thesis": [("mnist", "task"), ("fashion_mnist", "domain")]}, lambda one: [
+            claim for step in (10, None) for claim in higher("transformer", ["logistic", "neighbors", "forest"], one[:1], step,
+                                                             metric="accuracy", novelty=one[1])])),
 }
 
 GOAL = "hidden_goal:8"

@@ -620,6 +620,24 @@ def test_other_learners(learner, tmp_path):
     assert rows(tmp_path / "test") == rows(tmp_path / learner)
 
 
+def test_baselines_fitted_by_scikit_learn(finished, tmp_path):
+    """Each prediction from the examples before it alone; and as a user asks for them."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (4, 30), generator=generator)
+    x = F.one_hot(y, 3) * 3.0 + 0.1 * torch.randn(4, 30, 3, generator=generator)
+    for name in gpicl.FITTED:
+        correct = gpicl.fitted_correct(name, x, y, [1, 2, 30])
+        assert correct.shape == (4, 3) and correct[:, 2].all()
+        assert torch.equal(correct[:, 0], y[:, 0] == 0) and torch.equal(correct[:, 1], y[:, 1] == y[:, 0])
+        changed = y.clone()
+        changed[:, -1] = (y[:, -1] + 1) % 3
+        assert not gpicl.fitted_correct(name, x, changed, [30]).any()
+    flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'} --baselines logistic neighbors forest --run-name fit"
+    assert command(tmp_path, f"{flags} --test-datasets wine").returncode == 0
+    names = {(row["learner"], row["step"]) for row in rows(tmp_path / "fit") if row["metric"] == "accuracy"}
+    assert names == {(name, step) for name in ("transformer", *gpicl.FITTED) for step in (1, 2, 5, 10, 12)}
+
+
 def test_a_trained_learner_from_python(finished):
     """It answers what the meta-test's forward pass answers; predict changes nothing; streams are independent."""
     load = partial(gpicl.InContextLearner.load, finished[0] / "checkpoint.pt", num_classes=10)
@@ -762,6 +780,7 @@ MISTAKES = {
     "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "has no 'settings maml'",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has no 'models transformer' of the kind and size",
     "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
+    "--learner forest": "--learner forest is a baseline",
     "--triton --device cpu": "--triton needs a GPU",
     "--lr 1e29": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
 }
