@@ -488,9 +488,9 @@ def plateau_end(steps: list[int], losses: list[float], num_classes: int) -> int 
 
 
 class Statistics:
-    """Norms of gradients and updates of each tensor, and the cosines between those of consecutive steps (Figures D.8 to D.10);
-    for Adam also the norms of its averages of gradients and of their squares. Watches an optimiser's steps from outside, so
-    gradients are those after --clip."""
+    """Norms of gradients and updates of each tensor and of all together, the cosines between those of consecutive steps, and
+    the distance of the parameters from their initial values (Figures D.8 to D.10); for Adam also the norms of its averages
+    of gradients and of their squares. Watches an optimiser's steps, so gradients are those after --clip."""
 
     def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
         self.named, self.optimizer = dict(learner.named_parameters()), optimizer
@@ -499,16 +499,28 @@ class Statistics:
         optimizer.register_step_post_hook(self.after)
 
     def before(self, *_: Any) -> None:
-        self.start = {name: parameter.detach().clone() for name, parameter in self.named.items()}
+        self.start = [parameter.detach().clone() for parameter in self.named.values()]
 
     def after(self, *_: Any) -> None:
-        for name, parameter in self.named.items():
-            state = self.optimizer.state[parameter]  # what is put into it is saved with the optimiser
-            for kind, now in (("gradient", parameter.grad), ("update", parameter.detach() - self.start[name])):
-                last = state.get(f"last {kind}", torch.zeros_like(now))
-                self.values[f"{kind} norm {name}"] = now.norm()
-                self.values[f"{kind} cosine {name}"] = F.cosine_similarity(now.flatten(), last.flatten(), 0)
-                state[f"last {kind}"] = now.clone()
+        states = [self.optimizer.state[parameter] for parameter in self.named.values()]  # are saved with the optimiser
+        now = [parameter.detach() for parameter in self.named.values()]
+        for state, start in zip(states, self.start, strict=True):
+            state.setdefault("initial", start)
+        moved = (p - state["initial"] for p, state in zip(now, states, strict=True))
+        self.values["distance"] = torch.cat([part.flatten() for part in moved]).norm()
+
+        gradients = [parameter.grad for parameter in self.named.values()]
+        updates = [p - start for p, start in zip(now, self.start, strict=True)]
+        for kind, tensors in (("gradient", gradients), ("update", updates)):
+            tensors = [tensor.flatten() for tensor in tensors]
+            last = [state.get(f"last {kind}", torch.zeros_like(x)) for state, x in zip(states, tensors, strict=True)]
+            pairs = zip([*tensors, torch.cat(tensors)], [*last, torch.cat(last)], strict=True)
+            for name, (new, old) in zip([*self.named, "all"], pairs, strict=True):
+                self.values[f"{kind} norm {name}"] = new.norm()
+                self.values[f"{kind} cosine {name}"] = F.cosine_similarity(new, old, 0)
+            for state, tensor in zip(states, tensors, strict=True):
+                state[f"last {kind}"] = tensor.clone()
+        for name, state in zip(self.named, states, strict=True):
             self.values |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 

@@ -299,16 +299,26 @@ def unseen_loss(words: str, part: slice, run: str) -> Number:
     return Number(f"loss on unseen tasks, {words} of the plateau", of)
 
 
-def gradient_norm(words: str, choose: Callable[[dict[str, float]], float]) -> Number:
+def logged(column: str, run: str, index: int | None = None) -> Number:
+    """GPICL: a column of metrics.csv at one of at most 40 lines, or its mean."""
+
+    def of(seed: Seed) -> float:
+        curve = seed.fact(run, "curves")[column]
+        return statistics.fmean(curve) if index is None else curve[index]
+
+    return Number(f"{column}, {run}", of)
+
+
+def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], float]) -> Number:
     """GPICL: a norm of gradients, averaged over the plateau."""
 
     def of(seed: Seed) -> float:
-        curves = seed.fact("", "curves")
-        steps = sum(step < plateau("").of(seed) for step in curves["step"])
+        curves = seed.fact(run, "curves")
+        steps = sum(step < plateau(run).of(seed) for step in curves["step"])
         norms = {
             name.split()[-1]: curve
             for name, curve in curves.items()
-            if name.startswith("transformer gradient norm ")
+            if name.startswith("transformer gradient norm ") and not name.endswith(" all")
         }
         return statistics.fmean(
             choose({name: curve[step] for name, curve in norms.items()}) for step in range(steps)

@@ -24,7 +24,7 @@ from typing import Any
 
 # isort: off
 from claims import ENOUGH_SEEDS, KEYS, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
-from claims import higher, learns, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
+from claims import higher, learns, logged, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
 from claims import without_worst
 from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
@@ -266,6 +266,15 @@ def batch_figure(tasks: list[int]) -> Figure:
     return Figure("gpicl_plateau", "batch size", "", panels, yscale="log")
 
 
+def statistics_figure() -> Figure:
+    """Figure D.9: with and without a plateau, over meta-steps."""
+    columns = ["loss", "distance", "gradient norm all", "update norm all", "gradient cosine all", "update cosine all"]
+    panels = {column.removesuffix(" all"): {run: [
+        (logged("step", run, i), logged(f"transformer{'_' if column == 'loss' else ' '}{column}", run, i)) for i in range(40)]
+        for run in ("biased", "plateau")} for column in columns}
+    return Figure("gpicl_statistics", "meta-step", "", panels, xscale="linear")
+
+
 GPICL = {
     "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
         sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
@@ -345,10 +354,14 @@ GPICL = {
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
-        f"{PLAIN} digits --statistics",
-        [gradient_norm("last layer", lambda norms: norms["head.weight"]) >
-         gradient_norm("largest other", lambda norms: max(norm for name, norm in norms.items() if "head" not in name))],
-        f"{PLATEAU} --bias 0 --statistics"),
+        {"biased": f"{PLAIN} digits --statistics", "plateau": f"{PLAIN} digits --statistics --bias 0"},
+        [gradient_norm("last layer", "plateau", lambda norms: norms["head.weight"]) >
+         gradient_norm("largest other", "plateau", lambda norms: max(norm for name, norm in norms.items() if "head" not in name)),
+         logged("transformer distance", "plateau", -1) < logged("transformer distance", "biased", -1),
+         logged("transformer gradient norm all", "plateau") < logged("transformer gradient norm all", "biased"),
+         logged("transformer update norm all", "plateau", -1) < logged("transformer update norm all", "biased", -1)],
+        {"biased": f"{PLATEAU} --statistics", "plateau": f"{PLATEAU} --bias 0 --statistics"},
+        figures=lambda preset: [statistics_figure()]),
     "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
         {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
          "shallow": "vsml.py --backward-pass --baselines --test-datasets digits",

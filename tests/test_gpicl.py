@@ -491,7 +491,7 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G6", "batch 32, num_tasks 65536"): FASHION | dict(batch=32),
     ("G7", "bias 0.5"): FASHION | dict(bias=0.5),
     ("G10", "sequence_length 200"): dict(bias=0.0, sequence_length=200),
-    ("G11", ""): FASHION | dict(statistics=True),
+    ("G11", "plateau"): FASHION | dict(statistics=True),
 }  # fmt: skip
 
 

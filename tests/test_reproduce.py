@@ -188,7 +188,8 @@ class Named(Seed):
 
     def fact(self, run, name):
         curves = {"step": [0.0, 10.0, 90.0], "transformer_loss_unseen": [2.3, 2.4, 1.0]}
-        curves |= {f"transformer gradient norm {tensor}": [1.0, 1.0, 1.0] for tensor in ("head.weight", "other")}
+        logged = ("distance", "update norm all", *(f"gradient norm {tensor}" for tensor in ("head.weight", "other", "all")))
+        curves |= {f"transformer {column}": [1.0, 1.0, 1.0] for column in logged}
         facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
         facts["solved_after"] = {f"{env} {name}": [1] for env in ("bandit", "cartpole") for name in ("fme", "hill_climbing")}
@@ -202,6 +203,8 @@ def test_the_commands_of_an_entry_parse_and_leave_the_rows_that_its_claims_name(
     for claim in ROWS[name].claims_at(preset):
         for side in (claim.left, claim.right):
             assert isinstance(side.of(one), (int, float)), side.words
+    for figure in ROWS[name].figures(preset):
+        assert figure.points(one), figure.name
 
 
 def test_a_sweep_has_a_command_for_each_combination():
