@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -123,9 +123,10 @@ class Args:
     """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
     channels: Literal[1, 3] = 3
     """Channels of all images: grey ones are repeated, coloured ones averaged (Appendix D.4: 32 x 32 x 3)."""
-    features: Literal["none", "resnet18", "resnet50", "clip", "untrained"] = "none"
-    """Put inputs through a network trained on ImageNet (Figure 5.9), CLIP (Figure D.5; pip install "cleanmeta[clip]"), or,
-    as a control, an untrained ResNet-18, before projecting them. Computed once, kept in --data-dir."""
+    features: Literal["none", "resnet18", "resnet50", "clip", "untrained", "fashion_mnist"] = "none"
+    """Put inputs through a network trained on ImageNet (Figure 5.9), CLIP (Figure D.5; pip install "cleanmeta[clip]"), as a
+    control an untrained ResNet-18, or a small network trained on Fashion-MNIST in a minute, before projecting them. Computed
+    once, kept in --data-dir."""
     num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
     """K, how many tasks there are to meta-train on; inf: no task comes twice (section 5.4.2)."""
     classes: tuple[Count, ...] = ()
@@ -779,14 +780,14 @@ def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
             return checkpoints.read(path).view(len(dataset), -1)
         except (CheckpointError, AttributeError, RuntimeError) as error:
             raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
-    net, mean, std = pretrained(network)
+    net, side, mean, std = pretrained(network, data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     net, parts = net.to(dataset.device), []
     mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
     with torch.no_grad():
         for images in tqdm(dataset.x.split(64), desc=f"{network} on {dataset.name} {dataset.split}"):
             images = images.float().expand(-1, 3, -1, -1) / 255
-            images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             parts.append(net((images - mean) / std).float().cpu())
     x = torch.cat(parts)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -794,8 +795,13 @@ def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
     return x
 
 
-def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """A network from images (s, 3, 224, 224) to features (s, n), and the mean and std of the pixels that it expects."""
+@cache
+def pretrained(network: str, data_dir: str) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+    """A network from images (s, 3, side, side) to features (s, n), the side, and the mean and std of the pixels that it
+    expects."""
+    if network == "fashion_mnist":
+        train = load(network, "train", data_dir, size=28, channels=3)
+        return classifier(train)[:-1].eval(), 28, (train.mean,) * 3, (train.std,) * 3
     if network == "clip":
         try:
             import open_clip
@@ -818,7 +824,27 @@ def pretrained(network: str) -> tuple[nn.Module, tuple[float, ...], tuple[float,
             raise UserError(f"{text}; use --features none, or untrained as a control.") from error
     if network != "clip":
         net.fc = nn.Identity()
-    return net.eval(), mean, std
+    return net.eval(), 224, mean, std
+
+
+@torch.enable_grad()
+def classifier(train: Dataset, epochs: int = 3) -> nn.Sequential:
+    """A small convolutional network from images (s, 3, 28, 28) to logits, trained by Adam. It stands in where there are no
+    weights of ImageNet."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [layer for a, b in ((3, 32), (32, 64), (64, 128)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())]
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, train.num_classes))
+        net = net.to(train.device)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        labels = torch.arange(train.num_classes, device=train.device).repeat_interleave(train.counts)
+        for _ in tqdm(range(epochs), desc=f"training a network on {train.name}"):
+            for batch in torch.randperm(len(train)).to(train.device).split(128):
+                loss = F.cross_entropy(net(train.inputs(batch).view(-1, *train.shape)), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return net
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:

@@ -711,12 +711,23 @@ def test_what_is_no_number_in_metrics_is_skipped(tmp_path):
 
 
 def test_an_untrained_network_of_features():
-    net, mean, std = gpicl.pretrained("untrained")
-    again, *_ = gpicl.pretrained("untrained")
+    net, side, mean, std = gpicl.pretrained("untrained", "data")
+    again, *_ = gpicl.pretrained("untrained", "data")
     with torch.no_grad():
         images = torch.rand(2, 3, 224, 224)
         assert net(images).shape == (2, 512) and torch.equal(net(images), again(images))
-    assert len(mean) == len(std) == 3
+    assert side == 224 and len(mean) == len(std) == 3
+
+
+def test_a_network_of_ones_own_for_features():
+    """It classifies unseen digits."""
+    train, test = (load("digits", split, size=28, channels=3) for split in ("train", "test"))
+    net = gpicl.classifier(train, epochs=8).eval()
+    labels = torch.arange(10).repeat_interleave(test.counts)
+    x = test.inputs(torch.arange(len(test))).view(-1, 3, 28, 28)
+    with torch.no_grad():
+        assert (net(x).argmax(1) == labels).float().mean() > 0.8
+        assert net[:-1](x[:2]).shape == (2, 64)
 
 
 @pytest.fixture
@@ -724,7 +735,7 @@ def brightness(monkeypatch):
     """A pre-trained network whose features are the mean brightness of four bands of an image."""
     net = nn.Sequential(nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(12, 4, bias=False)).requires_grad_(False)
     net[2].weight.copy_(torch.eye(4).repeat(1, 3) / 3)
-    monkeypatch.setattr(gpicl, "pretrained", lambda network: (net, (0.0,) * 3, (1.0,) * 3))
+    monkeypatch.setattr(gpicl, "pretrained", lambda network, data_dir: (net, 224, (0.0,) * 3, (1.0,) * 3))
 
 
 def test_features_are_normalised_by_the_train_split(brightness, tmp_path):
