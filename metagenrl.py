@@ -1,19 +1,19 @@
 """MetaGenRL: a learned objective function that trains agents in environments it never saw.
 
 A small network is the loss: it reads what an agent did, backwards in time, and what the agent would do now, and its gradient is
-what the agent follows. Critics say how good the agent's actions are after such a step; differentiating that through the step
-improves the objective. At meta-test time the objective is fixed, and trains agents of any size from scratch.
+what updates the agent. Critics estimate how good the agent's actions are after such a step; differentiating that through the
+step improves the objective. At meta-test time the objective is fixed, and trains agents of any size from scratch.
 
 Kirsch, "Automating AI Research" (2025), chapter 2 and appendix A; Kirsch, van Steenkiste and Schmidhuber, "Improving
 Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). Results: .github/results/metagenrl.md.
 
-    Eq. 2.3                -> follow_reinforce, train_on_policy (baselines)
+    Eq. 2.3                -> grad_reinforce, train_on_policy (baselines)
     Eq. 2.5                -> critic_gradient
-    Eq. 2.6, A.2           -> meta_loss, objective_gradient
+    Eq. 2.6, A.2           -> meta_loss, meta_gradient
     Eq. A.1, section A.2.1 -> objective
     Algorithm 6            -> meta_train
     Algorithm 7            -> train_agents
-    Section A.2.3          -> follow_critic (DDPG, TD3), train_on_policy (PPO), RL2, evolve (EPG)
+    Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), RL2, evolve (EPG)
     Figures 2.3 to 2.6     -> meta_test
 
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -52,6 +52,7 @@ from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.networks import Network, adam, gradient
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -71,7 +72,7 @@ class Args:
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Where tensors are."""
     compile: bool = True
     """Fuse updates with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test"] = "train"
@@ -79,7 +80,7 @@ class Args:
     checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
     resume: str | None = None
-    """A run folder to go on with, exactly where it stopped."""
+    """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
@@ -87,7 +88,7 @@ class Args:
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
     checkpoint_every: Count = 20_000
-    """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium begin new episodes at each."""
+    """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium are reset at each."""
 
     learner: Name = "metagenrl"
     """What trains agents at meta-test time. Meta-learned: metagenrl; epg, the same objective found by evolution; rl2, an LSTM
@@ -107,9 +108,9 @@ class Args:
     """Steps of each agent in its environment, meta-training (section 2.5)."""
     test_steps: Count = 1_000_000
     """Steps of each agent, meta-test (section 2.5)."""
-    copies: Size = 1
-    """e, copies of its environment that an agent acts in at once (not in the thesis); there is one update for each step of all
-    copies, so more copies mean fewer updates for as many environment steps."""
+    num_envs: Size = 1
+    """e, copies of its environment that an agent acts in (not in the thesis). There is one update for each step of all copies,
+    so more copies mean fewer updates for as many environment steps."""
 
     population: Size = 20
     """Agents, distributed equally over --envs (section 2.5)."""
@@ -124,16 +125,16 @@ class Args:
     objective_filters: Annotated[int, (2, 2**14)] = 32
     """Units of the objective's other layers, which are 3 deep (Table A.2)."""
     inputs: tuple[Input, ...] = ("reward", "value", "next_value", "time")
-    """What the objective hears at each step beside both actions (section 2.3.2). gain: next_value minus value. Leave some out
-    for the ablation of Figure 2.5."""
+    """The objective's inputs at each step beside both actions (section 2.3.2). gain: next_value minus value. Leave some out for
+    the ablation of Figure 2.5."""
     bound: Positive = 1000.0
     """eta, bound of the objective's value at each step (Table A.2)."""
 
     length: Size = 20
     """Steps of a sub-trajectory (Table A.3)."""
-    batch: Size = 100
+    batch_size: Size = 100
     """Sub-trajectories in an update of an agent (Table A.3)."""
-    replay: Count = 1_000_000
+    buffer_size: Count = 1_000_000
     """Transitions that a replay buffer holds (not in the thesis)."""
     critic_lr: Positive = 1e-3
     """lambda_1, Adam (Table A.3)."""
@@ -142,7 +143,7 @@ class Args:
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
-    """Steps of Eq. 2.6 before the critic is asked; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
+    """Steps of Eq. 2.6 before the critic's estimate; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
     inner_normalized: bool = False
     """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
     value_scaled: bool = False
@@ -150,20 +151,21 @@ class Args:
     the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
-    clip: Positive = 1.0
+    max_grad_norm: Positive = 1.0
     """Largest norm of any gradient (Table A.3)."""
-    discount: Share = 0.99
+    gamma: Share = 0.99
     """gamma (Table A.3)."""
-    target_speed: Share = 0.005
-    """How far target networks move towards the others (Table A.3)."""
-    target_noise: PositiveOrZero = 0.2
+    tau: Share = 0.005
+    """Step of target networks towards the others (Table A.3)."""
+    policy_noise: PositiveOrZero = 0.2
     """Standard deviation of noise on the action in a critic's target (Table A.3: critic noise)."""
-    target_noise_clip: PositiveOrZero = 0.5
+    noise_clip: PositiveOrZero = 0.5
     """Its bound (Table A.3)."""
-    delay: Count = 2
+    policy_frequency: Count = 2
     """Updates of the critic for each one of policy and objective (A.2.2)."""
-    noise: tuple[PositiveOrZero, ...] = (0.1,)
-    """Standard deviation of noise on actions taken (Table A.3). Several: an agent's copies take turns (not in the thesis)."""
+    exploration_noise: tuple[PositiveOrZero, ...] = (0.1,)
+    """Standard deviation of noise on actions taken (Table A.3). Several: one for each of an agent's environments (not in the
+    thesis)."""
     random_steps: CountOrZero = 10_000
     """Steps of an agent that are random, at first (Table A.3)."""
     frozen_steps: CountOrZero = 0
@@ -171,23 +173,23 @@ class Args:
     anneal_steps: CountOrZero = 10_000
     """Steps, after --frozen-steps, in which the objective's gradient takes over from the critic's in meta-training (A.2.2)."""
     reset_every: CountOrZero = 0
-    """Steps after which some agents begin anew, with empty buffers, so that the objective keeps seeing beginners; 0: never (not
-    in the thesis)."""
+    """Steps after which some agents are reset, with empty buffers, so that the objective is still trained on fresh agents; 0:
+    never (not in the thesis)."""
     reset_share: Annotated[float, (0.001, 1)] = 0.25
-    """How many of them, in turn."""
-    gae: Share = 0.97
+    """Share of the agents that are reset, one after the other."""
+    gae_lambda: Share = 0.97
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
     normalized_advantages: bool = False
     """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
-    rollout: Count = 4_000
+    num_steps: Count = 4_000
     """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
-    epochs: Count = 80
+    update_epochs: Count = 80
     """reinforce-on, ppo: steps of the value function on each rollout, and of PPO's policy (Spinning Up)."""
     on_policy_lr: Positive = 3e-4
     """reinforce-on, ppo: Adam's learning rate for the policy; the value function has --critic-lr (Spinning Up)."""
-    clip_ratio: Share = 0.2
+    clip_coef: Share = 0.2
     """ppo: how far probabilities may move (Spinning Up)."""
-    largest_kl: Positive = 0.015
+    target_kl: Positive = 0.015
     """ppo: an agent's policy stays as it is once it has moved this far on a rollout (Spinning Up: 1.5 times 0.01)."""
 
     generations: Count = 1_000
@@ -200,7 +202,7 @@ class Args:
     """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
     trial_steps: Count = 100_000_000
-    """rl2: environment steps of meta-training, all together (section 2.5.1, footnote 6)."""
+    """rl2: environment steps of meta-training, of all environments (section 2.5.1, footnote 6)."""
     trials: Size = 16
     """rl2: trials of two episodes in each environment, in an update (not in the thesis)."""
     rl2_units: Size = 64
@@ -210,7 +212,7 @@ class Args:
     rl2_epochs: Count = 4
     """rl2: steps of PPO on the trials of an update (not in the thesis)."""
     rl2_inputs: Size | None = None
-    """rl2: observations that it has room for (default: as --envs and --test-envs need); fewer are padded with zeros (A.2.3)."""
+    """rl2: size of its observations (default: as --envs and --test-envs need); fewer are padded with zeros (A.2.3)."""
     rl2_outputs: Size | None = None
     """rl2: action dimensions, likewise."""
 
@@ -234,7 +236,7 @@ LAPTOP = dict(
     test_envs=("pendulum", "reacher"),
     env_steps=12_000,  # what minutes allow
     test_steps=10_000,
-    copies=4,  # environments cost less than updates
+    num_envs=4,  # environments cost less than updates
     population=16,
     hidden=32,
     layers=2,
@@ -242,22 +244,22 @@ LAPTOP = dict(
     objective_filters=16,
     inputs=("reward", "value", "next_value", "time", "gain"),
     length=10,
-    batch=10,
-    replay=20_000,
+    batch_size=10,
+    buffer_size=20_000,
     compile=False,  # it would take longer than the run
     critic_lr=3e-3,  # few steps
-    policy_lr=3e-4,  # small networks turn to extremes sooner than critics know better
-    target_speed=0.02,  # likewise
+    policy_lr=3e-4,  # small networks saturate before critics are accurate
+    tau=0.02,  # likewise
     inner_lr=0.02,  # of a gradient of length one
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
     objective_lr=3e-3,  # few steps
-    noise=(0.05, 0.1, 0.2, 0.4),
+    exploration_noise=(0.05, 0.1, 0.2, 0.4),
     random_steps=2_000,
-    frozen_steps=2_000,  # until the critics know something
+    frozen_steps=2_000,  # until the critics have learned something
     anneal_steps=3_200,
     reset_every=1_600,
-    rollout=400,
+    num_steps=400,
     generations=10,  # three minutes
     pairs=8,
     life_steps=6_000,
@@ -272,76 +274,6 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-class Network(NamedTuple):
-    """A feed-forward network whose parameters are one row of a matrix for each agent: layers of the sizes given, layer
-    normalisation before each activation if asked for (A.2.1)."""
-
-    sizes: tuple[int, ...]
-    normalized: bool = True
-    squares: bool = False  # half of the units square instead of ReLU (A.2.1)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Weight and bias of each layer, and gain and shift of each normalisation."""
-        shapes = []
-        for i, (a, b) in enumerate(pairwise(self.sizes)):
-            shapes += [(a, b), (1, b)] + [(1, b)] * 2 * (self.normalized and i < len(self.sizes) - 2)
-        return shapes
-
-    @property
-    def d(self) -> int:
-        return sum(map(math.prod, self.shapes))
-
-    def init(self, p: int, generator: torch.Generator) -> Tensor:
-        """(p, d): weights and biases uniform within 1 / sqrt(inputs), gains 1, shifts 0."""
-        parts = []
-        for i, (a, b) in enumerate(pairwise(self.sizes)):
-            parts.append((2 * torch.rand(p, (a + 1) * b, generator=generator) - 1) / math.sqrt(a))
-            if self.normalized and i < len(self.sizes) - 2:
-                parts += [torch.ones(p, b), torch.zeros(p, b)]
-        return torch.cat(parts, -1)
-
-    def __call__(self, params: Tensor, x: Tensor) -> Tensor:
-        """params (p, d), x (p, ..., sizes[0]) -> (p, ..., sizes[-1])."""
-        shapes = self.shapes
-        parts = params.split([math.prod(shape) for shape in shapes], -1)
-        parts = iter([part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)])
-        y = x.flatten(1, -2)
-        for i in range(len(self.sizes) - 1):
-            weight, bias = next(parts), next(parts)
-            y = torch.baddbmm(bias, y, weight)
-            if i == len(self.sizes) - 2:
-                break
-            if self.normalized:
-                y = F.layer_norm(y, y.shape[-1:]) * next(parts) + next(parts)
-            y = half_squares(y) if self.squares else y.relu()
-        return y.unflatten(1, x.shape[1:-1])
-
-
-def half_squares(x: Tensor) -> Tensor:
-    """ReLU for one half of the units, squares for the other (A.2.1)."""
-    one, other = x.chunk(2, -1)
-    return torch.cat([one.relu(), other.square()], -1)
-
-
-def gradient(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The function that returns the gradient and the value of a scalar function of one tensor, itself differentiable inside
-    another `gradient`. torch.func has it, and torch.compile takes it; autograd does the same in little more than half the time
-    where nothing is compiled."""
-    if torch.compiler.is_compiling():
-        return torch.func.grad_and_value(f)
-
-    def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        inside = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if inside and x.requires_grad else x.detach().requires_grad_()
-            y = f(x)
-            (g,) = torch.autograd.grad(y, x, create_graph=inside)
-        return g, y if inside else y.detach()
-
-    return both
-
-
 class Batch(NamedTuple):
     """Sub-trajectories from replay buffers, for p agents. Where an episode ended early, mask is 0."""
 
@@ -406,19 +338,19 @@ def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
     )
 
 
-def mean(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean (p,) of x (p, s, t) where mask is 1."""
     return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 
 
-def spread(x: Tensor, mask: Tensor) -> Tensor:
+def masked_std(x: Tensor, mask: Tensor) -> Tensor:
     """Standard deviation (p,) of x (p, s, t) where mask is 1."""
-    return mean((x - mean(x, mask)[:, None, None]) ** 2, mask).sqrt()
+    return masked_mean((x - masked_mean(x, mask)[:, None, None]) ** 2, mask).sqrt()
 
 
 def standardized(x: Tensor, mask: Tensor) -> Tensor:
     """x (p, s, t) with mean zero and deviation one over an agent's batch."""
-    return (x - mean(x, mask)[:, None, None]) / (spread(x, mask)[:, None, None] + 1e-5)
+    return (x - masked_mean(x, mask)[:, None, None]) / (masked_std(x, mask)[:, None, None] + 1e-5)
 
 
 def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tensor, value: Tensor, next_value: Tensor) -> Tensor:
@@ -426,9 +358,9 @@ def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tenso
     is pi_phi(s), the one input that a gradient flows through; values (p, s, t). Returns l_t (p, s, t), zero where mask is."""
     of_inputs, of_actions, of_hidden, *lstm = alpha.split(nets.objective_sizes, -1)
     w_x, w_h, bias = (part.unflatten(-1, shape) for part, shape in zip(lstm, nets.lstm_shapes, strict=True))
-    heard = {"reward": batch.reward, "value": value, "next_value": next_value, "gain": next_value - value}
-    heard = {name: standardized(x, batch.mask) for name, x in heard.items() if name in args.inputs} | {"time": batch.time}
-    x = nets.of_inputs(of_inputs, torch.stack([heard[name] for name in args.inputs], -1))
+    inputs = {"reward": batch.reward, "value": value, "next_value": next_value, "gain": next_value - value}
+    inputs = {name: standardized(x, batch.mask) for name, x in inputs.items() if name in args.inputs} | {"time": batch.time}
+    x = nets.of_inputs(of_inputs, torch.stack([inputs[name] for name in args.inputs], -1))
     pair = torch.stack([batch.action, action], -1)  # (p, s, t, b, 2)
     embedding = nets.of_actions(of_actions, pair).mean(-2)  # Eq. A.1: whatever the number of action dimensions
     x = torch.baddbmm(bias, torch.cat([x, embedding], -1).flatten(1, 2), w_x).unflatten(1, batch.mask.shape[1:])
@@ -452,7 +384,7 @@ State = dict[str, Tensor]  # everything of a group's agents: parameters, targets
 
 
 def values(nets: Nets, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-    """V_t and V_{t+1} = Q_theta(s, pi_phi(s)) (p, s, t), constants; nothing is to come after a terminal state."""
+    """V_t and V_{t+1} = Q_theta(s, pi_phi(s)) (p, s, t), constants; a terminal state's is zero."""
     obs = torch.cat([batch.obs, batch.next_obs], 2)
     value, next_value = nets.q(state["theta"][0], obs, nets.act(state["phi"], obs)).chunk(2, -1)
     return value, next_value * (1 - batch.terminated)
@@ -461,50 +393,39 @@ def values(nets: Nets, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
 def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: Tensor) -> Tensor:
     """Eq. 2.5 for both critics of every agent, with TD3's smoothed actions and the smaller of two targets. Time limits are not
     the end. noise (p, s, t, b) standard normal. Returns (2, p, d)."""
-    smooth = (args.target_noise * noise).clamp(-args.target_noise_clip, args.target_noise_clip)
+    smooth = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
     next_action = (nets.act(state["target_phi"], batch.next_obs) + smooth).clamp(-1, 1)
     next_q = torch.minimum(*(nets.q(theta, batch.next_obs, next_action) for theta in state["target_theta"]))
-    y = batch.reward + args.discount * (1 - batch.terminated) * next_q
+    y = batch.reward + args.gamma * (1 - batch.terminated) * next_q
 
     def loss(theta: Tensor) -> Tensor:
-        return sum(mean((nets.q(critic, batch.obs, batch.action) - y) ** 2, batch.mask).sum() for critic in theta)
+        return sum(masked_mean((nets.q(critic, batch.obs, batch.action) - y) ** 2, batch.mask).sum() for critic in theta)
 
     return gradient(loss)(state["theta"])[0]
 
 
-def follow_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
+def grad_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of L_alpha with respect to the policies (p, d)."""
-    seen = values(nets, state, batch)
+    estimates = values(nets, state, batch)
 
     def loss(phi: Tensor) -> Tensor:
-        return mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *seen), batch.mask).sum()
+        return masked_mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates), batch.mask).sum()
 
     return gradient(loss)(state["phi"])[0]
 
 
-def follow_critic(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
+def grad_critic(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of minus Q_theta(s, pi_phi(s)) with respect to the policies: DDPG, and with the rest of this file TD3."""
 
     def loss(phi: Tensor) -> Tensor:
-        return -mean(nets.q(state["theta"][0], batch.obs, nets.act(phi, batch.obs)), batch.mask).sum()
+        return -masked_mean(nets.q(state["theta"][0], batch.obs, nets.act(phi, batch.obs)), batch.mask).sum()
 
     return gradient(loss)(state["phi"])[0]
 
 
 def clipped(args: Args, g: Tensor) -> Tensor:
-    """Gradients (..., d) with norms of at most --clip."""
-    return g * (args.clip / (g.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1)
-
-
-def adam(state: State, name: str, g: Tensor, lr: float, where: Tensor) -> State:
-    """A step of Adam (Kingma and Ba 2014) for the agents in `where` (p,), each counting its own steps. g (..., p, d)."""
-    where = where[:, None]
-    steps = state[f"{name}_steps"] + where.to(g.dtype)
-    m, v = state[f"{name}_m"].lerp(g, 0.1), state[f"{name}_v"].lerp(g * g, 0.001)
-    safe = steps.clamp(min=1)
-    moved = state[name] - lr * (m / (1 - 0.9**safe)) / ((v / (1 - 0.999**safe)).sqrt() + 1e-8)
-    new = {name: moved, f"{name}_m": m, f"{name}_v": v}
-    return {key: torch.where(where, value, state[key]) for key, value in new.items()} | {f"{name}_steps": steps}
+    """Gradients (..., d) with norms of at most --max-grad-norm."""
+    return g * (args.max_grad_norm / (g.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1)
 
 
 def update_critics(args: Args, nets: Nets, state: State, batch: Batch, noise: Tensor) -> State:
@@ -513,49 +434,121 @@ def update_critics(args: Args, nets: Nets, state: State, batch: Batch, noise: Te
 
 
 def update_policies(
-    args: Args, nets: Nets, follow: Callable, alpha: Tensor, state: State, batch: Batch, share: Tensor | None
+    args: Args, nets: Nets, policy_gradient: Callable, alpha: Tensor, state: State, batch: Batch, share: Tensor | None
 ) -> State:
-    """Policies follow `follow`, or a share of it and for the rest the critic (A.2.2); then the targets move (TD3)."""
-    g = clipped(args, follow(args, nets, alpha, state, batch))
+    """A step of policies along `policy_gradient`, or a share of it and for the rest the critic's (A.2.2); then targets move
+    towards the others (TD3)."""
+    g = clipped(args, policy_gradient(args, nets, alpha, state, batch))
     if share is not None:
-        g = share * g + (1 - share) * clipped(args, follow_critic(args, nets, alpha, state, batch))
+        g = share * g + (1 - share) * clipped(args, grad_critic(args, nets, alpha, state, batch))
     new = adam(state, "phi", g, args.policy_lr, state["age"] >= args.frozen_steps)
     moved = {"phi": new["phi"], "theta": state["theta"]}
-    return new | {f"target_{name}": state[f"target_{name}"].lerp(x, args.target_speed) for name, x in moved.items()}
+    return new | {f"target_{name}": state[f"target_{name}"].lerp(x, args.tau) for name, x in moved.items()}
 
 
 def act(args: Args, nets: Nets, state: State, noise: Tensor, uniform: Tensor) -> Tensor:
     """Actions (p, e, b): the policy's, explored around with noise (p, e, b); at first random, uniform (p, e, b) in [0, 1). An
-    agent that is not finite does nothing, until it begins anew."""
+    agent that is not finite does nothing until it is reset."""
     action = (nets.act(state["phi"], state["obs"]) + noise).clamp(-1, 1).nan_to_num()
     return torch.where((state["age"] < args.random_steps)[:, None, None], 2 * uniform - 1, action)
 
 
-def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Batch:
-    """Sub-trajectories of --length steps, each within an episode, from every agent's buffer: which copy and which step they
-    begin at is uniform. now (): steps of each copy so far; draws (p, s, 2) uniform."""
-    buffer = state["buffer"]
-    p, e, capacity, _ = buffer.shape
-    held = (now - state["born"]).clamp(max=capacity)[:, None, None]
-    copy, first = (draws * torch.stack([torch.full_like(held, e), held], -1)[:, 0]).long().unbind(-1)
-    t = first[..., None] + torch.arange(args.length, device=draws.device)
-    agent = torch.arange(p, device=draws.device)[:, None, None]
-    batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - held + t) % capacity])
-    after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
-    mask = ((t < held) & ~after_end).to(ended.dtype)
-    return Batch(batch.obs, batch.action, batch.reward, batch.terminated, batch.time, batch.next_obs, mask)
+def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, callback: Callable) -> None:
+    """Algorithm 7: agents learn from scratch, with policies that descend `policy_gradient`. alpha (p, d). Calls callback(now)
+    after each step of their copies."""
+    for now in range(1, group.steps + 1):
+        group.step_async()
+        group.step_wait(now - 1)
+        learn(args, group, policy_gradient, alpha, group.sample(now), now)
+        callback(now)
 
 
-def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
-    """What a buffer holds, as a batch without a mask, and where episodes ended."""
-    a, b = env.obs_size, env.action_size
-    obs, action, *scalars, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
-    reward, terminated, time, ended = (x[..., 0] for x in scalars)
-    return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
+def learn(
+    args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, batch: Batch, now: int, share: Tensor | None = None
+) -> None:
+    """One update of critics, and with delay of policies, of all agents in a group."""
+    noise = group.draws(torch.randn, args.batch_size, args.length, group.env.action_size)
+    group.state |= group.update_critics(group.state, batch, noise)
+    if now % args.policy_frequency == 0:
+        group.state |= group.update_policies(policy_gradient, alpha, group.state, batch, share)
 
 
-def beginners(nets: Nets, p: int) -> State:
-    """Networks of p agents that have learned nothing, and Adam's moments and steps for them."""
+# ======================================================================================================================
+# The outer loop
+# ======================================================================================================================
+def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
+    """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient,
+    each on sub-trajectories of its own. alpha (p, d). Returns (p,)."""
+    phi = state["phi"]
+    size = args.batch_size // (args.inner_steps + 1)
+    for tau in (Batch(*parts) for parts in zip(*(x.split(size, 1)[: args.inner_steps] for x in batch), strict=True)):
+        estimates = values(nets, state, tau)
+
+        def loss(phi: Tensor) -> Tensor:
+            return objective(args, nets, alpha, tau, nets.act(phi, tau.obs), *estimates).sum()  # noqa: B023 (called at once)
+
+        g, _ = gradient(loss)(phi)
+        if args.inner_normalized:
+            g = g / (g.norm(dim=-1, keepdim=True) + 1e-8)
+        phi = phi - args.inner_lr * g
+    q, before = (nets.q(state["theta"][0], batch.obs, nets.act(x, batch.obs)) for x in (phi, state["phi"]))
+    improvement = masked_mean(q - before, batch.mask)  # `before` is a constant that makes the number readable
+    if args.value_scaled:
+        improvement = improvement / (masked_std(before, batch.mask) + 1e-5)
+    return -improvement
+
+
+def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss, 0 if one is not
+    finite; and which gradients are valid (p,): not those of agents whose policies are not trained yet, nor ones that are not
+    finite."""
+    g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
+    g = clipped(args, g)
+    valid = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
+    return torch.where(valid[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g), valid.to(g.dtype)
+
+
+def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
+    """Algorithm 6. Changes alpha (m, d) in place, and history (5, m, d) to what it was after each fifth."""
+    adam = torch.optim.Adam([alpha], args.objective_lr)
+    iterations = args.env_steps // args.num_envs
+    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
+    for step in run.steps(iterations, keep):
+        reset_some(args, groups, step)
+        now = step + 1
+        annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
+        share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
+        grads = torch.zeros_like(alpha)
+        valid = torch.zeros(len(alpha), 1, device=run.device)  # how many agents' gradients each objective has
+
+        for group in groups:
+            group.step_async()
+        for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
+            group.step_wait(step)
+            batch, own = group.sample(now), alpha[group.which]
+            learn(args, group, grad_objective, own, batch, now, share)
+            if now % args.policy_frequency == 0:
+                g, loss, valid_agents = group.meta_gradient(own, group.state, batch)
+                grads.index_add_(0, group.which, g)
+                valid.index_add_(0, group.which, valid_agents[:, None])
+                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
+            group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
+        if now % args.policy_frequency == 0:
+            alpha.grad = es.all_reduce_mean(grads) / es.all_reduce_mean(valid).clamp(min=1 / run.world)
+            adam.step()
+        history[5 * step // iterations] = alpha
+        if now % args.log_every == 0:
+            run.log(step, means(args, groups, now))
+        if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
+            for group in groups:
+                group.reset_diverged(now)
+
+
+# ======================================================================================================================
+# Agents of an environment: initial networks, replay buffers, processes
+# ======================================================================================================================
+def init_agents(nets: Nets, p: int) -> State:
+    """Initial networks of p agents, and Adam's moments and steps for them."""
     phi, *theta = (net.init(p, torch.default_generator) for net in (nets.policy, nets.critic, nets.critic))
     state = {"phi": phi, "theta": torch.stack(theta)}
     state |= {f"target_{name}": x.clone() for name, x in state.items()}
@@ -565,83 +558,108 @@ def beginners(nets: Nets, p: int) -> State:
     return state
 
 
+def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Batch:
+    """Sub-trajectories of --length steps, each within an episode, from every agent's buffer: copy and first step are
+    uniform. now (): steps of each copy so far; draws (p, s, 2) uniform."""
+    buffer = state["buffer"]
+    p, e, capacity, _ = buffer.shape
+    size = (now - state["first_step"]).clamp(max=capacity)[:, None, None]
+    copy, first = (draws * torch.stack([torch.full_like(size, e), size], -1)[:, 0]).long().unbind(-1)
+    t = first[..., None] + torch.arange(args.length, device=draws.device)
+    agent = torch.arange(p, device=draws.device)[:, None, None]
+    batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - size + t) % capacity])
+    after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
+    mask = ((t < size) & ~after_end).to(ended.dtype)
+    return Batch(batch.obs, batch.action, batch.reward, batch.terminated, batch.time, batch.next_obs, mask)
+
+
+def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
+    """Entries of a buffer as a batch without a mask, and where episodes ended."""
+    a, b = env.obs_size, env.action_size
+    obs, action, *scalars, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
+    reward, terminated, time, ended = (x[..., 0] for x in scalars)
+    return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
+
+
 def agent_axis(name: str) -> int:
     """Which axis of something in a group's state is the agents'; critics are two."""
     return int("theta" in name and not name.endswith("steps"))
 
 
 class Group:
-    """Agents in copies of one environment, their networks and replay buffers; under torchrun this process' share of them.
+    """Agents in copies of one environment, their networks and replay buffers; under torchrun those of this process.
 
-    state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; born (p,) the step
-    of its copies at which an agent began; lost (p,), how often it had to begin anew; reward_sum and meta_loss_sum (p,), since
-    the last line of metrics.csv; buffer (p, e, capacity, ...); obs (p, e, a); and what the environments keep.
+    state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; first_step (p,),
+    the step of its copies at which an agent was reset; diverged (p,), how often since it was not finite; reward_sum and
+    meta_loss_sum (p,), since the last line of metrics.csv; buffer (p, e, capacity, ...); obs (p, e, a); and the state of the
+    environments.
     """
 
     def __init__(
         self, args: Args, name: str, which: Tensor, steps: int, device: torch.device, fuse: Callable, own: Tensor | None = None
     ):
         """which (n,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not.
-        own (p,): the agents among the n that live here; agents of the same number share their beginnings and their luck."""
+        own (p,): the agents among the n of this process; agents of the same number have the same initial networks and the
+        same random numbers."""
         self.args, self.name, self.total, self.device = args, name, len(which), device
         self.own = (torch.arange(len(which)) if own is None else own).to(device)
         self.which = which.to(device)[self.own]
-        self.env = make_env(name, len(self.own) * args.copies, device)
+        self.env = make_env(name, len(self.own) * args.num_envs, device)
         self.nets = make_nets(args, self.env.obs_size, self.env.action_size)
-        self.act, self.update_critics, self.update_policies, self.objective_gradient = (
-            fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, objective_gradient)
+        self.act, self.update_critics, self.update_policies, self.meta_gradient = (
+            fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, meta_gradient)
         )
         self.sample_from = fuse(partial(sample, args, self.env))
-        noise = [args.noise[i % len(args.noise)] for i in range(args.copies)]
+        noise = [args.exploration_noise[i % len(args.exploration_noise)] for i in range(args.num_envs)]
         self.noise = torch.tensor(noise, device=device)[:, None]
         self.external = not self.env.resumable
         self.pool = ThreadPoolExecutor(1) if self.external else None
         self.sharded = dist.is_initialized() and len(self.own) < self.total
-        self.steps = steps // args.copies
+        self.steps = steps // args.num_envs
         width = 2 * self.env.obs_size + self.env.action_size + 4
-        capacity = max(1, min(args.replay // args.copies, self.steps))
-        self.state = {"buffer": torch.zeros(len(self.own), args.copies, capacity, width, device=device)}
-        self.state |= {"born": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
-        self.state |= {"lost": torch.zeros_like(self.which)} | self.beginners()
+        capacity = max(1, min(args.buffer_size // args.num_envs, self.steps))
+        self.state = {"buffer": torch.zeros(len(self.own), args.num_envs, capacity, width, device=device)}
+        self.state |= {"first_step": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
+        self.state |= {"diverged": torch.zeros_like(self.which)} | self.init_agents()
         self.state |= {f"{name}_sum": torch.zeros(len(self.own), device=device) for name in METRICS}
-        self.begin_episodes(0)
+        self.reset_envs(0)
 
     def draws(self, draw: Callable, *shape: int) -> Tensor:
         """Random numbers for this process' agents; all processes draw those of all agents."""
         return draw(self.total, *shape, device=self.device)[self.own]
 
-    def beginners(self) -> State:
-        """This process' agents, before they have learned anything."""
-        everyone = beginners(self.nets, self.total)
-        return {name: x.to(self.device).index_select(-2, self.own) for name, x in everyone.items()}
+    def init_agents(self) -> State:
+        """Initial networks of this process' agents."""
+        all_agents = init_agents(self.nets, self.total)
+        return {name: x.to(self.device).index_select(-2, self.own) for name, x in all_agents.items()}
 
-    def begin_episodes(self, now: int) -> None:
+    def reset_envs(self, now: int) -> None:
         """New episodes everywhere; now: steps of each copy so far."""
         buffer, ended = self.state["buffer"], self.env.obs_size + self.env.action_size + 3
         buffer[:, :, (now - 1) % buffer.shape[2], ended] = 1
-        draws = self.draws(torch.rand, self.args.copies, self.env.lifetime_draws)
+        draws = self.draws(torch.rand, self.args.num_envs, self.env.lifetime_draws)
         world, obs = self.env.reset(draws.flatten(0, 1))
-        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": obs.unflatten(0, (-1, self.args.copies))}
+        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": obs.unflatten(0, (-1, self.args.num_envs))}
 
-    def begin_anew(self, now: int, where: Tensor) -> None:
-        """Agents in `where` (p,) forget everything."""
-        for name, fresh in self.beginners().items():
+    def reset_agents(self, now: int, where: Tensor) -> None:
+        """Fresh networks and empty buffers for the agents in `where` (p,)."""
+        for name, fresh in self.init_agents().items():
             self.state[name] = torch.where(where[:, None], fresh, self.state[name])
         self.state["age"] = torch.where(where, 0, self.state["age"])
-        self.state["born"] = torch.where(where, now, self.state["born"])
+        self.state["first_step"] = torch.where(where, now, self.state["first_step"])
 
-    def replace_lost(self, now: int) -> None:
-        """Agents that are not finite begin anew, and are counted."""
-        lost = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
-        any_lost = lost.any().float()
-        if es.all_reduce_mean(any_lost) if self.sharded else any_lost:  # all processes draw beginners, or none
-            self.begin_anew(now, lost)
-            self.state["lost"] = self.state["lost"] + lost
+    def reset_diverged(self, now: int) -> None:
+        """Reset agents that are not finite, and count them."""
+        diverged = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
+        any_diverged = diverged.any().float()
+        if es.all_reduce_mean(any_diverged) if self.sharded else any_diverged:  # all processes draw fresh agents, or none
+            self.reset_agents(now, diverged)
+            self.state["diverged"] = self.state["diverged"] + diverged
 
-    def send(self, std: Tensor | None = None) -> None:
-        """Act in every copy. Environments of gymnasium then go on by themselves until `receive`. std (p, 1, b): explore with
-        these deviations, from the beginning, and leave the bounds of actions to the environment."""
-        e, b = self.args.copies, self.env.action_size
+    def step_async(self, std: Tensor | None = None) -> None:
+        """Act in every copy. Environments of gymnasium then step in a thread until `step_wait`. std (p, 1, b): explore with
+        these deviations, from the first step on, and leave the bounds of actions to the environment."""
+        e, b = self.args.num_envs, self.env.action_size
         noise, uniform = (self.draws(draw, e, b) for draw in (torch.randn, torch.rand))
         if std is None:
             action = self.act(self.state, self.noise * noise, uniform)
@@ -649,27 +667,27 @@ class Group:
             action = self.nets.act(self.state["phi"], self.state["obs"]) + std * noise
         before = {name[4:]: x for name, x in self.state.items() if name.startswith("env_")}
         step = partial(self.env.step, before, action.flatten(0, 1), self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1))
-        self.sent = before, action, self.pool.submit(step).result if self.external else step
+        self.pending = before, action, self.pool.submit(step).result if self.external else step
 
-    def receive(self, now: int) -> None:
-        """What came of it, noted in the buffers; `rewards` (p,) are what was paid. now: steps of each copy before this one."""
-        before, action, step = self.sent
+    def step_wait(self, now: int) -> None:
+        """Add the transitions to the buffers; `rewards` (p,) are their means. now: steps of each copy before this one."""
+        before, action, step = self.pending
         world, step = step()
-        e, capacity = self.args.copies, self.state["buffer"].shape[2]
+        e, capacity = self.args.num_envs, self.state["buffer"].shape[2]
         time = before["steps"] / max(1, (self.env.max_steps or 1000) - 1)
         ended = step.terminated | step.truncated
         rest = torch.stack([step.reward, step.terminated, time, ended], -1)
-        noted = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.final_obs], -1)
-        self.state["buffer"][:, :, now % capacity] = noted.unflatten(0, (-1, e))
+        transition = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.final_obs], -1)
+        self.state["buffer"][:, :, now % capacity] = transition.unflatten(0, (-1, e))
         self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
         self.state["age"] = self.state["age"] + e
         self.rewards = step.reward.unflatten(0, (-1, e)).mean(1)
 
     def state_dict(self) -> State:
-        """The state of all agents, whichever process they live in."""
+        """The state of all agents of all processes."""
         whole = {}
         for name, x in self.state.items():
-            x = x.unflatten(0, (-1, self.args.copies)) if name.startswith("env_") else x
+            x = x.unflatten(0, (-1, self.args.num_envs)) if name.startswith("env_") else x
             parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if self.sharded else [x]
             if self.sharded:
                 dist.all_gather(parts, x.contiguous())
@@ -685,7 +703,7 @@ class Group:
 
     def sample(self, now: int) -> Batch:
         """A batch from every agent's buffer; now: steps of each copy so far."""
-        draws = self.draws(torch.rand, self.args.batch, 2)
+        draws = self.draws(torch.rand, self.args.batch_size, 2)
         return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
 
     def latest(self, now: int, steps: int) -> tuple[Batch, Tensor]:
@@ -694,96 +712,9 @@ class Group:
         return unpacked(self.env, buffer[:, :, torch.arange(now - steps, now) % buffer.shape[2]])
 
 
-def train_agents(args: Args, group: Group, follow: Callable, alpha: Tensor, look: Callable) -> None:
-    """Algorithm 7: agents learn from scratch, with policies that follow `follow`. alpha (p, d). Calls look(now) after each step
-    of their copies."""
-    for now in range(1, group.steps + 1):
-        group.send()
-        group.receive(now - 1)
-        learn(args, group, follow, alpha, group.sample(now), now)
-        look(now)
-
-
-def learn(
-    args: Args, group: Group, follow: Callable, alpha: Tensor, batch: Batch, now: int, share: Tensor | None = None
-) -> None:
-    """One update of critics, and with delay of policies, of all agents in a group."""
-    noise = group.draws(torch.randn, args.batch, args.length, group.env.action_size)
-    group.state |= group.update_critics(group.state, batch, noise)
-    if now % args.delay == 0:
-        group.state |= group.update_policies(follow, alpha, group.state, batch, share)
-
-
-# ======================================================================================================================
-# The outer loop
-# ======================================================================================================================
-def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """Eq. 2.6 and A.2: minus what the critic thinks of the actions after one or more steps along the objective's gradient, each
-    on sub-trajectories of its own. alpha (p, d). Returns (p,)."""
-    phi = state["phi"]
-    size = args.batch // (args.inner_steps + 1)
-    for tau in (Batch(*parts) for parts in zip(*(x.split(size, 1)[: args.inner_steps] for x in batch), strict=True)):
-        seen = values(nets, state, tau)
-
-        def loss(phi: Tensor) -> Tensor:
-            return objective(args, nets, alpha, tau, nets.act(phi, tau.obs), *seen).sum()  # noqa: B023 (called at once)
-
-        g, _ = gradient(loss)(phi)
-        if args.inner_normalized:
-            g = g / (g.norm(dim=-1, keepdim=True) + 1e-8)
-        phi = phi - args.inner_lr * g
-    q, before = (nets.q(state["theta"][0], batch.obs, nets.act(x, batch.obs)) for x in (phi, state["phi"]))
-    improvement = mean(q - before, batch.mask)  # `before` is a constant that makes the number readable
-    if args.value_scaled:
-        improvement = improvement / (spread(before, batch.mask) + 1e-5)
-    return -improvement
-
-
-def objective_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss, 0 if one is not
-    finite; and who counts (p,): agents whose policies are not trained yet, or whose gradient is not finite, do not."""
-    g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
-    g = clipped(args, g)
-    counts = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
-    return torch.where(counts[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g), counts.to(g.dtype)
-
-
-def meta_train(args: Args, groups: list[Group], alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and notes in history (5, m, d) what it was after each fifth."""
-    adam = torch.optim.Adam([alpha], args.objective_lr)
-    iterations = args.env_steps // args.copies
-    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
-    for step in run.steps(iterations, keep):
-        begin_anew(args, groups, step)
-        found, counts, now = torch.zeros_like(alpha), torch.zeros(len(alpha), 1, device=run.device), step + 1
-        annealed = (now * args.copies - args.frozen_steps) / max(1, args.anneal_steps)
-        share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
-        for group in groups:
-            group.send()
-        for group in groups:  # for e, phi, theta, B in P: all agents of an environment at once
-            group.receive(step)
-            batch, own = group.sample(now), alpha[group.which]
-            learn(args, group, follow_objective, own, batch, now, share)
-            if now % args.delay == 0:
-                g, loss, counted = group.objective_gradient(own, group.state, batch)
-                found.index_add_(0, group.which, g)
-                counts.index_add_(0, group.which, counted[:, None])
-                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
-            group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
-        if now % args.delay == 0:
-            alpha.grad = es.all_reduce_mean(found) / es.all_reduce_mean(counts).clamp(min=1 / run.world)
-            adam.step()
-        history[5 * step // iterations] = alpha
-        if now % args.log_every == 0:
-            run.log(step, means(args, groups, now))
-        if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
-            for group in groups:
-                group.replace_lost(now)
-
-
 def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
     """Metrics of each environment over the last --log-every iterations. Sets their sums to zero."""
-    updates = now // args.delay - (now - args.log_every) // args.delay
+    updates = now // args.policy_frequency - (now - args.log_every) // args.policy_frequency
     counts = {"meta_loss": updates, "reward": args.log_every}
     metrics = {}
     for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
@@ -793,14 +724,15 @@ def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
     return metrics
 
 
-def begin_anew(args: Args, groups: list[Group], step: int) -> None:
-    """Some agents begin anew, in turn (--reset-every); and after a checkpoint environments that it cannot hold do."""
-    every, turns = args.reset_every // args.copies, round(1 / args.reset_share)
+def reset_some(args: Args, groups: list[Group], step: int) -> None:
+    """Reset a part of the agents, one part after the other (--reset-every); and after a checkpoint, the environments that it
+    cannot hold."""
+    every, parts = args.reset_every // args.num_envs, round(1 / args.reset_share)
     for group in groups:
         if every and step and step % every == 0:
-            group.begin_anew(step, group.own % turns == step // every % turns)
+            group.reset_agents(step, group.own % parts == step // every % parts)
         if step % args.checkpoint_every == 0 and group.external:
-            group.begin_episodes(step)
+            group.reset_envs(step)
 
 
 # ======================================================================================================================
@@ -814,27 +746,27 @@ def discounted(x: Tensor, keep: Tensor) -> Tensor:
     return torch.stack(y[:0:-1], -1)
 
 
-def follow_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
+def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of minus Eq. 2.3 on replayed data, which biases it: REINFORCE with generalised advantages (Schulman et al.
     2015) within sub-trajectories, as if the policy were Gaussian with the deviation of exploration."""
     value, next_value = values(nets, state, batch)
-    delta = batch.mask * (batch.reward + args.discount * next_value - value)
-    advantage = discounted(delta, torch.full_like(delta, args.discount * args.gae))
+    delta = batch.mask * (batch.reward + args.gamma * next_value - value)
+    advantage = discounted(delta, torch.full_like(delta, args.gamma * args.gae_lambda))
     if args.normalized_advantages:
         advantage = standardized(advantage, batch.mask)
-    std = sum(args.noise) / len(args.noise)
+    std = sum(args.exploration_noise) / len(args.exploration_noise)
 
     def loss(phi: Tensor) -> Tensor:
         log_policy = -((batch.action - nets.act(phi, batch.obs)) ** 2).sum(-1) / (2 * std**2)
-        return -mean(log_policy * advantage, batch.mask).sum()
+        return -masked_mean(log_policy * advantage, batch.mask).sum()
 
     return gradient(loss)(state["phi"])[0]
 
 
-def train_on_policy(args: Args, group: Group, ppo: bool, look: Callable) -> None:
+def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
     """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
-    2017); policies are Gaussian with deviations of their own, values have a network of their own. Calls look(now) after each
-    step of an agent's copies."""
+    2017); policies are Gaussian with deviations of their own, values have a network of their own. Calls callback(now) after
+    each step of an agent's copies."""
     nets, state, b = group.nets, group.state, group.env.action_size
     state["psi"] = nets.value.init(group.total, torch.default_generator).to(group.device)
     state["log_std"] = torch.full((group.total, b), -0.5, device=group.device)
@@ -848,40 +780,40 @@ def train_on_policy(args: Args, group: Group, ppo: bool, look: Callable) -> None
         z = (tau.action - nets.act(phi, tau.obs)) / log_std.exp()
         return -(z**2 / 2 + log_std).sum(-1)
 
-    rollout = max(2, args.rollout // args.copies)
+    rollout = max(2, args.num_steps // args.num_envs)
     for now in range(1, group.steps + 1):
-        group.send(state["log_std"].exp()[:, None])
-        group.receive(now - 1)
+        group.step_async(state["log_std"].exp()[:, None])
+        group.step_wait(now - 1)
         if now % rollout == 0:
             tau, ended = group.latest(now, rollout)
             value, next_value = (nets.value(state["psi"], obs)[..., 0] for obs in (tau.obs, tau.next_obs))
-            delta = tau.reward + args.discount * (1 - tau.terminated) * next_value - value
-            advantage = discounted(delta, args.discount * args.gae * (1 - ended))
+            delta = tau.reward + args.gamma * (1 - tau.terminated) * next_value - value
+            advantage = discounted(delta, args.gamma * args.gae_lambda * (1 - ended))
             target, weight = value + advantage, standardized(advantage, tau.mask)
             before = log_policy(torch.cat([state["phi"], state["log_std"]], -1), tau)
 
             def loss(params: Tensor) -> Tensor:
                 ratio = (log_policy(params, tau) - before).exp()  # noqa: B023 (called at once)
-                near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio) if ppo else ratio
+                near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) if ppo else ratio
                 return -torch.minimum(ratio * weight, near * weight).mean((1, 2)).sum()  # noqa: B023
 
-            for _ in range(args.epochs if ppo else 1):
+            for _ in range(args.update_epochs if ppo else 1):
                 params = torch.cat([state["phi"], state["log_std"]], -1)
-                close = (before - log_policy(params, tau)).mean((1, 2)) < args.largest_kl
+                close = (before - log_policy(params, tau)).mean((1, 2)) < args.target_kl
                 g = gradient(loss)(params)[0].split([nets.policy.d, b], -1)
                 for name, part in zip(("phi", "log_std"), g, strict=True):
                     state |= adam(state, name, part, args.on_policy_lr, close)
-            everyone = torch.ones_like(close)
-            for _ in range(args.epochs):
+            all_agents = torch.ones_like(close)
+            for _ in range(args.update_epochs):
                 g = gradient(lambda psi: ((nets.value(psi, tau.obs)[..., 0] - target) ** 2).mean((1, 2)).sum())  # noqa: B023
-                state |= adam(state, "psi", g(state["psi"])[0], args.critic_lr, everyone)
-        look(now)
+                state |= adam(state, "psi", g(state["psi"])[0], args.critic_lr, all_agents)
+        callback(now)
 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on what an agent earns in the last
-    fifth of a life in which it was trained by it, in the environments in turn. All of a generation have the same luck. Changes
-    alpha (1, d) in place, and notes in history (5, 1, d) what it was after each fifth."""
+    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of
+    the last fifth of an agent's training by it, in one environment after the other. All of a generation have the same random
+    numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each fifth."""
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.pairs, sigma=args.sigma, seed=args.seed, rank_shaping=True)
     for generation in run.steps(args.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
@@ -891,9 +823,9 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
             torch.manual_seed(1009 * args.seed + generation)  # noqa: B023 (called at once)
             own = torch.zeros(len(population), dtype=torch.int64)
             group = Group(args, name, own[:1], args.life_steps, run.device, fuser(run), own)  # noqa: B023
-            earned = []
-            train_agents(args, group, follow_objective, population, lambda now: earned.append(group.rewards))
-            return -torch.stack(earned[-len(earned) // 5 :]).mean(0).nan_to_num(-1e9)
+            rewards = []
+            train_agents(args, group, grad_objective, population, lambda now: rewards.append(group.rewards))
+            return -torch.stack(rewards[-len(rewards) // 5 :]).mean(0).nan_to_num(-1e9)
 
         grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
         alpha.grad = grads[None]
@@ -903,8 +835,8 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
 
 
 class RL2(torch.nn.Module):
-    """RL^2 (Duan et al. 2016; Wang et al. 2016): one LSTM is the agent and the learning. It hears the observation, the last
-    action, the reward and whether an episode ended; it is not reset for two episodes (A.2.3)."""
+    """RL^2 (Duan et al. 2016; Wang et al. 2016): one LSTM is the agent and the learning. Its inputs are the observation, the
+    last action, the reward and whether an episode ended; it is not reset for two episodes (A.2.3)."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -920,67 +852,67 @@ class RL2(torch.nn.Module):
         return -(z**2 / 2 + self.log_std[: action.shape[-1]]).sum(-1)
 
     def trial(self, env: Env, draws: Callable, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two episodes in every copy: what was heard (t, e, ...), actions (t, e, b), rewards (t, e) and whether the trial was
-        still going on (t, e). draws: like torch.rand or torch.randn, by name."""
+        """Two episodes in every copy: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask (t, e) of steps before
+        the end of the second one. draws: like torch.rand or torch.randn, by name."""
         world, obs = env.reset(draws("rand", env.num_envs, env.lifetime_draws))
         action = torch.zeros(env.num_envs, env.action_size, device=obs.device)
-        reward = ended = over = torch.zeros(env.num_envs, device=obs.device)
-        state, told = None, []
+        reward = ended = episodes = torch.zeros(env.num_envs, device=obs.device)
+        state, transitions = None, []
         for _ in range(2 * (env.max_steps or 1000)):
-            heard = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
-            heard = torch.cat([*heard, reward[:, None], ended[:, None]], -1)
-            hidden, state = self.lstm(heard[None], state)
+            inputs = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
+            inputs = torch.cat([*inputs, reward[:, None], ended[:, None]], -1)
+            hidden, state = self.lstm(inputs[None], state)
             std = noise * self.log_std[: env.action_size].exp()
             action = self.action(hidden[0])[:, : env.action_size] + std * draws("randn", *action.shape)
-            going = (over < 2).float()
+            mask = (episodes < 2).float()
             world, step = env.step(world, action, draws("rand", env.num_envs, env.num_draws))
             obs, reward, ended = step.obs, step.reward, (step.terminated | step.truncated).float()
-            told.append((heard, action, reward * going, going))
-            over = over + ended
-        return tuple(torch.stack(parts) for parts in zip(*told, strict=True))
+            transitions.append((inputs, action, reward * mask, mask))
+            episodes = episodes + ended
+        return tuple(torch.stack(parts) for parts in zip(*transitions, strict=True))
 
 
 def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
     """PPO on trials in all environments; within a trial, returns do not end with the first episode. Changes net in place."""
     adam = torch.optim.Adam(net.parameters(), args.rl2_lr)
-    places = [make_env(name, args.trials, run.device) for name in args.envs]
-    steps = sum(2 * args.trials * (env.max_steps or 1000) for env in places)
+    all_envs = [make_env(name, args.trials, run.device) for name in args.envs]
+    steps = sum(2 * args.trials * (env.max_steps or 1000) for env in all_envs)
 
     def draws(name: str, *shape: int) -> Tensor:
         return getattr(torch, name)(*shape, device=run.device)
 
     for update in run.steps(max(1, args.trial_steps // steps), {"net": net, "adam": adam}):
         trials, log = [], {}
-        for env, name in zip(places, args.envs, strict=True):
-            heard, action, reward, going = net.trial(env, draws)
-            hidden, _ = net.lstm(heard)
-            value = net.value(hidden)[..., 0] * going
-            delta = reward + args.discount * F.pad(value[1:], (0, 0, 0, 1)) - value
-            advantage = discounted(delta.T, torch.full_like(delta.T, args.discount * args.gae)).T
-            weight = standardized(advantage[None], going[None])[0] * going
-            trials.append((heard, action, going, value + advantage, weight, net.log_policy(hidden, action)))
+        for env, name in zip(all_envs, args.envs, strict=True):
+            inputs, action, reward, mask = net.trial(env, draws)
+            hidden, _ = net.lstm(inputs)
+            value = net.value(hidden)[..., 0] * mask
+            delta = reward + args.gamma * F.pad(value[1:], (0, 0, 0, 1)) - value
+            advantage = discounted(delta.T, torch.full_like(delta.T, args.gamma * args.gae_lambda)).T
+            weight = standardized(advantage[None], mask[None])[0] * mask
+            trials.append((inputs, action, mask, value + advantage, weight, net.log_policy(hidden, action)))
             log[f"{name}_return"] = reward.sum(0).mean() / 2
         for _ in range(args.rl2_epochs):
             with torch.enable_grad():
                 loss = torch.zeros((), device=run.device)
-                for heard, action, going, target, weight, before in trials:
-                    hidden, _ = net.lstm(heard)
+                for inputs, action, mask, target, weight, before in trials:
+                    hidden, _ = net.lstm(inputs)
                     ratio = (net.log_policy(hidden, action) - before).exp()
-                    near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
-                    error = going * (net.value(hidden)[..., 0] - target)
+                    near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                    error = mask * (net.value(hidden)[..., 0] - target)
                     scale = target.var() + 1e-3  # environments pay differently
-                    loss = loss - torch.minimum(ratio * weight, near * weight).sum() / going.sum() + (error**2).mean() / scale
+                    loss = loss - torch.minimum(ratio * weight, near * weight).sum() / mask.sum() + (error**2).mean() / scale
                 adam.zero_grad()
                 loss.backward()
             for p in net.parameters():
                 p.grad = es.all_reduce_mean(p.grad)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             adam.step()
         run.log(update, {name: es.all_reduce_mean(value) for name, value in log.items()})
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
-    """Returns per episode (p,) of its trials, which begin anew after two episodes: what it has seen before changes nothing."""
+    """Returns per episode (p,) of its trials, which are reset after two episodes."""
     device = net.log_std.device
     env = make_env(name, args.test_seeds * args.episodes, device)
     generator = torch.Generator(device).manual_seed(key)
@@ -996,7 +928,7 @@ def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int,
     return curve
 
 
-FOLLOW = {"td3": follow_critic, "reinforce-off": follow_reinforce}
+POLICY_GRADIENTS = {"td3": grad_critic, "reinforce-off": grad_reinforce}
 ON_POLICY = ("reinforce-on", "ppo")
 META_LEARNED = ("metagenrl", "epg", "rl2")
 
@@ -1065,17 +997,17 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
     points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
     curve = [(0, evaluate(args, group, env, key))]
 
-    def look(now: int) -> None:
+    def callback(now: int) -> None:
         if now % 50 == 0:
             bar.update(50 / group.steps * 0.999)
         if now in points:
-            group.replace_lost(now)
-            curve.append((now * args.copies, evaluate(args, group, env, key)))
+            group.reset_diverged(now)
+            curve.append((now * args.num_envs, evaluate(args, group, env, key)))
 
     if learner in ON_POLICY:
-        train_on_policy(args, group, learner == "ppo", look)
+        train_on_policy(args, group, learner == "ppo", callback)
     else:
-        train_agents(args, group, FOLLOW.get(learner, follow_objective), alpha, look)
+        train_agents(args, group, POLICY_GRADIENTS.get(learner, grad_objective), alpha, callback)
     env.close()
     return curve
 
@@ -1327,31 +1259,32 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
         if getattr(args, flag) != checkpoint["args"].get(flag):
             raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
-    for flag in ("envs", "inputs", "noise"):
+    for flag in ("envs", "inputs", "exploration_noise"):
         if not getattr(args, flag):
-            raise UserError(f"--{flag} needs at least one value.")
+            raise UserError(f"--{flag.replace('_', '-')} needs at least one value.")
 
     agents = args.population // len(args.envs)
     if args.population % len(args.envs):
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
         raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
-    if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.copies) < args.copies:
-        raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --copies.")
+    if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.num_envs) < args.num_envs:
+        raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --num-envs.")
 
-    if args.evaluations > args.test_steps // args.copies:
-        raise UserError("--evaluations has to be at most --test-steps divided by --copies.")
-    if learners & set(ON_POLICY) and max(2, args.rollout // args.copies) > min(args.replay, args.test_steps) // args.copies:
-        raise UserError("--rollout has to be at most --replay and --test-steps.")
-    if args.learner == "metagenrl" and args.log_every < args.delay:
-        raise UserError("--log-every has to be at least --delay, so that each line of metrics.csv has a meta-loss.")
-    if args.batch <= args.inner_steps:
-        raise UserError("--batch has to be larger than --inner-steps, which take disjoint parts of it.")
+    if args.evaluations > args.test_steps // args.num_envs:
+        raise UserError("--evaluations has to be at most --test-steps divided by --num-envs.")
+    longest = min(args.buffer_size, args.test_steps) // args.num_envs
+    if learners & set(ON_POLICY) and max(2, args.num_steps // args.num_envs) > longest:
+        raise UserError("--num-steps has to be at most --buffer-size and --test-steps.")
+    if args.learner == "metagenrl" and args.log_every < args.policy_frequency:
+        raise UserError("--log-every has to be at least --policy-frequency, so that each line of metrics.csv has a meta-loss.")
+    if args.batch_size <= args.inner_steps:
+        raise UserError("--batch-size has to be larger than --inner-steps, which take disjoint parts of it.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
 
-    if "reinforce-off" in learners and not sum(args.noise):
-        raise UserError("reinforce-off needs a --noise above 0.")
+    if "reinforce-off" in learners and not sum(args.exploration_noise):
+        raise UserError("reinforce-off needs a --exploration-noise above 0.")
     if not test_envs(args):
         raise UserError("--no-test-seen needs --test-envs, environments to meta-test in.")
     if foreign:
@@ -1402,7 +1335,7 @@ def main() -> None:
         meta_train_rl2(args, rl2, run)
     elif args.mode == "train" and not args.resume:
         run.save(0, learned)  # nothing is meta-learned, but --resume continues the meta-test
-    resets = sum(es.all_reduce_mean(group.state["lost"].sum().double()) for group in groups) * run.world
+    resets = sum(es.all_reduce_mean(group.state["diverged"].sum().double()) for group in groups) * run.world
     tested = time.time()
     if run.rank > 0:
         return  # every process would measure the same

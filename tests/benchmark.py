@@ -405,7 +405,7 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
     import metagenrl
 
     args = bench.args(metagenrl, env_steps=10_000, random_steps=0, frozen_steps=0)
-    follow = metagenrl.follow_objective
+    follow = metagenrl.grad_objective
     share = torch.tensor(1.0, device=bench.device)
 
     def make(env: str, fuse: Callable) -> tuple[str, dict[str, Callable[[], object]]]:
@@ -419,16 +419,16 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
 
         def environment() -> int:
             now = next(clock)
-            group.send()
-            group.receive(now)
+            group.step_async()
+            group.step_wait(now)
             return now + 1
 
         def iterations() -> None:
-            for _ in range(args.delay):
+            for _ in range(args.policy_frequency):
                 now = environment()
                 batch = group.sample(now)
                 metagenrl.learn(args, group, follow, own, batch, now, share)
-            grad, _, _ = group.objective_gradient(own, group.state, batch)
+            grad, _, _ = group.meta_gradient(own, group.state, batch)
             alpha.grad = grad.mean(0, keepdim=True)
             adam.step()
 
@@ -442,7 +442,7 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
             "sampling": lambda: group.sample(3 * args.length),
             "critics": lambda: group.update_critics(group.state, batch, noise),
             "policies": lambda: group.update_policies(follow, own, group.state, batch, share),
-            "objective": lambda: group.objective_gradient(own, group.state, batch),
+            "objective": lambda: group.meta_gradient(own, group.state, batch),
         }
 
     with torch.no_grad():
@@ -459,12 +459,12 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
         bench.ready()
         for how, (what, parts) in made.items():
             iterations = parts.pop("iterations")
-            seconds = steady(iterations, 2 * bench.repetitions) / args.delay
+            seconds = steady(iterations, 2 * bench.repetitions) / args.policy_frequency
             figures = {"ms": 1e3 * seconds, "agent_updates_per_s": agents / seconds}
             bench.note(f"metagenrl, {how}: an iteration of {what}", **figures)
             for name, work in parts.items():
                 bench.ms(f"metagenrl, {how}: {name}", work)
-            bench.kernels(f"metagenrl, {how}: {args.delay} iterations", iterations)
+            bench.kernels(f"metagenrl, {how}: {args.policy_frequency} iterations", iterations)
 
 
 def measure_gla(bench: Bench) -> None:
@@ -564,7 +564,7 @@ TOY = {
     | dict(test_seeds=6, test_tasks=3),
     "fme": dict(execution_steps=20),
     "symla": dict(population=4, evaluations=2, lifetime_steps=5, test_seeds=4),
-    "metagenrl": dict(hidden=8, objective_units=4, objective_filters=4, length=4, batch=4),
+    "metagenrl": dict(hidden=8, objective_units=4, objective_filters=4, length=4, batch_size=4),
     "gla": dict(chunk=4, chunks=3, width=16, layers=1, heads=2, batch=4, rollout=8),
     "vsml": dict(population=2, sequence_length=4, test_seeds=2, test_steps=4),
 }

@@ -14,10 +14,11 @@ import torch
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import metagenrl
+from common import networks
 
 ARGS = metagenrl.Args(
-    envs=("pendulum",), population=3, layers=2, hidden=9, objective_units=6, objective_filters=4, length=5, batch=8, copies=2,
-    noise=(0.1, 0.3), random_steps=0, env_steps=60, test_steps=60, replay=1000, anneal_steps=0,
+    envs=("pendulum",), population=3, layers=2, hidden=9, objective_units=6, objective_filters=4, length=5, batch_size=8, num_envs=2,
+    exploration_noise=(0.1, 0.3), random_steps=0, env_steps=60, test_steps=60, buffer_size=1000, anneal_steps=0,
 )  # fmt: skip
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -27,7 +28,7 @@ def setting(p=3, a=4, b=2, dtype=torch.float64, args=ARGS):
     nets = metagenrl.make_nets(args, a, b)
 
     def draw(*shape):
-        return torch.randn(p, args.batch, args.length, *shape, generator=DRAWS, dtype=dtype)
+        return torch.randn(p, args.batch_size, args.length, *shape, generator=DRAWS, dtype=dtype)
 
     phi, target_phi = (nets.policy.init(p, DRAWS).to(dtype) for _ in range(2))
     theta, target_theta = (torch.stack([nets.critic.init(p, DRAWS).to(dtype) for _ in range(2)]) for _ in range(2))
@@ -35,7 +36,7 @@ def setting(p=3, a=4, b=2, dtype=torch.float64, args=ARGS):
     state |= {f"{name}_{moment}": torch.zeros_like(state[name]) for name in ("phi", "theta") for moment in "mv"}
     state |= {f"{name}_steps": torch.zeros(p, 1, dtype=dtype) for name in ("phi", "theta")}
     state["age"] = torch.full((p,), 10**6)
-    lengths = torch.randint(1, args.length + 1, (p, args.batch, 1), generator=DRAWS)
+    lengths = torch.randint(1, args.length + 1, (p, args.batch_size, 1), generator=DRAWS)
     mask = (torch.arange(args.length) < lengths).to(dtype)
     terminated = (torch.arange(args.length) == lengths - 1).to(dtype) * (draw() > 0)
     batch = metagenrl.Batch(draw(a), draw(b).tanh(), draw(), terminated, draw().sigmoid(), draw(a), mask)
@@ -64,7 +65,7 @@ def test_the_second_order_gradient_is_that_of_finite_differences(inner_steps, no
         return metagenrl.meta_loss(args, nets, alpha, state, batch).sum()
 
     with torch.no_grad():
-        g, value = metagenrl.gradient(loss)(alpha)
+        g, value = networks.gradient(loss)(alpha)
         assert value == loss(alpha) and g.norm() > 1e-4
         for _ in range(3):
             direction = torch.randn(alpha.shape, generator=DRAWS, dtype=alpha.dtype)
@@ -77,12 +78,12 @@ def test_gradients_are_those_of_torch_func():
     """What torch.compile is given."""
     alpha = setting()[1]
     pairs = torch.func.grad_and_value(lambda x: (x**2 * torch.func.grad(lambda y: (y**3).sum())(x)).sum())(alpha)
-    ours = metagenrl.gradient(lambda x: (x**2 * metagenrl.gradient(lambda y: (y**3).sum())(x)[0]).sum())(alpha)
+    ours = networks.gradient(lambda x: (x**2 * networks.gradient(lambda y: (y**3).sum())(x)[0]).sum())(alpha)
     for one, other in zip(ours, pairs, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_policies_follow_the_objective_through_their_actions_alone():
+def test_policies_descend_the_objective_through_their_actions_alone():
     """The values are constants (section 2.3.2, footnote 3), although they are made with the policy."""
     nets, alpha, state, batch = setting()
     value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
@@ -90,10 +91,10 @@ def test_policies_follow_the_objective_through_their_actions_alone():
 
     def loss(value, next_value):
         per_step = metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi, batch.obs), value, next_value)
-        return metagenrl.mean(per_step, batch.mask).sum()
+        return metagenrl.masked_mean(per_step, batch.mask).sum()
 
     with torch.no_grad():
-        ours = metagenrl.follow_objective(ARGS, nets, alpha, state, batch)
+        ours = metagenrl.grad_objective(ARGS, nets, alpha, state, batch)
     torch.testing.assert_close(ours, torch.autograd.grad(loss(value, next_value), phi)[0])
     through = metagenrl.values(nets, state | {"phi": phi}, batch)
     assert not torch.allclose(ours, torch.autograd.grad(loss(*through), phi)[0], rtol=1e-2)
@@ -204,24 +205,24 @@ def test_critics_follow_equation_2_5_with_td3s_targets(where):
     torch.testing.assert_close(ours[:, 1], torch.autograd.grad(total / count, theta)[0])
 
 
-@pytest.mark.parametrize("follow", ["objective", "critic", "reinforce"])
-def test_a_batch_of_agents_is_agents_one_by_one(follow):
-    follow = getattr(metagenrl, f"follow_{follow}")
+@pytest.mark.parametrize("name", ["objective", "critic", "reinforce"])
+def test_a_batch_of_agents_is_agents_one_by_one(name):
+    grad = getattr(metagenrl, f"grad_{name}")
     nets, alpha, state, batch = setting()
     noise = torch.randn(batch.action.shape, generator=DRAWS, dtype=batch.obs.dtype)
     share = torch.tensor(0.3, dtype=batch.obs.dtype)
     with torch.no_grad():
         critics = metagenrl.update_critics(ARGS, nets, state, batch, noise)
-        policies = metagenrl.update_policies(ARGS, nets, follow, alpha, state, batch, share)
-        meta = metagenrl.objective_gradient(ARGS, nets, alpha, state, batch)[0]
+        policies = metagenrl.update_policies(ARGS, nets, grad, alpha, state, batch, share)
+        meta = metagenrl.meta_gradient(ARGS, nets, alpha, state, batch)[0]
         for agent in range(3):
             alone, part = one(state, batch, agent)
             again = metagenrl.update_critics(ARGS, nets, alone, part, noise[agent : agent + 1])
-            again |= metagenrl.update_policies(ARGS, nets, follow, alpha[agent : agent + 1], alone, part, share)
+            again |= metagenrl.update_policies(ARGS, nets, grad, alpha[agent : agent + 1], alone, part, share)
             expected, _ = one(critics | policies, batch, agent)
             for name, x in again.items():
                 torch.testing.assert_close(x, expected[name])
-            alone = metagenrl.objective_gradient(ARGS, nets, alpha[agent : agent + 1], alone, part)[0]
+            alone = metagenrl.meta_gradient(ARGS, nets, alpha[agent : agent + 1], alone, part)[0]
             torch.testing.assert_close(alone[0], meta[agent])
 
 
@@ -233,10 +234,10 @@ def test_adam_is_torchs_and_counts_steps_by_agent():
     for _ in range(5):
         theirs.grad = torch.randn(theirs.shape, generator=DRAWS, dtype=theirs.dtype)
         adam.step()
-        state |= metagenrl.adam(state, "phi", theirs.grad, 0.01, where)
+        state |= networks.adam(state, "phi", theirs.grad, 0.01, where)
         torch.testing.assert_close(state["phi"], theirs.detach())
     where[1] = False
-    later = metagenrl.adam(state, "phi", theirs.grad, 0.01, where)
+    later = networks.adam(state, "phi", theirs.grad, 0.01, where)
     assert torch.equal(later["phi"][1], state["phi"][1]) and not torch.equal(later["phi"][0], state["phi"][0])
     assert later["phi_steps"][:, 0].tolist() == [6, 5, 6]
 
@@ -246,8 +247,8 @@ def test_frozen_policies_neither_learn_nor_teach():
     args = replace(ARGS, frozen_steps=100)
     state["age"] = torch.tensor([100, 99, 500])
     with torch.no_grad():
-        new = metagenrl.update_policies(args, nets, metagenrl.follow_objective, alpha, state, batch, None)
-        g, _, counts = metagenrl.objective_gradient(args, nets, alpha, state, batch)
+        new = metagenrl.update_policies(args, nets, metagenrl.grad_objective, alpha, state, batch, None)
+        g, _, counts = metagenrl.meta_gradient(args, nets, alpha, state, batch)
     assert (new["phi"] != state["phi"]).any(-1).tolist() == [True, False, True]
     assert counts.tolist() == [1, 0, 1] and (g != 0).any(-1).tolist() == [True, False, True]
 
@@ -260,18 +261,18 @@ def group(args=ARGS, name="pendulum", p=3, steps=60):
 @pytest.mark.parametrize("capacity", [30, 1000])
 def test_sub_trajectories_stay_within_an_episode_and_the_buffer(capacity):
     """continuous_cartpole ends early; a small buffer is overwritten; an agent begins anew."""
-    args = replace(ARGS, replay=2 * capacity, batch=200, random_steps=10**9)
+    args = replace(ARGS, buffer_size=2 * capacity, batch_size=200, random_steps=10**9)
     agents = group(args, "continuous_cartpole", steps=200)
     episode = torch.zeros(3, 2, dtype=torch.int64)
     note = []  # of every copy and step: the episode, the step in it, the observation
     for now in range(100):
         before, steps = agents.state["obs"].clone(), agents.state["env_steps"].view(3, 2).clone()
-        agents.send()
-        agents.receive(now)
+        agents.step_async()
+        agents.step_wait(now)
         note.append((episode.clone(), steps, before))
         episode += agents.state["env_steps"].view(3, 2) == 0
         if now == 79:
-            agents.begin_anew(80, torch.tensor([False, True, False]))
+            agents.reset_agents(80, torch.tensor([False, True, False]))
     assert (episode > 2).all()
     known = {}
     for now, (episodes, steps, obs) in enumerate(note):
@@ -302,8 +303,8 @@ def test_episodes_of_one_step_are_at_time_zero():
     agents = group()
     agents.env.max_steps = agents.env.env.max_steps = 1
     for step in range(4):
-        agents.send()
-        agents.receive(step)
+        agents.step_async()
+        agents.step_wait(step)
     batch, ended = agents.latest(4, 4)
     assert ended.all() and (batch.time == 0).all()
 
@@ -312,18 +313,18 @@ def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
     agents = group()
     with torch.no_grad():
         for now in range(1, 5):
-            agents.send()
-            agents.receive(now - 1)
-            metagenrl.learn(ARGS, agents, metagenrl.follow_critic, torch.zeros(3, 0), agents.sample(now), now)
+            agents.step_async()
+            agents.step_wait(now - 1)
+            metagenrl.learn(ARGS, agents, metagenrl.grad_critic, torch.zeros(3, 0), agents.sample(now), now)
         before = agents.state["phi"].clone()
         agents.state["phi"][1, 5] = torch.nan
         alpha = agents.nets.init_objective(3, DRAWS)
-        g, _, counts = metagenrl.objective_gradient(ARGS, agents.nets, alpha, agents.state, agents.sample(4))
+        g, _, counts = metagenrl.meta_gradient(ARGS, agents.nets, alpha, agents.state, agents.sample(4))
         assert counts.tolist() == [1, 0, 1] and g.isfinite().all()
-        agents.replace_lost(4)
-    assert agents.state["lost"].tolist() == [0, 1, 0] and agents.state["phi"].isfinite().all()
+        agents.reset_diverged(4)
+    assert agents.state["diverged"].tolist() == [0, 1, 0] and agents.state["phi"].isfinite().all()
     assert torch.equal(agents.state["phi"][::2], before[::2]) and agents.state["age"].tolist() == [8, 0, 8]
-    assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["born"].tolist() == [0, 4, 0]
+    assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["first_step"].tolist() == [0, 4, 0]
 
 
 class Sick:
@@ -351,7 +352,7 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
     before, run = alpha.clone(), Sick(groups)
     with torch.no_grad():
         metagenrl.meta_train(args, groups, alpha, alpha.repeat(5, 1, 1), run)
-    assert groups[0].state["lost"].tolist() == [0, 1, 0] and len(run.logged) == 7
+    assert groups[0].state["diverged"].tolist() == [0, 1, 0] and len(run.logged) == 7
     assert all(value.isfinite() for values in run.logged for value in values.values())
     assert all(x.isfinite().all() for x in groups[0].state.values())
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
@@ -359,7 +360,7 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
 
 def test_reinforce_is_the_gradient_of_equation_2_3():
     nets, _, state, batch = setting(p=2)
-    args = replace(ARGS, noise=(0.5,), gae=0.9)
+    args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9)
     value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
     phi = state["phi"].clone().requires_grad_()
     policy = torch.distributions.Normal(nets.act(phi, batch.obs), 0.5)
@@ -373,7 +374,7 @@ def test_reinforce_is_the_gradient_of_equation_2_3():
             advantage = sum((0.99 * 0.9) ** (k - t) * delta for k, delta in zip(steps, deltas, strict=True))
             total = total - log_policy[p, s, t] * advantage / len(inside)
     with torch.no_grad():
-        ours = metagenrl.follow_reinforce(args, nets, None, state, batch)
+        ours = metagenrl.grad_reinforce(args, nets, None, state, batch)
     torch.testing.assert_close(ours, torch.autograd.grad(total, phi)[0])
 
 
@@ -382,8 +383,8 @@ def test_compiled_updates_are_the_same():
     args = replace(ARGS, inner_steps=2)
     nets, alpha, state, batch = setting(args=args)
     noise = torch.randn(batch.action.shape, generator=DRAWS, dtype=batch.obs.dtype)
-    given = {metagenrl.update_critics: (state, batch, noise), metagenrl.objective_gradient: (alpha, state, batch)}
-    given |= {metagenrl.update_policies: (metagenrl.follow_objective, alpha, state, batch, torch.tensor(0.3).double())}
+    given = {metagenrl.update_critics: (state, batch, noise), metagenrl.meta_gradient: (alpha, state, batch)}
+    given |= {metagenrl.update_policies: (metagenrl.grad_objective, alpha, state, batch, torch.tensor(0.3).double())}
     with torch.no_grad():
         for ours, inputs in given.items():
             compiled = torch.compile(ours, dynamic=False, fullgraph=True, backend="aot_eager")(args, nets, *inputs)
@@ -398,14 +399,14 @@ def test_an_agent_learns():
         agents = metagenrl.Group(args, "point_mass", torch.zeros(4, dtype=torch.int64), 4800, torch.device("cpu"), lambda f: f)
         env = metagenrl.make_env("point_mass", 16)
         before = metagenrl.evaluate(args, agents, env, 0)
-        metagenrl.train_agents(args, agents, metagenrl.follow_critic, torch.zeros(4, 0), lambda now: None)
+        metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0), lambda now: None)
         after = metagenrl.evaluate(args, agents, env, 0)
     assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
-TINY = "--preset laptop --envs point_mass pendulum --test-envs continuous_cartpole --env-steps 96 --test-steps 40 --copies 4"
-TINY += " --population 4 --hidden 8 --objective-units 4 --objective-filters 4 --length 4 --batch 4 --random-steps 20"
+TINY = "--preset laptop --envs point_mass pendulum --test-envs continuous_cartpole --env-steps 96 --test-steps 40 --num-envs 4"
+TINY += " --population 4 --hidden 8 --objective-units 4 --objective-filters 4 --length 4 --batch-size 4 --random-steps 20"
 TINY += " --frozen-steps 20 --anneal-steps 20 --reset-every 40 --checkpoint-every 10 --log-every 4 --test-seeds 2"
 TINY += " --evaluations 2 --episodes 1"
 
@@ -504,7 +505,7 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
 @pytest.mark.parametrize("learner", ["epg", "rl2", "ppo"])
 def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
-    flags = f"--learner {learner} --baselines reinforce-on --rollout 16 --epochs 2 --generations 4 --pairs 2 --life-steps 40"
+    flags = f"--learner {learner} --baselines reinforce-on --num-steps 16 --update-epochs 2 --generations 4 --pairs 2 --life-steps 40"
     flags += " --trial-steps 3600 --trials 2 --rl2-units 5 --checkpoint-every 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
@@ -551,18 +552,18 @@ MISTAKES = {
     "--envs": "--envs needs",
     "--test-envs --no-test-seen": "needs --test-envs",
     "--population 5": "--population 5 cannot be distributed",
-    "--batch 2 --inner-steps 2": "--batch has to be larger",
+    "--batch-size 2 --inner-steps 2": "--batch-size has to be larger",
     "--objective-filters 3": "--objective-filters has to be even",
-    "--env-steps 3": "at least --copies",
-    "--reset-every 3": "at least --copies",
+    "--env-steps 3": "at least --num-envs",
+    "--reset-every 3": "at least --num-envs",
     "--evaluations 11": "--evaluations has to be at most",
-    "--log-every 1": "--log-every has to be at least --delay",
-    "--baselines ppo --rollout 44": "--rollout has to be at most",
-    "--noise": "--noise needs",
-    "--noise 0": "reinforce-off",
-    "--noise nan": "--noise has to be",
+    "--log-every 1": "--log-every has to be at least --policy-frequency",
+    "--baselines ppo --num-steps 44": "--num-steps has to be at most",
+    "--exploration-noise": "--exploration-noise needs",
+    "--exploration-noise 0": "reinforce-off",
+    "--exploration-noise nan": "--exploration-noise has to be",
     "--inputs": "--inputs needs",
-    "--discount 1.01": "--discount has to be",
+    "--gamma 1.01": "--gamma has to be",
     "--reset-share 0": "--reset-share has to be",
     "--baselines epg": "epg is meta-learned in a run of its own",
     "--learner epg --baselines --objectives 2": "leave out --objectives",
