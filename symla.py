@@ -1,28 +1,30 @@
 """SymLA: the symmetries of backpropagation in a black-box agent that learns by reinforcement.
 
-Every weight of a one-layer policy is a tiny LSTM; all share their parameters, and hear the observation, the last action and the
-reward. Running them is learning: no gradient, no fixed rule. As no LSTM knows which observation or action it belongs to, the
-agent has to find out, and so what it has learned to do carries over to environments of other sizes, orders and meanings.
+Every weight of a one-layer policy is a tiny LSTM; all share their parameters. Their inputs are the observation, the last action
+and the reward. Running them is learning: no gradient, no fixed rule. No LSTM depends on which observation or action it belongs
+to; the agent infers that within its lifetime, so what it has learned carries over to other sizes, orders and meanings.
 
 Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flennerhag, van Hasselt, Friesen, Oh and Chen,
 "Introducing Symmetries to Black Box Meta Reinforcement Learning" (2022). Results: .github/results/symla.md.
 
-    Eq. 4.4            -> in_context_rnn (the comparison, RL^2)
-    Eq. 4.6 to 4.9     -> symla
+    Eq. 4.4            -> InContextRNN (the comparison, RL^2)
+    Eq. 4.6 to 4.9     -> SymLA
     Eq. 4.10           -> es_gradient, common/es.py
     Algorithm 14       -> lifetime (the inner loop), meta_train (the outer loop)
     Section 4.5, C.1   -> common/envs (the tasks), meta_test (regret, lifetimes)
-    Figures 4.3 to 4.7 -> draw_lifetimes, compare
+    Figures 4.3 to 4.7 -> draw_lifetimes, tests/reproduce.py
 
     python symla.py                                               # bandits with many arms: 5 minutes
     python symla.py --envs upright_cartpole                       # then with observations and actions shuffled
     python symla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs independent_bandit:30
 
+    agent = symla.SymLA.load("runs/NAME/checkpoint.pt", num_actions=2)
+    action = agent.act(obs, reward, done)                         # at each step of an environment; 0 and False at first
+
 Axes, everywhere: p population, e environments in parallel, a observations, b actions, n hidden state, m message, t time, d all
-parameters. To an environment, p and e are one axis.
+parameters. For an environment, p and e are one axis.
 """
 
-import json
 import math
 import os
 import signal
@@ -33,7 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,11 +45,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import checkpoints, envs, es, machine
+from common import cells, checkpoints, envs, es, machine
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
-from common.figures import matrix, plot
+from common.figures import plot
 from common.flags import Count, FlagError, Positive, Seed, check_ranges
+from common.learners import Learner, Params, initial_weight
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
 
@@ -68,15 +71,15 @@ class Args:
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Where tensors are."""
     compile: bool = True
     """Fuse a step of agents and environments with torch.compile (needs a C++ compiler on a CPU)."""
-    mode: Literal["train", "test", "compare"] = "train"
-    """train: meta-train, then meta-test; test: only meta-test a --checkpoint; compare: draw --runs side by side."""
+    mode: Literal["train", "test"] = "train"
+    """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
     resume: str | None = None
-    """A run folder to go on with, exactly where it stopped."""
+    """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
@@ -85,25 +88,23 @@ class Args:
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
     checkpoint_every: Count = 100
     """Meta-steps between checkpoints."""
-    runs: tuple[str, ...] = ()
-    """compare: finished run folders, averaged where they differ in nothing but the seed (Figures 4.3 to 4.7)."""
 
     learner: Name = "symla"
     """What learns at meta-test time. Meta-trained: symla, rnn (in-context RNN, RL^2). For bandits: thompson (sampling).
-    uniform: a player that does not learn."""
+    uniform: random actions."""
     baselines: tuple[Name, ...] = ("rnn", "thompson", "uniform")
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
     envs: tuple[str, ...] = ("independent_bandit",)
-    """Environments to meta-train in, in turn (section 4.5). A number after a colon is a size: independent_bandit:8 has 8 arms.
+    """Environments to meta-train in, one after the other (section 4.5). A number after a colon is a size, independent_bandit:8.
     shuffled_X permutes observations and actions of X, projected_X maps observations through a random matrix (C.2.3)."""
     test_envs: tuple[str, ...] = ()
-    """Environments to meta-test in (default: --envs, and what section 4.5 puts beside them; see beside)."""
+    """Environments to meta-test in (default: --envs, and those that section 4.5 tests beside them; see `beside`)."""
     lifetime_steps: Count | None = None
     """L, environment steps of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
     sutton_barto_reward: bool = True
-    """CartPole pays -1 for a failure instead of 1 per step, and reaching the goal on MountainCar 0 (not in the thesis: else
-    lifetimes of a fixed length all pay alike)."""
+    """CartPole's reward is -1 for a failure instead of 1 per step, and that of MountainCar's goal 0 (not in the thesis:
+    otherwise all lifetimes of a fixed length have the same reward)."""
 
     hidden: Width | None = None
     """N, units of each sub-LSTM (C.2.1: 16, bandits 64)."""
@@ -112,17 +113,16 @@ class Args:
     micro_ticks: Count = 2
     """LSTM ticks of the layer per environment step (C.2.1)."""
     obs_gain: Positive | None = None
-    """Factor on what SymLA observes (not in the thesis: 1)."""
+    """Factor on SymLA's observations (not in the thesis: 1)."""
     rnn_size: Width = 64
     """Units of the in-context RNN (not in the thesis, which says N = 64 for bandits; Wang et al. have 48)."""
     rnn_inputs: Size | None = None
-    """Observations that the in-context RNN has room for (default: as --envs and --test-envs need); fewer are padded."""
+    """Size of the in-context RNN's observations (default: as --envs and --test-envs need); smaller ones are padded."""
     rnn_outputs: Size | None = None
-    """Actions that it has room for, likewise."""
+    """Number of its actions, likewise."""
 
     init: str | None = None
-    """A checkpoint.pt whose parameters meta-training begins with, for the learners that it has, instead of new ones: a
-    curriculum (not in the thesis)."""
+    """Start meta-training from this checkpoint's parameters, for the learners that it has: a curriculum (not in the thesis)."""
     meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
     population: Annotated[int, (2, 2**20)] = 512
@@ -142,15 +142,15 @@ class Args:
     rank_shaping: bool = False
     """es: use the ranks of fitness instead of fitness (Salimans et al. 2017; not in the thesis)."""
     fitness: Literal["reward", "expected"] = "reward"
-    """What a lifetime is worth: its rewards (Eq. 4.10), or for bandits those to be expected of the policy at each step."""
+    """Fitness of a lifetime: its rewards (Eq. 4.10), or for bandits the expected rewards of the policy at each step."""
 
     test_seeds: Size | None = None
-    """Meta-test lifetimes per environment (Figures 4.3 to 4.7: 100; bandits 4,096, because 100 leave the regret vague)."""
+    """Meta-test lifetimes per environment (Figures 4.3 to 4.7: 100; bandits 4,096, because 100 leave the regret uncertain)."""
     test_steps: Count | None = None
     """Environment steps in a meta-test lifetime (default: as in meta-training)."""
 
 
-# What depends on the environments: what each preset takes where a flag is left open, for bandits and for the rest (C.2.2).
+# Values of each preset that depend on the environments, for bandits and for others (C.2.2), where a flag is not given.
 THESIS_BANDITS = dict(
     hidden=64, lifetime_steps=100, meta_steps=4_000, evaluations=100, noise_std=0.2, lr=0.2, test_seeds=4_096, obs_gain=1.0
 )
@@ -171,10 +171,10 @@ LAPTOP_OTHERS = dict(
     hidden=16,
     lifetime_steps=200,  # time
     meta_steps=600,  # five minutes on CartPole with the in-context RNN
-    evaluations=16,  # 4 leave the fitness so noisy that nothing was found on CartPole
+    evaluations=16,  # with 4 the fitness is too noisy for CartPole
     noise_std=0.1,
     lr=0.05,
-    obs_gain=6.0,  # small inputs hardly move a gate: without it contexts are not told apart (see its results page)
+    obs_gain=6.0,  # small inputs hardly move a gate: without it contexts are not distinguished (see the results page)
     test_seeds=128,
 )
 LAPTOP = dict(
@@ -182,9 +182,9 @@ LAPTOP = dict(
         "independent_bandit:8",
         "independent_bandit:10",
         "independent_bandit:12",
-    ),  # it plays any number
+    ),  # it acts with any number
     population=64,  # 0.3 s a step
-    rank_shaping=True,  # the best and the worst of a small population outshout all others
+    rank_shaping=True,  # the best and the worst of a small population outweigh all others
     noise_end=0.03,  # the parameters themselves are tested, not their neighbourhood
     lr_decay=True,  # settles what the high rate leaves noisy
     fitness="expected",  # less noise: two and a half times less regret after two minutes
@@ -200,24 +200,7 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-class Learner(NamedTuple):
-    """What all learners look like. A flat theta (p, d), taken apart by `shapes`, is all that meta-training changes.
-
-    init(generator) -> theta (d,)
-    initial_state(p, e, num_observations, num_actions, device) -> state
-    act(params, state, obs (p, e, a), action (p, e, b) the last one, one-hot, reward (p, e), done (p, e)) -> state,
-        logits (p, e, b)
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    init: Callable
-    initial_state: Callable
-    act: Callable
-
-    def params(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of theta (p, d) as named parameters, each (p, *shape)."""
-        parts = theta.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
-        return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+State = Any  # of a learner: a pytree of tensors
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -226,75 +209,66 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (flat @ weight if bias is None else torch.baddbmm(bias[:, None], flat, weight)).unflatten(1, x.shape[1:-1])
 
 
+class SymLA(Learner):
+    """The symmetric learning agent: one recurrent layer (K = 1) of a x b LSTMs in place of weights, for any a and b."""
+
+    def __init__(self, args: Args, cell: Callable | None = None):
+        n, m = args.hidden, args.message_size
+        self.args = args
+        self.cell = cell or lstm_cell
+        inputs = 2 * (m + 1) + 2  # beside each message one number of the environment's; reward and done
+        self.shapes = {"lstm.weight": (inputs + n, 4 * n), "lstm.bias": (4 * n,)}
+        self.shapes |= {"fwd.weight": (n, m), "fwd.bias": (m,), "bwd.weight": (n, m), "bwd.bias": (m,)}
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        return initial_theta(self.shapes, self.args.hidden, generator)
+
+    def initial_state(self, p: int, e: int, a: int, b: int, device: torch.device) -> State:
+        """h and c (p, e, a, b, n); fwd_msg (p, e, b, m) and bwd_msg (p, e, a, m), the layer's own messages of the step before.
+        All start at zero, as in appendix C.4."""
+        n, m = self.args.hidden, self.args.message_size
+        return tuple(torch.zeros(p, e, *shape, device=device) for shape in ((a, b, n), (a, b, n), (b, m), (a, m)))
+
+    def act(
+        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
+    ) -> tuple[State, Tensor]:
+        """One step: obs (p, e, a), the last action (p, e, b) one-hot, its reward and whether it ended an episode (p, e).
+        Returns logits (p, e, b)."""
+        n, m = self.args.hidden, self.args.message_size
+        h, c, fwd_msg, bwd_msg = state
+        weight_a, weight_b, recurrent = params["lstm.weight"].split([m + 1, m + 3, n], dim=1)
+        to_all = torch.stack([reward, done], -1)[..., None, :].expand(-1, -1, action.shape[-1], -1)
+        from_a = affine(torch.cat([bwd_msg, self.args.obs_gain * obs[..., None]], -1), weight_a)
+        from_b = affine(torch.cat([fwd_msg, action[..., None], to_all], -1), weight_b, params["lstm.bias"])
+        for _ in range(self.args.micro_ticks):  # h_ab <- f_RNN(h_ab, o_a, a_b, r, fwd_msg_b, bwd_msg_a), Eq. 4.9
+            h, c = self.cell(recurrent, from_a, from_b, h, c)
+
+        fwd_msg = affine(h.mean(2), params["fwd.weight"], params["fwd.bias"])  # Eq. 4.7, a mean as in appendix C.4
+        bwd_msg = affine(h.mean(3), params["bwd.weight"], params["bwd.bias"])  # Eq. 4.8
+        return (h, c, fwd_msg, bwd_msg), fwd_msg[..., 0]  # y := the first number of each forward message
+
+    @staticmethod
+    def load(checkpoint: str | Path, num_actions: int, **options: Any) -> "Agent":
+        """A trained SymLA to be used from Python: see load_agent."""
+        return load_agent(checkpoint, num_actions, **options)
+
+
 def lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One tick of a x b LSTMs with shared weights and own states: f_RNN of Eq. 4.6. Gates: input, cell, forget, output.
+    common/cells.py has a faster form.
 
-    weight (p, n, 4n); from_a (p, e, a, 4n) and from_b (p, e, b, 4n): what rows and columns feed to the gates.
+    weight (p, n, 4n); from_a (p, e, a, 4n) and from_b (p, e, b, 4n): the inputs of the gates that all LSTMs of a row or of a
+    column share.
     """
     i, j, f, o = (from_a[..., :, None, :] + from_b[..., None, :, :] + affine(h, weight)).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * j.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def fused_lstm_cell(weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """lstm_cell in sums and products only, which torch.compile turns into tight loops over the states. tanh is Lambert's
-    continued fraction, exact to 1e-4."""
-
-    def tanh(x):
-        x = 4.97 - (9.94 - (x + 4.97).relu()).relu()  # clamp(x, -4.97, 4.97); clamp itself also looks for NaNs
-        q = x * x
-        return x * (((q + 378) * q + 17325) * q + 135135) / (((28 * q + 3150) * q + 62370) * q + 135135)
-
-    def sigmoid(x):
-        return 0.5 + 0.5 * tanh(0.5 * x)
-
-    weight = weight.view(len(weight), *(1,) * (h.ndim - 2), *weight.shape[1:])
-    gates = zip(from_a.chunk(4, -1), from_b.chunk(4, -1), weight.chunk(4, -1), strict=True)
-    i, j, f, o = (a[..., :, None, :] + b[..., None, :, :] + (h[..., None] * w).sum(-2) for a, b, w in gates)
-    c = sigmoid(f) * c + sigmoid(i) * tanh(j)
-    return sigmoid(o) * tanh(c), c
-
-
-def symla(args: Args, cell: Callable = lstm_cell) -> Learner:
-    """The symmetric learning agent: one recurrent layer (K = 1) of a x b LSTMs in place of weights, for any a and b.
-
-    state: h and c (p, e, a, b, n); fwd_msg (p, e, b, m) and bwd_msg (p, e, a, m), the layer's own messages of the step before.
-    All start at zero, as in appendix C.4.
-    """
-    n, m = args.hidden, args.message_size
-    heard = 2 * (m + 1) + 2  # with each message one number of the environment's; reward and done
-    shapes = {"lstm.weight": (heard + n, 4 * n), "lstm.bias": (4 * n,)}
-    shapes |= {"fwd.weight": (n, m), "fwd.bias": (m,), "bwd.weight": (n, m), "bwd.bias": (m,)}
-
-    def initial_state(p: int, e: int, a: int, b: int, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(p, e, *shape, device=device) for shape in ((a, b, n), (a, b, n), (b, m), (a, m)))
-
-    def act(
-        params: dict[str, Tensor], state: tuple[Tensor, ...], obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        h, c, fwd_msg, bwd_msg = state
-        hear_a, hear_b, recurrent = params["lstm.weight"].split([m + 1, m + 3, n], dim=1)
-        aux = torch.stack([reward, done], -1)[..., None, :].expand(-1, -1, action.shape[-1], -1)  # to every LSTM
-        from_a = affine(torch.cat([bwd_msg, args.obs_gain * obs[..., None]], -1), hear_a)
-        from_b = affine(torch.cat([fwd_msg, action[..., None], aux], -1), hear_b, params["lstm.bias"])
-        for _ in range(args.micro_ticks):  # h_ab <- f_RNN(h_ab, o_a, a_b, r, fwd_msg_b, bwd_msg_a), Eq. 4.9
-            h, c = cell(recurrent, from_a, from_b, h, c)
-        fwd_msg = affine(h.mean(2), params["fwd.weight"], params["fwd.bias"])  # Eq. 4.7, a mean as in appendix C.4
-        bwd_msg = affine(h.mean(3), params["bwd.weight"], params["bwd.bias"])  # Eq. 4.8
-        return (h, c, fwd_msg, bwd_msg), fwd_msg[..., 0]  # y := the first number of each forward message
-
-    return Learner(shapes, partial(initial_theta, shapes, n), initial_state, act)
-
-
 def initial_theta(shapes: dict[str, tuple[int, ...]], n: int, generator: torch.Generator) -> Tensor:
-    """Matrices (fan-in, fan-out) of truncated normals with std 1/sqrt(fan-in), zero biases, and 1 for the n forget gates: what
-    appendix C.4's library does unless told otherwise."""
-    theta = {}
-    for name, shape in shapes.items():
-        theta[name] = torch.zeros(shape)
-        if len(shape) == 2:
-            torch.nn.init.trunc_normal_(theta[name], a=-2, b=2, generator=generator)
-            theta[name] /= math.sqrt(shape[0])
+    """Truncated normals of std 1/sqrt(fan-in), zero biases, and 1 for the n forget gates: the defaults of appendix C.4's
+    library."""
+    theta = {name: initial_weight(shape, generator) for name, shape in shapes.items()}
     theta["lstm.bias"][2 * n : 3 * n] = 1
     return torch.cat([value.flatten() for value in theta.values()])
 
@@ -302,10 +276,10 @@ def initial_theta(shapes: dict[str, tuple[int, ...]], n: int, generator: torch.G
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
-class Life(NamedTuple):
-    """Where a lifetime stands, before the agent acts."""
+class Carry(NamedTuple):
+    """What one step of a lifetime leaves to the next."""
 
-    state: Any  # the learner's
+    state: State  # the learner's
     env: dict[str, Tensor]  # the environments', (p * e, ...)
     obs: Tensor  # (p, e, a)
     action: Tensor  # (p, e, b) the last one, one-hot; zeros before the first
@@ -314,59 +288,62 @@ class Life(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step brings: rewards (p, e). Where an environment knows how much each action pays, the reward to be expected of
-    the policy and of the best action, else the reward itself."""
+    """Rewards (p, e) of a step. Where an environment has the expected reward of each action: those of the policy and of the
+    best action; else the reward itself."""
 
     reward: Tensor
     expected: Tensor
     best: Tensor
 
 
-def seen(obs: Tensor, p: int) -> Tensor:
-    """What the agent sees of an observation (p * e, a): (p, e, a), and where there is nothing to see, a constant 1."""
+def observed(obs: Tensor, p: int) -> Tensor:
+    """Observations (p * e, a) as (p, e, a), and where there are none, a constant 1."""
     obs = obs if obs.shape[-1] else F.pad(obs, (0, 1), value=1.0)
     return obs.unflatten(0, (p, -1))
 
 
-def one_step(learner: Learner, env: Env, params: dict[str, Tensor], life: Life, draws: Tensor) -> tuple[Life, Outcome]:
-    """The body of the inner loop of Algorithm 14. draws (e, 1 + env.num_draws) uniform numbers: all members of a population
-    live in the same environments with the same luck."""
-    p, e, b = life.action.shape
-    state, logits = learner.act(params, life.state, life.obs, life.action, life.reward, life.done)
+def one_step(learner: Learner, env: Env, params: Params, carry: Carry, draws: Tensor) -> tuple[Carry, Outcome]:
+    """The body of the inner loop of Algorithm 14. draws (e, 1 + env.num_draws) uniform numbers, the same for all members of a
+    population."""
+    p, e, b = carry.action.shape
+    state, logits = learner.act(params, carry.state, carry.obs, carry.action, carry.reward, carry.done)
     policy = logits.softmax(-1)
     chosen = (policy.cumsum(-1) < draws[:, :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
-    arms = env.expected_rewards(life.env)
-    world, step = env.step(life.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
+
+    expected_rewards = env.expected_rewards(carry.env)
+    world, step = env.step(carry.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
+
     expected = best = reward
-    if arms is not None:
-        arms = arms.unflatten(0, (p, e))
-        expected, best = (policy * arms).sum(-1), arms.amax(-1)
-    return Life(state, world, seen(step.obs, p), action, reward, done), Outcome(reward, expected, best)
+    if expected_rewards is not None:
+        expected_rewards = expected_rewards.unflatten(0, (p, e))
+        expected, best = (policy * expected_rewards).sum(-1), expected_rewards.amax(-1)
+    return Carry(state, world, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
 
 
-def lifetime(learner: Learner, live: Callable, env: Env, theta: Tensor, draws: tuple[Tensor, Tensor]) -> Outcome:
+def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, draws: tuple[Tensor, Tensor]) -> Outcome:
     """One lifetime of L steps over as many episodes as fit, for all members in all environments (Algorithm 14, inner loop).
 
-    theta (p, d); draws: (e, env.lifetime_draws) for the beginning and (t, e, 1 + env.num_draws). live: one_step of this learner
+    theta (p, d); draws: (e, env.lifetime_draws) for the reset and (t, e, 1 + env.num_draws). step_fn: one_step of this learner
     and this environment, or a compiled one. Returns an Outcome of (p, e, t).
     """
     first, later = draws
     p, e, b = len(theta), len(first), env.num_actions
     world, obs = env.reset(first.expand(p, -1, -1).flatten(0, 1))
-    obs = seen(obs, p)
-    nothing = torch.zeros(2, p, e, device=theta.device)
+    obs = observed(obs, p)
+    zeros = torch.zeros(2, p, e, device=theta.device)
     state = learner.initial_state(p, e, obs.shape[-1], b, theta.device)
-    life = Life(state, world, obs, torch.zeros(p, e, b, device=theta.device), nothing[0], nothing[1])
+    carry = Carry(state, world, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
+
     params, outcomes = learner.params(theta), []
     for draw in later.unbind(0):
-        life, outcome = live(params, life, draw)
+        carry, outcome = step_fn(params, carry, draw)
         outcomes.append(outcome)
     return Outcome(*(torch.stack(parts, -1) for parts in zip(*outcomes, strict=True)))
 
 
-def luck(env: Env, count: int, steps: int, *key: int) -> tuple[Tensor, Tensor]:
+def lifetime_draws(env: Env, count: int, steps: int, *key: int) -> tuple[Tensor, Tensor]:
     """The uniform numbers of `count` lifetimes, a pure function of key: on a GPU they are drawn on the CPU too."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(seed)
@@ -377,19 +354,20 @@ def luck(env: Env, count: int, steps: int, *key: int) -> tuple[Tensor, Tensor]:
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-TRAIN, TEST = 0, 1  # which luck
+TRAIN, TEST = 0, 1  # parts of the keys of lifetime_draws
 
 
-def es_gradient(args: Args, learner: Learner, live: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Eq. 4.10, as a loss: every member lives in the same --evaluations environments. theta (d,).
+def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Eq. 4.10, as a loss: every member acts in the same --evaluations environments. theta (d,).
 
-    Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step that was paid.
+    Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step.
     """
-    draws, paid = luck(env, args.evaluations, args.lifetime_steps, args.seed, TRAIN, step), []
+    draws = lifetime_draws(env, args.evaluations, args.lifetime_steps, args.seed, TRAIN, step)
+    rewards = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        outcome = lifetime(learner, live, env, population, draws)
-        paid.append(outcome.reward.mean())
+        outcome = lifetime(learner, step_fn, env, population, draws)
+        rewards.append(outcome.reward.mean())
         return -(outcome.expected if args.fitness == "expected" else outcome.reward).mean((1, 2))
 
     sigma, pairs = args.noise_std, args.population // 2
@@ -397,79 +375,90 @@ def es_gradient(args: Args, learner: Learner, live: Callable, env: Env, theta: T
         sigma += (args.noise_end - sigma) * step / args.meta_steps
     settings = dict(pairs=pairs, sigma=sigma, seed=args.seed, generation=step, rank_shaping=args.rank_shaping)
     grad, losses = es.gradient(theta, evaluate, chunk=args.chunk or even_chunk(args, env), **settings)
-    return grad, losses.mean(), es.all_reduce_mean(torch.stack(paid).mean())
+    return grad, losses.mean(), es.all_reduce_mean(torch.stack(rewards).mean())
 
 
 def meta_train(
-    args: Args, players: dict[str, list[tuple[Learner, Callable, Env]]], thetas: dict[str, Tensor], run: "Run"
+    args: Args, agents: dict[str, list[tuple[Learner, Callable, Env]]], thetas: dict[str, Tensor], run: "Run"
 ) -> None:
-    """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. players: of each learner what it
-    needs to live in each environment."""
-    adam = {name: torch.optim.Adam([thetas[name]], args.lr, betas=(0.9, 0.999)) for name in players}
-    for step in run.steps(args.meta_steps if players else 0, {"thetas": thetas, "adam": adam}):
-        log = {}
-        for name, turns in players.items():
-            learner, live, env = turns[step % len(turns)]  # e ~ p(e): the environments in turn
-            found = es_gradient(args, learner, live, env, thetas[name], step)
-            thetas[name].grad, log[f"{name}_loss"], log[f"{name}_reward"] = found
+    """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. agents: each learner with its step
+    function and environment, for each environment."""
+    adam = {name: torch.optim.Adam([thetas[name]], args.lr, betas=(0.9, 0.999)) for name in agents}
+    for step in run.steps(args.meta_steps if agents else 0, {"thetas": thetas, "adam": adam}):
+        metrics = {}
+        for name, in_envs in agents.items():
+            learner, step_fn, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
+            grad, loss, reward = es_gradient(args, learner, step_fn, env, thetas[name], step)
+            thetas[name].grad = grad
             adam[name].param_groups[0]["lr"] = args.lr * (1 - step / args.meta_steps) if args.lr_decay else args.lr
             adam[name].step()  # theta <- theta + alpha * the gradient of the lifetime's reward
-        run.log(step, log)
+            metrics |= {f"{name}_loss": loss, f"{name}_reward": reward}
+        run.log(step, metrics)
 
 
 # ======================================================================================================================
 # Baselines
 # ======================================================================================================================
-def in_context_rnn(args: Args) -> Learner:
-    """The in-context RNN (RL^2; Eq. 4.4): one LSTM that sees observation, last action, reward and done. It has room for so many
-    observations and actions; fewer are padded with zeros."""
-    n, a, b = args.rnn_size, args.rnn_inputs, args.rnn_outputs
-    shapes = {"lstm.weight": (a + b + 2 + n, 4 * n), "lstm.bias": (4 * n,), "out.weight": (n, b), "out.bias": (b,)}
+class InContextRNN(Learner):
+    """The in-context RNN (RL^2; Eq. 4.4): one LSTM whose inputs are observation, last action, reward and done. Its sizes are
+    fixed: fewer observations and actions are padded with zeros."""
 
-    def initial_state(p: int, e: int, _: int, __: int, device: torch.device) -> tuple[Tensor, ...]:
-        return torch.zeros(p, e, n, device=device), torch.zeros(p, e, n, device=device)
+    def __init__(self, args: Args):
+        n, a, b = self.sizes = args.rnn_size, args.rnn_inputs, args.rnn_outputs
+        self.shapes = {"lstm.weight": (a + b + 2 + n, 4 * n), "lstm.bias": (4 * n,), "out.weight": (n, b), "out.bias": (b,)}
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        return initial_theta(self.shapes, self.sizes[0], generator)
+
+    def initial_state(self, p: int, e: int, _: int, __: int, device: torch.device) -> State:
+        return tuple(torch.zeros(p, e, self.sizes[0], device=device) for _ in range(2))
 
     def act(
-        params: dict[str, Tensor], state: tuple[Tensor, ...], obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
+    ) -> tuple[State, Tensor]:
+        _, a, b = self.sizes
         h, c = state
         obs, last = F.pad(obs, (0, a - obs.shape[-1])), F.pad(action, (0, b - action.shape[-1]))
-        heard = torch.cat([obs, last, reward[..., None], done[..., None], h], -1)
-        i, j, f, o = affine(heard, params["lstm.weight"], params["lstm.bias"]).chunk(4, -1)
+        inputs = torch.cat([obs, last, reward[..., None], done[..., None], h], -1)
+        i, j, f, o = affine(inputs, params["lstm.weight"], params["lstm.bias"]).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * j.tanh()
         h = o.sigmoid() * c.tanh()
         return (h, c), affine(h, params["out.weight"], params["out.bias"])[..., : action.shape[-1]]
 
-    return Learner(shapes, partial(initial_theta, shapes, n), initial_state, act)
 
-
-def thompson_sampling(args: Args) -> Learner:
-    """Thompson (1933): play the arm that is best in one draw from the posterior, which begins uniform for each arm. For the
+class ThompsonSampling(Learner):
+    """Thompson (1933): choose the arm that is best in one draw from the posterior, whose prior is uniform for each arm. For the
     independent bandits this is the true prior. Draws from PyTorch's own generator. state: wins and losses (p, e, b), plus 1."""
 
-    def initial_state(p: int, e: int, _: int, b: int, device: torch.device) -> tuple[Tensor, ...]:
+    shapes: ClassVar = {}
+
+    def __init__(self, args: Args):
+        pass
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        return torch.zeros(0)
+
+    def initial_state(self, p: int, e: int, _: int, b: int, device: torch.device) -> State:
         return torch.ones(p, e, b, device=device), torch.ones(p, e, b, device=device)
 
     def act(
-        params: dict[str, Tensor], state: tuple[Tensor, ...], obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
+    ) -> tuple[State, Tensor]:
         wins, losses = state[0] + action * reward[..., None], state[1] + action * (1 - reward[..., None])
         best = torch.distributions.Beta(wins, losses).sample().argmax(-1, keepdim=True)
         return (wins, losses), torch.full_like(wins, -math.inf).scatter(-1, best, 0.0)
 
-    return Learner({}, lambda generator: torch.zeros(0), initial_state, act)
+
+class UniformPolicy(ThompsonSampling):
+    """Random actions."""
+
+    def act(
+        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
+    ) -> tuple[State, Tensor]:
+        return state, torch.zeros_like(action)
 
 
-def uniform_player(args: Args) -> Learner:
-    """Does not learn."""
-
-    def act(params: dict, state: tuple, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> tuple[tuple, Tensor]:
-        return (), torch.zeros_like(action)
-
-    return Learner({}, lambda generator: torch.zeros(0), lambda *_: (), act)
-
-
-LEARNERS = {"symla": symla, "rnn": in_context_rnn, "thompson": thompson_sampling, "uniform": uniform_player}
+LEARNERS = {"symla": SymLA, "rnn": InContextRNN, "thompson": ThompsonSampling, "uniform": UniformPolicy}
 META_TRAINED = ("symla", "rnn")
 
 
@@ -492,14 +481,14 @@ def meta_test(args: Args, thetas: dict[str, Tensor], run: "Run") -> list[dict[st
 def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: int, run: "Run") -> list[dict[str, Any]]:
     """Result rows of one learner over --test-seeds lifetimes in the test environment `number`, the same for all learners.
 
-    For bandits, the expected regret of the policy so far: what the best arm pays on average, minus what the policy's arms do.
+    For bandits, the expected regret of the policy so far: the expected reward of the best arm minus that of the policy.
     Else the return so far, and the reward per step since the last plotted step.
     """
-    learner, live, env = player(args, learner_name, name, args.test_seeds, run, "test")
-    draws = luck(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
-    batch_size = at_a_time(args, env)
-    batches = zip(draws[0].split(batch_size), draws[1].split(batch_size, dim=1), strict=True)
-    outcomes = [lifetime(learner, live, env, theta[None], batch) for batch in batches]
+    learner, step_fn, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
+    draws = lifetime_draws(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
+    size = batch_size(args, env)
+    batches = zip(draws[0].split(size), draws[1].split(size, dim=1), strict=True)
+    outcomes = [lifetime(learner, step_fn, env, theta[None], batch) for batch in batches]
     reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
 
     rows = []
@@ -516,13 +505,13 @@ def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: in
 
 
 def plotted_steps(steps: int) -> list[int]:
-    """Where curves have points: 1, 10, 100, ... and every twentieth part."""
+    """Steps at which curves have points: 1, 10, 100, ... and every twentieth part."""
     points = [1, 10, 100, 400, 1000, 10_000, *(-(-steps * part // 20) for part in range(1, 21))]
     return sorted({point for point in points if point <= steps})
 
 
 def base(name: str) -> str:
-    """An environment without its size and what was done to it."""
+    """An environment without its size and wrappers."""
     return envs.base_name(name).removeprefix("swapped_")
 
 
@@ -537,7 +526,7 @@ def is_bandit(name: str) -> bool:
 
 
 def beside(name: str) -> list[str]:
-    """What section 4.5 meta-tests in beside the environment of meta-training."""
+    """The environments that section 4.5 meta-tests in beside the one of meta-training."""
     if name in FIVE:
         return FIVE
     if name.startswith("independent_bandit"):
@@ -560,87 +549,84 @@ UNITS = {
 }
 
 
-def draw_lifetimes(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """Figures 4.5 to 4.7, and regret for bandits: a panel for each environment, a line for each learner. Returns the names of
-    the files. `source` of a row says where its learner was meta-trained: several of them differ in dashes, without bands."""
-    sources = list(dict.fromkeys(row.get("source", "") for row in rows if row["learner"] in META_TRAINED))
-    several = len(sources) > 1
-    lines, styles, titles = [], {}, {}
-    for row in rows:
-        trained = row["learner"] in META_TRAINED
-        line = LABELS[row["learner"]] + (f", {row['source']}" if several and trained else "")
-        dashes = ("-", "--", ":", "-.")[sources.index(row.get("source", "")) % 4] if trained else ""
-        lines.append(row | {"line": line} | ({"std": 0.0} if several else {}))
-        styles[line] = COLOURS[row["learner"]] + dashes
-        titles[row["task"]] = row["task"] + ("" if several else f" ({NOVELTY[row['novelty']]})")
-
-    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["metric"] != "return"))
-    for metric in metrics:
-        drawn = [line for line in lines if line["metric"] == metric]
-        settings = dict(line="line", titles=titles, styles=styles)
+def draw_lifetimes(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Figures 4.5 to 4.7, and regret for bandits: a panel for each environment, a line for each learner."""
+    titles = {row["task"]: f"{row['task']} ({NOVELTY[row['novelty']]})" for row in rows}
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] != "return"):
+        drawn = [row for row in rows if row["metric"] == metric]
+        settings = dict(labels=LABELS, titles=titles, styles=COLOURS)
         plot(drawn, folder / f"{metric}.png", xlabel="environment steps", ylabel=UNITS[metric], **settings)
-    return [f"{metric}.png" for metric in metrics]
 
 
-def compare(args: Args) -> None:
-    """Figures 4.3 and 4.4 over finished runs: what each learner, by the environments it was meta-trained in (rows), reached at
-    the end of a lifetime in each environment (columns); and Figures 4.5 to 4.7. Runs of different seeds are averaged."""
-    if not args.runs:
-        raise UserError("--mode compare needs --runs FOLDER FOLDER ...")
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for folder in args.runs:
-        try:
-            results = json.loads(Path(folder, "results.json").read_text())
-            if results["script"] != METHOD:
-                raise ValueError(results["script"])
-            for row in results["results"]:
-                row["source"] = ", ".join(results["args"]["envs"]) if row["learner"] in META_TRAINED else ""
-                key = tuple(row[name] for name in ("learner", "source", "task", "metric", "step"))
-                groups.setdefault(key, []).append(row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} holds no finished run of {METHOD}.py.") from error
+# ======================================================================================================================
+# Use it
+# ======================================================================================================================
+class Agent:
+    """A trained SymLA that acts in your environments: act(obs, reward, done) and reset().
 
-    rows = []
-    for group in groups.values():  # of meta-training and meta-test seeds
-        mean, std = (np.array([row[name] for row in group]) for name in ("mean", "std"))
-        rows.append(group[0] | {"mean": mean.mean(), "std": math.sqrt((std**2).mean() + mean.var())})
-    rows.sort(key=lambda row: row["step"])
-    folder = Path(args.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = draw_lifetimes(folder, rows)
-    draw_matrix(folder / "matrix.png", [row for row in rows if row["metric"] != "reward_per_step"])
-    print(f"Written to {folder}: {', '.join([*names, 'matrix.png'])}")
+        agent = symla.SymLA.load("runs/NAME/checkpoint.pt", num_actions=2)
+        obs, _ = env.reset()
+        action = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        action = agent.act(obs, reward, terminated or truncated)
 
-
-def in_order(name: str) -> tuple[int, str, int]:
-    """Where an environment stands in a figure: the five bandits as in Figure 4.3, others by name and size."""
-    size = name.rpartition(":")[2]
-    return FIVE.index(name) if name in FIVE else len(FIVE), base(name), int(size) if size.isdecimal() else 0
-
-
-def draw_matrix(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Heat-maps of the last step: one for each meta-trained learner, one of the others, one of a difference.
-
-    rows: those of `compare`, in the order of their steps.
+    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (e, a) for several; reward and done
+    are those of the last action, () or (e,). Actions are integers, an int or (e,). The agent learns from its first action on,
+    over as many episodes as you play, until `reset`. Raises ValueError for other shapes.
     """
-    last = {(row["learner"], row["source"], row["task"]): row["mean"] for row in rows}
-    tasks = sorted({task for _, _, task in last}, key=in_order)
-    lines = {(learner, source) for learner, source, _ in last}
 
-    maps: dict[str, dict[tuple[str, str], float]] = {}
-    for learner, source in sorted(lines, key=lambda line: (list(LABELS).index(line[0]), in_order(line[1]))):
-        name, label = (LABELS[learner], source) if learner in META_TRAINED else ("not meta-trained", LABELS[learner])
-        for task in tasks:
-            maps.setdefault(name, {})[label, task] = last.get((learner, source, task), math.nan)
-    ours, theirs = (maps.get(LABELS[name], {}) for name in META_TRAINED)
-    difference = {key: ours[key] - theirs.get(key, math.nan) for key in ours}
-    difference = {key: value for key, value in difference.items() if not math.isnan(value)}
-    if difference:
-        maps["SymLA minus in-context RNN"] = difference
+    def __init__(self, learner: SymLA, theta: Tensor, num_actions: int, seed: int = 0):
+        self.learner = learner
+        self.params = learner.params(theta[None])
+        self.num_actions = num_actions
+        self.generator = torch.Generator(theta.device).manual_seed(seed)
+        self.device = theta.device
+        self.reset()
 
-    units = " / ".join(dict.fromkeys(UNITS[row["metric"]] for row in rows))
-    title = f"{units}\nafter {rows[-1]['step']} steps; rows: meta-trained in, columns: meta-tested in"
-    matrix(maps, path, title, limits=(min(last.values()), max(last.values())))
+    def reset(self) -> None:
+        """Forget all that was learned."""
+        self.state: State | None = None
+        self.shape: torch.Size | None = None
+        self.action: Tensor | None = None
+
+    @torch.no_grad()
+    def act(self, obs: Any, reward: Any = 0.0, done: Any = False) -> Any:
+        """The next action, after the reward of the last one and whether it ended an episode."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        if obs.ndim not in (1, 2) or not obs.numel() or not obs.isfinite().all() or obs.shape != (self.shape or obs.shape):
+            raise ValueError("Observations have to be finite numbers of shape (a,) or (e, a), the same at each step.")
+        several = obs.view(1, -1, obs.shape[-1])
+        e, b = several.shape[1], self.num_actions
+        reward, done = (torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (reward, done))
+        if not all(x.shape in ((), obs.shape[:-1]) and x.isfinite().all() for x in (reward, done)):
+            raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
+        if self.state is None:
+            self.state = self.learner.initial_state(1, e, obs.shape[-1], b, self.device)
+            self.action = torch.zeros(1, e, b, device=self.device)
+            self.shape = obs.shape
+
+        inputs = several, self.action, reward.expand(1, e), done.expand(1, e)
+        self.state, logits = self.learner.act(self.params, self.state, *inputs)
+        chosen = torch.multinomial(logits[0].softmax(-1), 1, generator=self.generator)[:, 0]
+        self.action = F.one_hot(chosen, b).float()[None]
+        return chosen if obs.ndim == 2 else int(chosen)
+
+
+def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: torch.device | str = "cpu") -> Agent:
+    """checkpoint: a checkpoint.pt of this script; seed: decides its actions. Raises CheckpointError or UserError for what is no
+    checkpoint of a SymLA, and ValueError for fewer than two actions."""
+    if num_actions < 2:
+        raise ValueError(f"There have to be at least two actions, not {num_actions}.")
+    saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
+    try:
+        learner = SymLA(Args(**saved["args"])) if saved["method"] == METHOD else None
+    except TypeError:
+        learner = None
+    if learner is None:
+        raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
+    theta = learner.init(torch.Generator())
+    checkpoints.restore({"thetas": {"symla": theta}}, saved["state"])
+    return Agent(learner, theta.to(device), num_actions, seed)
 
 
 # ======================================================================================================================
@@ -907,47 +893,41 @@ def make_env(args: Args, name: str, count: int, device: torch.device | str = "cp
     return envs.make(name, count, device, scaled=True, compile=compile, **options)
 
 
-def at_a_time(args: Args, env: Env) -> int:
+def batch_size(args: Args, env: Env) -> int:
     """How many lifetimes to run at once: their states should stay in a CPU's cache, or use a GPU's memory well."""
     return max(1, (2**19 if args.device == "cpu" else 2**28) // (args.hidden * max(env.obs_size, 1) * env.num_actions))
 
 
 def even_chunk(args: Args, env: Env) -> int:
-    """How many pairs of ES to run at once: as many as at_a_time allows, and always the same number, for one compilation."""
-    pairs, most = len(es.share(args.population // 2)), at_a_time(args, env) // args.evaluations
+    """How many pairs of ES to run at once: as many as batch_size allows, and always the same number, for one compilation."""
+    pairs, most = len(es.share(args.population // 2)), batch_size(args, env) // args.evaluations
     return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or 2 * c <= most))
 
 
-def player(args: Args, learner: str, name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
-    """What a learner needs to live in `count` copies of an environment: itself, a step of both, and the environment.
+def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
+    """A learner, its step function, and `count` copies of an environment.
 
-    Meta-training compiles anew for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
-    it, written out for small states; a GPU wants the whole step, and products as products.
+    Meta-training compiles once for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
+    it, written out for small states; a GPU compiles the whole step, with products as products.
     """
-    anew = use == "train" and len(args.envs) <= 8
-    compiled = run.compiles and anew and args.device == "cpu" and learner != "rnn"
-    env = make_env(args, name, count, run.device, compile=compiled)
-    if learner == "symla" and run.compiles and args.device == "cpu":
+    for_each = use == "train" and len(args.envs) <= 8
+    compiled = run.compiles and for_each and args.device == "cpu" and name != "rnn"
+    env = make_env(args, env_name, count, run.device, compile=compiled)
+    if name == "symla" and run.compiles and args.device == "cpu":
         small = args.hidden <= 32
-        options = dict(options=fuse(args)) if small else {}
-        made = symla(args, torch.compile(fused_lstm_cell if small else lstm_cell, dynamic=not anew, **options))
-        return made, partial(one_step, made, env), env
-    made = LEARNERS[learner](args)
-    step = partial(one_step, made, env)
-    compiled = run.compiles and anew and learner in META_TRAINED and env.compilable
-    return made, torch.compile(step, dynamic=False) if compiled else step, env
-
-
-def fuse(args: Args) -> dict[str, Any]:
-    """What makes inductor write fused_lstm_cell's sums of n products out, with fused multiply-adds."""
-    return {"unroll_reductions_threshold": args.hidden + 1, "cpp.enable_floating_point_contract_flag": "fast"}
+        options = dict(options=cells.options(args.hidden)) if small else {}
+        cell = partial(cells.fused_lstm_cell, tanh=cells.rational_tanh) if small else lstm_cell
+        learner = SymLA(args, torch.compile(cell, dynamic=not for_each, **options))
+        return learner, partial(one_step, learner, env), env
+    learner = LEARNERS[name](args)
+    step_fn = partial(one_step, learner, env)
+    compiled = run.compiles and for_each and name in META_TRAINED and env.compilable
+    return learner, torch.compile(step_fn, dynamic=False) if compiled else step_fn, env
 
 
 @torch.no_grad()
 def main() -> None:
     args, checkpoint = parse_args()
-    if args.mode == "compare":
-        return compare(args)
     args = settled(args)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
     run = Run(args, checkpoint)
@@ -966,8 +946,8 @@ def main() -> None:
 
     started = time.time()
     if args.mode == "train":
-        players = {name: [player(args, name, env, args.evaluations, run, "train") for env in args.envs] for name in trained}
-        meta_train(args, players, thetas, run)
+        agents = {name: [make_agent(args, name, env, args.evaluations, run, "train") for env in args.envs] for name in trained}
+        meta_train(args, agents, thetas, run)
         torch.compiler.reset()
     tested = time.time()
     if run.rank > 0:

@@ -382,7 +382,7 @@ def measure_symla(bench: Bench, env: str) -> None:
     steps = {}
     with torch.no_grad():
         for name in names:
-            parts = symla.player(args, name, env, args.evaluations, bench.run, "train")
+            parts = symla.make_agent(args, name, env, args.evaluations, bench.run, "train")
             theta = parts[0].init(torch.Generator().manual_seed(0)).to(bench.device)
             short = replace(args, lifetime_steps=3)
             first = partial(symla.es_gradient, short, *parts, theta, 0)

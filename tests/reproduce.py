@@ -185,13 +185,24 @@ UNSEEN_ARMS = {who: mean(f"{who}, unseen arms", [
 FROM = {words: mean(f"symla from {words} on many", [at("symla", test, run=train) for train in trained for test in ARMS[1:]])
         for words, trained in (("2 arms", ARMS[:1]), ("many", ARMS[1:]))}
 CONTROL = {"laptop": ["upright_cartpole", "acrobot", "mountain_car"], "thesis": ["cartpole", "acrobot", "mountain_car"]}
+
+
+def regret_figure(name: str, learners: list[str], trained: list[str], tests: list[str]) -> Figure:
+    """Figures 4.3 and 4.4: regret of a lifetime in each environment (columns) after meta-training in each (rows)."""
+    panels = {learner: {f"from {run}": [(test, at(learner, test, run=run)) for test in tests] for run in trained}
+              for learner in learners}
+    return Figure(name, "environment", "expected cumulative regret, by the environment of meta-training", panels, matrix=True)
+
+
 SYMLA = {
     "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
-        [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]]),
+        [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]],
+        figures=lambda preset: [regret_figure("symla_five", ["symla", "rnn"], FIVE, FIVE)]),
     "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
-        [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]]),
+        [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
+        figures=lambda preset: [regret_figure("symla_arms", ["symla"], ARMS, ARMS)]),
     "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
         {env: f"symla.py --envs {env}{' --obs-gain 1' * (env == 'upright_cartpole')}" for env in CONTROL["laptop"]},
         per(CONTROL, lambda env: [*higher("symla", ["uniform"], [env], None, env),

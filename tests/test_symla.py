@@ -15,7 +15,7 @@ import torch
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import symla
-from common import checkpoints, envs
+from common import cells, checkpoints, envs
 
 ARGS = symla.Args(
     hidden=5, message_size=3, lifetime_steps=12, meta_steps=4, evaluations=6, population=8, noise_std=0.1, lr=0.05,
@@ -64,7 +64,7 @@ def slow_symla(params, state, obs, action, reward, done, n, m, ticks):
 
 @pytest.mark.parametrize("a, b", [(1, 3), (4, 2)])
 def test_symla_is_equations_4_7_to_4_9(a, b):
-    learner = symla.symla(ARGS)
+    learner = symla.SymLA(ARGS)
     params = learner.params(random_theta(learner, dtype=torch.float64))
     state = slow = state_of(learner, 1, 1, a, b, torch.float64)
     for _ in range(4):
@@ -81,7 +81,7 @@ def test_the_fused_cell_is_the_cell():
     p, e, a, b, n = 2, 3, 4, 2, 5
     parts = [(p, n, 4 * n), (p, e, a, 4 * n), (p, e, b, 4 * n), (p, e, a, b, n), (p, e, a, b, n)]
     parts = [torch.randn(shape, generator=DRAWS) for shape in parts]
-    for ours, theirs in zip(symla.fused_lstm_cell(*parts), symla.lstm_cell(*parts), strict=True):
+    for ours, theirs in zip(cells.fused_lstm_cell(*parts, cells.rational_tanh), symla.lstm_cell(*parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-4)
 
 
@@ -109,7 +109,7 @@ def test_permuted_observations_and_actions_permute_symlas_policy_exactly(name):
 
 
 def test_symla_plays_any_size_with_the_same_parameters():
-    learner = symla.symla(ARGS)
+    learner = symla.SymLA(ARGS)
     params = learner.params(random_theta(learner))
     for a, b in [(1, 2), (7, 3), (2, 20)]:
         _, logits = learner.act(params, learner.initial_state(1, 2, a, b, "cpu"), *random_inputs(1, 2, a, b))
@@ -137,7 +137,7 @@ def test_members_of_a_population_are_separate():
 
 
 def test_the_start_is_that_of_appendix_c_4():
-    learner = symla.symla(replace(ARGS, hidden=16, message_size=8))
+    learner = symla.SymLA(replace(ARGS, hidden=16, message_size=8))
     params = learner.params(learner.init(torch.Generator().manual_seed(0))[None])
     weight, bias = params["lstm.weight"][0], params["lstm.bias"][0]
     assert weight.shape == (2 * 9 + 2 + 16, 64) and weight.abs().max() <= 2 / 6
@@ -152,7 +152,7 @@ def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     world = envs.make(env, e)
     theta = random_theta(learner, p) if theta is None else theta
     step = partial(symla.one_step, learner, world)
-    return symla.lifetime(learner, step, world, theta, symla.luck(world, e, steps, *key))
+    return symla.lifetime(learner, step, world, theta, symla.lifetime_draws(world, e, steps, *key))
 
 
 def test_the_regret_of_fixed_policies_in_closed_form():
@@ -178,36 +178,35 @@ def test_thompson_sampling_has_the_regret_that_others_report():
     assert (ten.best - ten.expected)[0].sum(-1).mean() < 0.4 * 100 * (10 / 11 - 0.5)
 
 
-def test_actions_are_drawn_from_the_policy_and_heard_with_their_rewards():
-    heard = []
+def test_actions_are_drawn_from_the_policy_and_fed_back_with_their_rewards():
+    inputs = []
 
-    def act(params, state, obs, action, reward, done):
-        heard.append((obs, action, reward, done))
-        return (), torch.tensor([0.5, 0.3, 0.2]).log().expand_as(action)
+    class Fixed(symla.UniformPolicy):
+        def act(self, params, state, obs, action, reward, done):
+            inputs.append((obs, action, reward, done))
+            return state, torch.tensor([0.5, 0.3, 0.2]).log().expand_as(action)
 
-    learner = symla.Learner({}, None, lambda *_: (), act)
-    env = envs.make("independent_bandit:3", 5000)
+    learner, env = Fixed(ARGS), envs.make("independent_bandit:3", 5000)
     step = partial(symla.one_step, learner, env)
-    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), symla.luck(env, 5000, 4, 0))
-    assert torch.equal(heard[0][1], torch.zeros(1, 5000, 3)) and (heard[0][2] == 0).all()
-    assert heard[0][0].shape == (1, 5000, 1) and (heard[0][0] == 1).all()  # nothing to observe but a constant
+    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), symla.lifetime_draws(env, 5000, 4, 0))
+    assert torch.equal(inputs[0][1], torch.zeros(1, 5000, 3)) and (inputs[0][2] == 0).all()
+    assert inputs[0][0].shape == (1, 5000, 1) and (inputs[0][0] == 1).all()  # nothing to observe but a constant
     for t in range(1, 4):
-        torch.testing.assert_close(heard[t][1].mean((0, 1)), torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
-        assert torch.equal(heard[t][2], outcome.reward[..., t - 1])
+        torch.testing.assert_close(inputs[t][1].mean((0, 1)), torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
+        assert torch.equal(inputs[t][2], outcome.reward[..., t - 1])
 
 
 def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
     states, dones = [], []
-    learner = symla.symla(ARGS)
 
-    def act(params, state, obs, action, reward, done):
-        states.append(state[0])
-        dones.append(done)
-        return learner.act(params, state, obs, action, reward, done)
+    class Spied(symla.SymLA):
+        def act(self, params, state, obs, action, reward, done):
+            states.append(state[0])
+            dones.append(done)
+            return super().act(params, state, obs, action, reward, done)
 
-    env = envs.make("grid_world:2", 6)
-    spied = learner._replace(act=act)
-    theta, draws = random_theta(learner), symla.luck(env, 6, 40, 0)
+    env, spied = envs.make("grid_world:2", 6), Spied(ARGS)
+    theta, draws = random_theta(spied), symla.lifetime_draws(env, 6, 40, 0)
     for _ in range(2):
         symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, draws)
     assert torch.stack(dones[1:40]).sum() > 6
@@ -218,7 +217,7 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
 
 
 def test_members_share_environments_and_luck():
-    learner = symla.symla(ARGS)
+    learner = symla.SymLA(ARGS)
     theta = random_theta(learner).repeat(3, 1)
     outcome = live("symla", "grid_world:3", theta=theta)
     for p in (1, 2):
@@ -228,7 +227,7 @@ def test_members_share_environments_and_luck():
 
 def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
     """The policy is the same up to the order; only which action a draw picks differs: level in distribution."""
-    learner = symla.symla(ARGS)
+    learner = symla.SymLA(ARGS)
     theta = random_theta(learner)
     plain = live("symla", "upright_cartpole", theta=theta, e=2000, steps=40).reward.mean(-1)[0]
     shuffled = live("symla", "shuffled_upright_cartpole", theta=theta, e=2000, steps=40, key=(1,)).reward.mean(-1)[0]
@@ -239,7 +238,7 @@ def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
 @pytest.mark.parametrize("fitness", ["reward", "expected"])
 def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
     args = replace(ARGS, fitness=fitness)
-    learner, env = symla.symla(args), envs.make("independent_bandit:3", 6)
+    learner, env = symla.SymLA(args), envs.make("independent_bandit:3", 6)
     step = partial(symla.one_step, learner, env)
     theta = learner.init(torch.Generator().manual_seed(0))
     grad, loss, paid = symla.es_gradient(replace(args, chunk=4), learner, step, env, theta, 3)
@@ -248,7 +247,7 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
     noise = symla.es.directions(4, len(theta), args.seed, 3)
-    draws, slow = symla.luck(env, 6, args.lifetime_steps, args.seed, symla.TRAIN, 3), torch.zeros_like(theta)
+    draws, slow = symla.lifetime_draws(env, 6, args.lifetime_steps, args.seed, symla.TRAIN, 3), torch.zeros_like(theta)
     for direction in noise:
         for sign in (1, -1):
             outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], draws)
@@ -259,10 +258,10 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
 
 def test_luck_is_a_pure_function_of_its_key():
     env = envs.make("shuffled_cartpole", 3)
-    one, other = symla.luck(env, 3, 5, 0, 1, 2), symla.luck(env, 3, 5, 0, 1, 2)
+    one, other = symla.lifetime_draws(env, 3, 5, 0, 1, 2), symla.lifetime_draws(env, 3, 5, 0, 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert one[0].shape == (3, env.lifetime_draws) and one[1].shape == (5, 3, 1 + env.num_draws)
-    assert not torch.equal(one[1], symla.luck(env, 3, 5, 0, 0, 2)[1])  # meta-test luck is not meta-training luck
+    assert not torch.equal(one[1], symla.lifetime_draws(env, 3, 5, 0, 0, 2)[1])  # meta-test luck is not meta-training luck
 
 
 class Bar:
@@ -282,7 +281,7 @@ def test_it_learns_to_learn_bandits_and_plays_other_numbers_of_arms():
     """Meta-trained on 5 arms for a minute at most; far below a random player's regret on 3, 5 and 8 arms that it never met."""
     args = symla.settled(symla.Args(**symla.LAPTOP | {"envs": ("independent_bandit:5",), "preset": "laptop"}))
     args = replace(args, meta_steps=70, evaluations=16, lifetime_steps=50, population=32, hidden=8)
-    learner, env = symla.symla(args), envs.make("independent_bandit:5", 16)
+    learner, env = symla.SymLA(args), envs.make("independent_bandit:5", 16)
     thetas = {"symla": learner.init(torch.Generator().manual_seed(0))}
     untrained = thetas["symla"].clone()
     with torch.no_grad():
@@ -403,9 +402,55 @@ def test_control_shuffled_and_projected_environments_and_their_comparison(tmp_pa
     last = {row["metric"]: row for row in found if row["task"] == "upright_cartpole" and row["learner"] == "uniform"}
     per_step = [row["mean"] for row in found if row["metric"] == "reward_per_step" and row["learner"] == "uniform"]
     assert last["return"]["step"] == 30 and 0 < last["return"]["mean"] < 30 and all(0 < value <= 1 for value in per_step)
-    done = run_script("symla.py", tmp_path, f"--mode compare --runs {tmp_path / '0'} {tmp_path / '1'} --run-name all")
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.glob("*.png")} == {"matrix.png", "reward_per_step.png"}
+
+
+def test_an_agent_from_python(finished):
+    """It acts as one_step does; its environments side by side are independent; reset forgets."""
+    path = finished[0] / "checkpoint.pt"
+    both, one = (symla.SymLA.load(path, num_actions=3, seed=seed) for seed in (0, 0))
+    obs = torch.randn(6, 2, 4, generator=DRAWS)
+    actions = torch.stack([both.act(obs[t], [0.5, -0.5], [False, t == 3]) for t in range(6)])
+    assert actions.shape == (6, 2) and actions.max() < 3
+    assert isinstance(one.act(obs[0, 0].numpy()), int)
+
+    state = both.learner.initial_state(1, 2, 4, 3, "cpu")
+    last = torch.zeros(1, 2, 3)
+    for t in range(6):
+        inputs = obs[t][None], last, torch.tensor([[0.5, -0.5]]), torch.tensor([[0.0, float(t == 3)]])
+        state, _ = both.learner.act(both.params, state, *inputs)
+        last = torch.eye(3)[actions[t]][None]
+    for ours, theirs in zip(both.state, state, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    both.reset()
+    assert both.state is None and both.act(obs[0, :, :2]).shape == (2,)
+
+    agent = symla.SymLA.load(path, num_actions=2)
+    agent.act([0.0, 1.0])
+    for wrong in (torch.zeros(3), torch.zeros(1, 2), [math.nan, 0.0], torch.zeros(1, 1, 2)):
+        with pytest.raises(ValueError, match="Observations have to be"):
+            agent.act(wrong)
+    for wrong in ((math.inf, False), ([1.0, 2.0], False), (0.0, [True, False])):
+        with pytest.raises(ValueError, match="Reward and done"):
+            agent.act([0.0, 1.0], *wrong)
+    with pytest.raises(ValueError, match="at least two actions"):
+        symla.SymLA.load(path, num_actions=1)
+    with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):
+        symla.SymLA.load(path.parent / "none.pt", num_actions=2)
+
+
+def test_an_agent_plays_gymnasiums_cartpole(finished):
+    import gymnasium
+
+    env, agent = gymnasium.make("CartPole-v1"), symla.SymLA.load(finished[0] / "checkpoint.pt", num_actions=2)
+    obs, _ = env.reset(seed=0)
+    action, ends = agent.act(obs), 0
+    for _ in range(60):
+        obs, reward, terminated, truncated, _ = env.step(action)
+        ends += terminated
+        if terminated or truncated:
+            obs, _ = env.reset()
+        action = agent.act(obs, reward, terminated or truncated)
+    assert 1 <= ends <= 10
 
 
 def test_environments_of_gymnasium(tmp_path):
@@ -432,8 +477,6 @@ MISTAKES = {
     "--hidden 0": "--hidden has to be from 1 to",
     "--lr nan": "--lr has to be from",
     "--rnn-outputs 2": "--rnn-outputs 2 are too small for independent_bandit:3",
-    "--mode compare": "--mode compare needs --runs",
-    "--mode compare --runs {tmp}/foreign": "foreign holds no finished run of symla.py",
     "--init {done}/checkpoint.pt --hidden 7": "no 'thetas symla' of the kind and size that these flags ask for",
     "--init {tmp}/alone.pt --learner rnn --baselines": "parameters of none of the learners",
     "--mode test --checkpoint {done}/checkpoint.pt --hidden 7": "no 'thetas symla' of the kind and size",
@@ -446,13 +489,10 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, com
     checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     name = "['thetas']['symla']"
     checkpoints.write(tmp_path / "alone.pt", checkpoint | {"state": {name: checkpoint["state"][name]}})
-    (tmp_path / "foreign").mkdir()
-    results = json.loads((finished[0] / "results.json").read_text()) | {"script": "gla"}
-    (tmp_path / "foreign" / "results.json").write_text(json.dumps(results))
     tiny = "" if "--mode test --checkpoint" in flags else TINY
     said = complain("symla", f"{tiny} {flags}".format(tmp=tmp_path, done=finished[0]))
     assert re.search(MISTAKES[flags], said), said
-    assert {path.name for path in tmp_path.iterdir()} == {"alone.pt", "foreign"}
+    assert {path.name for path in tmp_path.iterdir()} == {"alone.pt"}
 
 
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
