@@ -1,8 +1,8 @@
 """FME: networks that modify themselves, selected by fitness alone.
 
-A self-referential network produces with every step a change of all of its own weights. Fitness monotonic execution adds what
-it has become to a set of solutions, and executes better ones more often. Nothing else is optimised: no gradient, no
-prescribed mutation. What remains of a good solution's changes is what changes it for the better.
+A self-referential network produces with every step a change of all of its own weights. Fitness monotonic execution adds the
+changed network to a set of solutions, and executes better ones more often. Nothing else is optimised: no gradient, no
+prescribed mutation. Solutions whose changes improve them are executed more often.
 
 Kirsch, "Automating AI Research" (2025), chapter 7 and appendix E; Kirsch and Schmidhuber, "Eliminating Meta Optimization
 Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021). Results:
@@ -12,7 +12,6 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
     Appendix E.1   -> Solutions (the buffer), initialise (truncated normals)
     Section 7.4    -> hill_climbing (the baseline), common/envs (the tasks)
-    Section 7.5    -> SuccessStory
 
     python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
     python fme.py --envs cartpole --num-parallel 64 --executions 6400
@@ -54,7 +53,7 @@ from common.results import MetricsLog, result_row, table, to_json
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["fme", "no_reward", "hill_climbing", "ssa"]
+Name = Literal["fme", "no_reward", "hill_climbing"]
 Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
@@ -67,15 +66,15 @@ class Args:
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Where tensors are."""
     compile: bool = True
     """Fuse a step of networks and environments with torch.compile (needs a C++ compiler on a CPU)."""
     mode: Literal["train", "test"] = "train"
-    """train: let solutions evolve, then test the ones that were found; test: only test those of a --checkpoint."""
+    """train: let solutions evolve, then test the best ones; test: only test those of a --checkpoint."""
     checkpoint: str | None = None
     """The checkpoint.pt to test."""
     resume: str | None = None
-    """A run folder to go on with, exactly where it stopped."""
+    """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
@@ -86,10 +85,10 @@ class Args:
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
-    """fme; no_reward, FME whose networks do not see the reward; hill_climbing, Gaussian noise in place of self-modification;
-    ssa, the success-story algorithm: one history a lineage, undone where reward per time has not risen."""
-    baselines: tuple[Name, ...] = ("hill_climbing", "ssa", "no_reward")
-    """Learners run beside the first one, with as many executions. no_reward only where rewards could tell something."""
+    """fme; no_reward, FME whose networks do not have the reward as an input; hill_climbing, Gaussian noise in place of
+    self-modification."""
+    baselines: tuple[Name, ...] = ("hill_climbing", "no_reward")
+    """Learners run beside the first one, with as many executions. no_reward only where rewards are informative."""
 
     envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
     """Environments (section 7.4), one after the other."""
@@ -124,25 +123,24 @@ class Args:
     """Inputs of standard normal noise (Appendix E.1: of no use)."""
 
     test_seeds: Size = 25
-    """Fresh executions of each solution found."""
+    """Fresh executions of each solution results."""
     chunk: Size = 125
-    """Networks executed together; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
+    """Networks executed as one batch; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
 
 
 LAPTOP = dict(
     num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
     roots=None,  # from one random network, or a few, most populations stay poor (see its results page)
-    performance="execution",  # a lineage's past hides what a rare good change has brought
-    baselines=("hill_climbing", "no_reward"),  # ssa takes as long as FME itself
+    performance="execution",  # a lineage's past hides the effect of a rare good change
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
-TUNED = {  # for each environment, unless a flag says otherwise: how many executions, how many at a time, hill climbing's noise
+TUNED = {  # for each environment, where a flag is not given: executions, how many at a time, hill climbing's noise
     "bandit": dict(executions=200, num_parallel=25, sigma=0.3),
     "cartpole": dict(executions=3200, num_parallel=400, sigma=0.1),
     "swapping_bandit": dict(executions=4000, num_parallel=400, sigma=0.3),
 }
-SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what to have achieved to count as solved
+SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what counts as solved
 
 
 # ======================================================================================================================
@@ -201,8 +199,8 @@ def initialise(args: Args, env: Env, count: int, generator: torch.Generator) -> 
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
-class Life(NamedTuple):
-    """Where p executions stand."""
+class Carry(NamedTuple):
+    """What one step of p executions leaves to the next."""
 
     layers: list[Tensor]  # weights, each (p, a, c)
     state: envs.State
@@ -214,16 +212,16 @@ class Life(NamedTuple):
     rates: Tensor  # (p, k, 4), learning rates summed over the steps so far
 
 
-def live(args: Args, env: Env, frozen: bool, sees_reward: bool, life: Life, draws: Tensor) -> tuple[Life, Tensor]:
-    """One step: phi, y <- g_phi(x), an action drawn from softmax(y), the environment's answer. Returns also whether an episode
-    ended (p,). draws (p, d), uniform; frozen: leave the weights alone; sees_reward: feed the last reward, otherwise zero."""
+def one_step(args: Args, env: Env, frozen: bool, reward_input: bool, carry: Carry, draws: Tensor) -> tuple[Carry, Tensor]:
+    """One step: phi, y <- g_phi(x), an action drawn from softmax(y), a step of the environment. Returns also whether an episode
+    ended (p,). draws (p, d), uniform; frozen: do not change the weights; reward_input: feed the last reward, otherwise zero."""
     action_draw, noise, env_draws = draws.split((1, args.noise_inputs, env.num_draws), -1)
-    last_action = (life.action[:, None] == torch.arange(env.num_actions, device=draws.device)).float()
-    obs = life.obs / torch.tensor(env.obs_scale, device=draws.device)
+    last_action = (carry.action[:, None] == torch.arange(env.num_actions, device=draws.device)).float()
+    obs = carry.obs / torch.tensor(env.obs_scale, device=draws.device)
     noise = torch.special.ndtri(noise)
-    x = torch.cat([torch.ones_like(action_draw), last_action, life.reward[:, None] * sees_reward, noise, obs], -1)
+    x = torch.cat([torch.ones_like(action_draw), last_action, carry.reward[:, None] * reward_input, noise, obs], -1)
     layers, rates = [], []
-    for w, (_, num_outputs) in zip(life.layers, sizes(args, env), strict=True):
+    for w, (_, num_outputs) in zip(carry.layers, sizes(args, env), strict=True):
         if frozen:
             x = apply(w, x)[:, :num_outputs]
         else:
@@ -231,15 +229,15 @@ def live(args: Args, env: Env, frozen: bool, sees_reward: bool, life: Life, draw
             rates.append(rate)
         layers.append(w)
     action = (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
-    state, step = env.step(life.state, action, env_draws)
+    state, step = env.step(carry.state, action, env_draws)
     ended = step.terminated | step.truncated
-    total, episodes = life.total + step.reward, life.episodes + ended
-    rates = life.rates if frozen else life.rates + torch.stack(rates, 1)
-    return Life(layers, state, step.obs, action, step.reward, total, episodes, rates), ended
+    total, episodes = carry.total + step.reward, carry.episodes + ended
+    rates = carry.rates if frozen else carry.rates + torch.stack(rates, 1)
+    return Carry(layers, state, step.obs, action, step.reward, total, episodes, rates), ended
 
 
 class Outcome(NamedTuple):
-    """What came of p executions."""
+    """Results of p executions."""
 
     phi: Tensor  # (p, n), the networks afterwards
     reward: Tensor  # (p,), R
@@ -248,24 +246,24 @@ class Outcome(NamedTuple):
     after_swap: Tensor  # (p, 10), mean reward at the first, second, ... pull after a swap, where arms swap; else (p, 0)
 
 
-def execute(args: Args, env: Env, live: Any, phi: Tensor, draws: Tensor) -> Outcome:
+def execute(args: Args, env: Env, step_fn: Any, phi: Tensor, draws: Tensor) -> Outcome:
     """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions, each in an environment of its own.
 
-    phi (p, n); draws (1 + t, p, d), uniform; live: the function above with its first arguments given.
+    phi (p, n); draws (1 + t, p, d), uniform; step_fn: one_step with its first arguments given.
     """
     layers = unpack(phi, sizes(args, env))
     state, obs = env.reset(draws[0, :, draws.shape[-1] - env.num_draws :])
     zeros = partial(torch.zeros, len(phi), device=phi.device)
-    life = Life(layers, state, obs, zeros(dtype=torch.int64), zeros(), zeros(), zeros(), zeros(len(layers), 4))
+    carry = Carry(layers, state, obs, zeros(dtype=torch.int64), zeros(), zeros(), zeros(), zeros(len(layers), 4))
     rewards, since = [], []
-    for now in draws[1:]:
-        since.append(life.state.get("since"))
-        life, ended = live(life, now)
-        rewards.append(life.reward)
+    for draw in draws[1:]:
+        since.append(carry.state.get("since"))
+        carry, ended = step_fn(carry, draw)
+        rewards.append(carry.reward)
     steps = len(rewards)
-    achieved = steps / (life.episodes + ~ended) if env.episodic else life.total / steps  # the last episode counts, cut off
+    achieved = steps / (carry.episodes + ~ended) if env.episodic else carry.total / steps  # the last episode counts, cut off
     after_swap = by_pulls_since_swap(rewards, since) if "since" in state else zeros(0)
-    return Outcome(pack(life.layers), life.total, achieved, life.rates.flatten(1) / steps, after_swap)
+    return Outcome(pack(carry.layers), carry.total, achieved, carry.rates.flatten(1) / steps, after_swap)
 
 
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
@@ -283,7 +281,7 @@ class Solutions:
     performance, each with its `bucket_size` most recent solutions. A bucket is drawn with a probability that grows
     exponentially with its performance, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
 
-    All slots lie ready; an id tells since when a solution is there, and is -1 where a slot is empty.
+    The memory of all slots is allocated at first; ids grow with time, and are -1 in empty slots.
     """
 
     def __init__(self, args: Args, roots: Tensor):
@@ -294,19 +292,19 @@ class Solutions:
         self.performance = torch.zeros(p, slots, device=roots.device)
         self.id = torch.full((p, slots), -1, device=roots.device)
 
-    def begin(self, roots: Tensor, performance: Tensor) -> None:
-        """Put the roots (p, r, n) in; each is as good as it was in its first executions, performance (p, s)."""
+    def add_roots(self, roots: Tensor, performance: Tensor) -> None:
+        """Add the roots (p, r, n), with the mean performance (p, s) of their first executions."""
         id = torch.arange(roots.shape[1], device=roots.device).expand(len(roots), -1)
         self.add(roots, id, performance.unflatten(1, (-1, roots.shape[1])).mean(1))
 
     def by_bucket(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """bucket (p, slots), m for empty slots; order (p, slots), slots from the worst to the best bucket, in each from the
-        most recent on; first and count (p, m + 1), where a bucket begins in this order, and how many it holds."""
-        held, m = self.id >= 0, self.args.buckets
-        low = torch.where(held, self.performance, torch.inf).amin(1, keepdim=True)
-        high = torch.where(held, self.performance, -torch.inf).amax(1, keepdim=True)
+        most recent on; first and count (p, m + 1), the first slot of a bucket in this order, and its number of solutions."""
+        used, m = self.id >= 0, self.args.buckets
+        low = torch.where(used, self.performance, torch.inf).amin(1, keepdim=True)
+        high = torch.where(used, self.performance, -torch.inf).amax(1, keepdim=True)
         share = (self.performance - low) / (high - low).clamp(min=1e-12)
-        bucket = torch.where(held, (share * m).long().clamp(0, m - 1), m)
+        bucket = torch.where(used, (share * m).long().clamp(0, m - 1), m)
         order = (bucket * (self.id.max() + 2) - self.id).argsort(1)
         count = torch.zeros(len(bucket), m + 1, dtype=torch.int64, device=bucket.device)
         count.scatter_add_(1, bucket, torch.ones_like(bucket))
@@ -326,8 +324,8 @@ class Solutions:
         slot = order.gather(1, first.gather(1, bucket) + nth)
         return self.at(slot), self.id.gather(1, slot)
 
-    def add(self, phi: Tensor, id: Tensor, performance: Tensor, *_: Tensor) -> None:
-        """Phi <- Phi + {phi}; the oldest of a full bucket go. phi (p, s, n); id, performance (p, s); id -1: leave it out."""
+    def add(self, phi: Tensor, id: Tensor, performance: Tensor) -> None:
+        """Phi <- Phi + {phi}; a full bucket drops its oldest. phi (p, s, n); id, performance (p, s); id -1: leave it out."""
         slot = (self.id >= 0).int().argsort(dim=1, stable=True)[:, : id.shape[1]]  # empty ones
         self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
         self.performance.scatter_(1, slot, performance)
@@ -345,7 +343,7 @@ class Solutions:
         return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Without the slots that no solution has lain in."""
+        """Without the slots that were never used."""
         used = int((self.id >= 0).any(0).nonzero().max()) + 1
         return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "performance", "id")}
 
@@ -359,24 +357,24 @@ def fitness_monotonic_execution(population: "Population", number: int) -> None:
     """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
     args, solutions = population.args, population.solutions
     if number == 0:
-        phi, parent = population.every_root()  # as nothing is known of them
+        phi, parent = population.all_roots()  # whose performance is not known yet
     else:
         draws = population.draws((args.num_parallel, 2), number, 0, dtype=torch.float64)
         phi, parent = solutions.sample(draws)  # phi ~ p(phi)
     if population.learner == "hill_climbing":
         phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
-    done = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
-    id, total, lived = population.record(number, parent, done)
+    outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
+    id, total, executions = population.record(number, parent, outcome)
     if args.performance == "execution":
-        total, lived = done.reward, torch.ones_like(done.reward)
-    performance = total / (lived * args.execution_steps)  # R(phi) / dt
+        total, executions = outcome.reward, torch.ones_like(outcome.reward)
+    performance = total / (executions * args.execution_steps)  # R(phi) / dt
     if number == 0:
-        solutions.begin(population.roots, performance)
-    solutions.add(done.phi.nan_to_num(), id, performance, done.reward)  # Phi <- Phi + {phi}
+        solutions.add_roots(population.roots, performance)
+    solutions.add(outcome.phi.nan_to_num(), id, performance)  # Phi <- Phi + {phi}
 
 
 def empty_result(args: Args, env: Env) -> dict[str, Any]:
-    """What a job is to find: phi (p, n) and id (p,) of the best solutions, the achieved means of fresh executions on the way
+    """The result of a job: phi (p, n) and id (p,) of the best solutions, the achieved means of fresh executions along the way
     (points, p), how many solutions were dropped (p,), and the history of a Population. All zero."""
     p = args.populations
     n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
@@ -400,9 +398,9 @@ class Population:
     def __init__(self, args: Args, name: str, learner: str, run: "Run"):
         self.args, self.name, self.learner, self.run = args, name, learner, run
         self.env = make_env(name, args.chunk, run.device)
-        self.live = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
+        self.step_fns = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
         self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
-        self.solutions = (SuccessStory if learner == "ssa" else Solutions)(args, self.roots)
+        self.solutions = Solutions(args, self.roots)
         self.result = empty_result(args, self.env)
         self.history = self.result["history"]
         self.history["parent"][:, : args.roots] = -1
@@ -411,7 +409,7 @@ class Population:
         self.curve = self.result["curve"]
 
     def keep(self) -> dict[str, Any]:
-        """What a checkpoint has of a job that is not finished."""
+        """The state in a checkpoint of a job that is not finished."""
         return {"solutions": self.solutions, "history": self.history, "dropped": self.dropped, "curve": self.curve}
 
     def generator(self, population: int, *numbers: int) -> torch.Generator:
@@ -429,27 +427,27 @@ class Population:
         each = (self.generator(p, *numbers) for p in range(self.args.populations))
         return torch.stack([torch.randn(shape, generator=one, device=one.device) for one in each])
 
-    def every_root(self) -> tuple[Tensor, Tensor]:
-        """All roots, (p, s, n), one after the other as often as it takes, and their ids (p, s)."""
+    def all_roots(self) -> tuple[Tensor, Tensor]:
+        """All roots, (p, s, n), repeated as often as needed, and their ids (p, s)."""
         id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
         return self.roots[:, id], id.expand(self.args.populations, -1)
 
-    def record(self, number: int, parent: Tensor, done: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+    def record(self, number: int, parent: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
         """Write a round's executions into the history. Returns (p, s) the new ids, -1 where weights are no longer finite, and
         of each lineage all reward and the number of executions."""
         history, (p, s) = self.history, parent.shape
         id = self.args.roots + number * s + torch.arange(s, device=parent.device).expand(p, s)
-        total, lived = (history[what].gather(1, parent) for what in ("reward", "depth"))
-        total, lived, root = total + done.reward, lived + 1, history["root"].gather(1, parent)
-        apart = (done.phi - self.roots.gather(1, root[..., None].expand_as(done.phi))).nan_to_num()
-        moved = [w.flatten(1).norm(dim=1).view(p, s) for w in unpack(apart.flatten(0, 1), sizes(self.args, self.env))]
-        facts = {"parent": parent, "root": root, "depth": lived, "reward": total, "achieved": done.achieved}
-        facts |= {"rates": done.rates.nan_to_num(), "moved": torch.stack(moved, -1)}
-        for what, value in facts.items():
-            history[what][:, id[0]] = value
-        finite = done.phi.isfinite().all(-1)
+        total, executions = (history[name].gather(1, parent) for name in ("reward", "depth"))
+        total, executions, root = total + outcome.reward, executions + 1, history["root"].gather(1, parent)
+        difference = (outcome.phi - self.roots.gather(1, root[..., None].expand_as(outcome.phi))).nan_to_num()
+        moved = [w.flatten(1).norm(dim=1).view(p, s) for w in unpack(difference.flatten(0, 1), sizes(self.args, self.env))]
+        values = {"parent": parent, "root": root, "depth": executions, "reward": total, "achieved": outcome.achieved}
+        values |= {"rates": outcome.rates.nan_to_num(), "moved": torch.stack(moved, -1)}
+        for name, value in values.items():
+            history[name][:, id[0]] = value
+        finite = outcome.phi.isfinite().all(-1)
         self.dropped += (~finite).sum(1)
-        return torch.where(finite, id, -1), total, lived
+        return torch.where(finite, id, -1), total, executions
 
     def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
         """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
@@ -458,131 +456,51 @@ class Population:
         draws = self.draws((args.execution_steps + 1, s, 1 + args.noise_inputs + self.env.num_draws), *numbers)
         draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
         widths = (n, 1, 1, 4 * args.layers, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
-        everything = torch.zeros(p * s, sum(widths), device=phi.device)
-        for mine in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
-            parts = execute(args, self.env, self.live[frozen], phi[mine], draws[:, mine])
-            everything[mine] = torch.cat([part.view(len(mine), -1) for part in parts], -1)
+        outputs = torch.zeros(p * s, sum(widths), device=phi.device)
+        for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
+            parts = execute(args, self.env, self.step_fns[frozen], phi[own], draws[:, own])
+            outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
         if dist.is_initialized():
-            dist.all_reduce(everything)  # each row was written by one process and is zero in the others
-        phi, reward, achieved, rates, after_swap = everything.unflatten(0, (p, s)).split(widths, -1)
+            dist.all_reduce(outputs)  # each row was written by one process and is zero in the others
+        phi, reward, achieved, rates, after_swap = outputs.unflatten(0, (p, s)).split(widths, -1)
         return Outcome(phi, reward[..., 0], achieved[..., 0], rates, after_swap)
 
     def measure(self, *numbers: int) -> Tensor:
-        """What the best solutions so far achieve in fresh executions (p, test_seeds); nothing of it goes back."""
+        """What the best solutions so far achieve in fresh executions (p, test_seeds), which change nothing."""
         phi, _ = self.solutions.best()
         return self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers).achieved
 
 
 # ======================================================================================================================
-# Baselines
-# ======================================================================================================================
-class SuccessStory:
-    """The success-story algorithm (section 7.5; Schmidhuber, Zhao and Wiering 1997), with the signature of Solutions: s
-    lineages in each of p populations, each with its own clock and a stack of checkpoints.
-
-    Before each self-modification: as long as reward per time since a checkpoint is not above what it is since the one before
-    it, the newest checkpoint is put back and taken off the stack; then one of what is there now is put onto it. Time that led
-    nowhere stays on the clock. The stack keeps its newest `depth` checkpoints, for memory's sake.
-    """
-
-    parts = ("phi", "id", "reward", "time")
-
-    def __init__(self, args: Args, roots: Tensor, depth: int = 20):
-        shape = (args.populations, args.num_parallel)
-        self.id = torch.arange(args.num_parallel, device=roots.device).expand(shape) % args.roots
-        self.phi = roots[:, self.id[0]]
-        self.reward = torch.zeros(shape, device=roots.device)
-        self.time = torch.zeros(shape, device=roots.device)
-        self.height = torch.zeros(shape, dtype=torch.int64, device=roots.device)
-        now = {what: getattr(self, what) for what in self.parts}
-        self.stack = {what: value[:, :, None].expand(-1, -1, depth, *value.shape[2:]).clone() for what, value in now.items()}
-
-    def begin(self, roots: Tensor, performance: Tensor) -> None:
-        """The roots are there from the start, and as nothing came before them, there is nothing to put onto the stack."""
-
-    def rates(self) -> Tensor:
-        """Reward per time (p, s, 1 + depth): over the whole life, then since each checkpoint; infinite where there is none."""
-        since = (self.reward[..., None] - self.stack["reward"]) / (self.time[..., None] - self.stack["time"])
-        held = torch.arange(since.shape[-1], device=since.device) < self.height[..., None]
-        return torch.cat([(self.reward / self.time)[..., None], torch.where(held, since, torch.inf)], -1)
-
-    def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """What each lineage has come to (p, s, n), its changes undone as far as they were no success, and its ids (p, s)."""
-        while True:
-            rates = self.rates()
-            undo = ~((rates[..., 1:] > rates[..., :-1]) | rates[..., 1:].isinf()).all(-1)
-            if not undo.any():
-                break
-            self.height = self.height - undo.long()
-            for what in ("phi", "id"):
-                top = self.stack[what].gather(2, self.index(self.height, what)).squeeze(2)
-                setattr(self, what, torch.where(undo if what == "id" else undo[..., None], top, getattr(self, what)))
-        depth = self.stack["id"].shape[2]
-        full = self.height == depth
-        for what, stacked in self.stack.items():
-            if full.any():
-                stacked[full] = stacked[full].roll(-1, 1)
-            now = getattr(self, what).unsqueeze(2)
-            stacked.scatter_(2, self.index(self.height, what), now)
-        self.height = (self.height + 1).clamp(max=depth)
-        return self.phi, self.id
-
-    def index(self, level: Tensor, what: str) -> Tensor:
-        """A level (p, s) of the stack, in the shape that gather and scatter want."""
-        level = level.clamp(max=self.stack["id"].shape[2] - 1)
-        return level[..., None, None].expand(-1, -1, 1, self.phi.shape[-1]) if what == "phi" else level[..., None]
-
-    def add(self, phi: Tensor, id: Tensor, performance: Tensor, reward: Tensor) -> None:
-        """Go on from phi (p, s, n), with id (p, s), -1: not from this one, after an execution with this reward (p, s)."""
-        self.phi = torch.where(id[..., None] >= 0, phi, self.phi)
-        self.id = torch.where(id >= 0, id, self.id)
-        self.reward, self.time = self.reward + reward, self.time + 1
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The lineage with the most reward per time since its last checkpoint: what it is (p, n), and its id (p,)."""
-        rates = self.rates().gather(2, self.height[..., None]).squeeze(2)
-        first = rates.argmax(1, keepdim=True)
-        return self.phi.gather(1, first[..., None].expand(-1, -1, self.phi.shape[-1]))[:, 0], self.id.gather(1, first)[:, 0]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {what: getattr(self, what).clone() for what in (*self.parts, "height")} | {"stack": self.stack}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stack = {what: value.to(self.phi.device) for what, value in state["stack"].items()}
-        for what in (*self.parts, "height"):
-            setattr(self, what, state[what].to(self.phi.device))
-
-
-# ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
-def meta_test(args: Args, found: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
-    """Fresh executions of the solutions found, as they are and with frozen weights: a network that sees its last action and
-    reward can adapt without changing a weight, so only what the frozen one lacks is due to self-modification.
+def meta_test(args: Args, results: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
+    """Fresh executions of the best solutions, as they are and with frozen weights: a network whose inputs are its last action
+    and reward can adapt without changing a weight, so only the difference to the frozen one is due to self-modification.
 
     Returns rows of results, what each population achieved, and mean rewards (p, 10) after a swap by learner.
     """
     rows, achieved, after_swap = [], {}, {}
-    for job, what in found.items():
-        parts = run.once(job, partial(measured, args, job, what, run))
+    for job, result in results.items():
+        parts = run.once(job, partial(measured, args, job, result, run))
         rows += parts[0]
         achieved |= parts[1]
         after_swap |= parts[2]
     return rows, achieved, after_swap
 
 
-def measured(args: Args, job: str, what: dict[str, Any], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
+def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
     """The three parts of meta_test for one job."""
     torch.compiler.reset()  # graphs of other jobs
     name, learner = job.split()
     tuned = with_tuned(args, name)
     population = Population(tuned, name, learner, run)
     metric = "return" if population.env.episodic else "reward_per_step"
-    points = zip(measured_rounds(tuned)[:-1], what["curve"][:-1], strict=True)
+    points = zip(measured_rounds(tuned)[:-1], result["curve"][:-1], strict=True)
     rows = [result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values) for number, values in points]
 
     achieved, after_swap = {}, {}
-    phi = what["phi"][:, None].expand(-1, args.test_seeds, -1)
+    phi = result["phi"][:, None].expand(-1, args.test_seeds, -1)
     last = rounds(tuned) * tuned.num_parallel
     for frozen in (True,) if learner == "hill_climbing" else (False, True):
         outcome = population.execute(phi, TEST, frozen=frozen)
@@ -594,8 +512,8 @@ def measured(args: Args, job: str, what: dict[str, Any], run: "Run") -> tuple[li
     return rows, achieved, after_swap
 
 
-LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing", "ssa": "success story"}
-COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "ssa", "no_reward"))}
+LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
+COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "no_reward"))}
 PARTS = ("y", "k", "q", "beta")
 
 
@@ -608,7 +526,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
-    """Figure 7.4: how soon after a swap the other arm is pulled, mean and standard deviation over populations."""
+    """Figure 7.4: rewards at the pulls after a swap, mean and standard deviation over populations."""
     rows = []
     for label, reward in after_swap.items():
         panel = "swapping_bandit" + ", then frozen" * label.endswith("_frozen")
@@ -625,17 +543,17 @@ def lineage(history: dict[str, Tensor], population: int, id: int) -> list[int]:
     return ids[::-1]
 
 
-def draw_introspection(path: Path, found: dict[str, dict[str, Any]], args: Args) -> None:
-    """How far the layers of each population's best lineage have moved from its root; how long lineages get; and the learning
-    rates beta of the best lineage of all, mean over each of its executions."""
-    jobs = [job for job in found if job.split()[1] == "fme"] or list(found)[:1]
+def draw_introspection(path: Path, results: dict[str, dict[str, Any]], args: Args) -> None:
+    """Distance of the layers of each population's best lineage from its root; lengths of lineages; and the learning rates beta
+    of the best lineage of all, mean over each of its executions."""
+    jobs = [job for job in results if job.split()[1] == "fme"] or list(results)[:1]
     figure, axes = pyplot().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
     for (moved, length, rates), job in zip(axes, jobs, strict=True):
-        history = {what: value.cpu() for what, value in found[job]["history"].items()}
+        history = {name: value.cpu() for name, value in results[job]["history"].items()}
         roots = with_tuned(args, job.split()[0]).roots
         executed = range(history["depth"].shape[1] - roots)
-        best = int(found[job]["curve"][-1].argmax())
-        for population, id in enumerate(found[job]["id"].tolist()):
+        best = int(results[job]["curve"][-1].argmax())
+        for population, id in enumerate(results[job]["id"].tolist()):
             ids, first = lineage(history, population, id), population == 0
             for layer in range(args.layers):
                 label = f"layer {layer + 1}" if first else None
@@ -855,7 +773,7 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-TEST = 2**31  # where random numbers of tests begin
+TEST = 2**31  # first number of the seeds of tests
 
 
 def rounds(args: Args) -> int:
@@ -864,25 +782,25 @@ def rounds(args: Args) -> int:
 
 
 def measured_rounds(args: Args) -> list[int]:
-    """Rounds after which the solutions found so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
+    """Rounds after which the solutions results so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
     points = [args.executions * part // 8 for part in range(1, 9)] + [1, 10, 100, 400, 1000, 10_000]
     return sorted({max(0, -(-point // args.num_parallel) - 1) for point in points if point <= args.executions})
 
 
 def with_tuned(args: Args, name: str) -> Args:
-    """Args with what is left open filled in for an environment."""
+    """Args with the values of TUNED where flags are not given."""
     args = replace(args, **{flag: value for flag, value in TUNED[name].items() if getattr(args, flag) is None})
     return replace(args, roots=args.roots or args.num_parallel)
 
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
-    """An environment whose reward per step tells solutions apart: a CartPole that pays 1 at each step would not."""
+    """An environment whose reward per step differs between solutions, unlike CartPole's of 1 at each step."""
     return envs.make(name, count, device, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
 
 
-def compiled(args: Args, env: Env, run: "Run", frozen: bool, sees_reward: bool) -> Any:
-    """A step with everything given but where it stands and its random numbers."""
-    step = partial(live, args, env, frozen, sees_reward)
+def compiled(args: Args, env: Env, run: "Run", frozen: bool, reward_input: bool) -> Any:
+    """one_step with all arguments but the carry and the random numbers."""
+    step = partial(one_step, args, env, frozen, reward_input)
     return torch.compile(step, dynamic=False) if run.compiles else step
 
 
@@ -900,26 +818,26 @@ def check(args: Args) -> None:
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
     if not jobs_of(args):
-        raise UserError("Rewards tell nothing in these environments, so that --learner no_reward is for swapping_bandit.")
+        raise UserError("Rewards are not informative in these environments; --learner no_reward is for swapping_bandit.")
 
 
 def jobs_of(args: Args) -> list[str]:
-    """An environment and a learner each: all, but no_reward only where rewards tell something."""
+    """An environment and a learner each: all, but no_reward only where rewards are informative."""
     learners = dict.fromkeys([args.learner, *args.baselines])
     changing = {name: not make_env(name, 1).stationary for name in args.envs}
     return [f"{name} {learner}" for name in changing for learner in learners if learner != "no_reward" or changing[name]]
 
 
 class Evolution:
-    """All populations of a run, one after the other: what was found, and the population that is at work."""
+    """All populations of a run, one after the other: the results of the finished ones, and the current one."""
 
     def __init__(self, args: Args, run: "Run"):
-        self.args, self.run, self.found, self.current = args, run, {}, None
+        self.args, self.run, self.results, self.current = args, run, {}, None
         self.jobs = jobs_of(args)
         lengths = [rounds(with_tuned(args, job.split()[0])) for job in self.jobs]
         self.plan = [(job, number) for job, length in zip(self.jobs, lengths, strict=True) for number in range(length)]
 
-    def begin(self, job: str) -> Population:
+    def start(self, job: str) -> Population:
         torch.compiler.reset()  # graphs of other jobs
         name, learner = job.split()
         return Population(with_tuned(self.args, name), name, learner, self.run)
@@ -929,23 +847,23 @@ class Evolution:
         for step in self.run.steps(len(self.plan), {"evolution": self}):
             job, number = self.plan[step]
             if number == 0:
-                self.current = self.begin(job)
+                self.current = self.start(job)
             population = self.current
             fitness_monotonic_execution(population, number)
             measured = measured_rounds(population.args)
             if number in measured:
-                found = population.measure(population.args.num_parallel, TEST, number)
-                population.curve[measured.index(number)] = found.mean(1)
+                fresh = population.measure(population.args.num_parallel, TEST, number)
+                population.curve[measured.index(number)] = fresh.mean(1)
             log = self.summary(job, number)
             if number == rounds(population.args) - 1:
                 phi, id = population.solutions.best()
-                self.found[job] = population.result | {"phi": phi, "id": id}
+                self.results[job] = population.result | {"phi": phi, "id": id}
                 self.current = None
             self.run.log(step, log)
 
     def summary(self, job: str, number: int) -> dict[str, Tensor]:
-        """What a line of metrics.csv says: the job by its number, executions so far, and over populations the mean of what was
-        achieved in this round and of the best achieved so far, of the longest lineage, and all solutions dropped."""
+        """A line of metrics.csv: the job by its number, executions so far, and over populations the mean of what
+        this round achieved, of the best achieved so far, of the longest lineage, and all solutions dropped."""
         population = self.current
         s, history = population.args.num_parallel, population.history
         last = population.args.roots + (number + 1) * s
@@ -955,19 +873,19 @@ class Evolution:
         return log | {"dropped": population.dropped.sum()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the finished jobs found, and the state of a job that is not finished."""
+        """Results of the finished jobs, and the state of a job that is not finished."""
         current = {"at": checkpoints.state_of(self.current.keep())} if self.current else {}
-        return {"found": self.found} | current
+        return {"results": self.results} | current
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of the jobs that the flags name; one that is not finished only where it continues."""
         for job in self.jobs:
-            if job in state["found"]:
+            if job in state["results"]:
                 name = job.split()[0]
-                self.found[job] = empty_result(with_tuned(self.args, name), make_env(name, 1, self.run.device))
-                checkpoints.restore(self.found[job], checkpoints.state_of(state["found"][job]))
+                self.results[job] = empty_result(with_tuned(self.args, name), make_env(name, 1, self.run.device))
+                checkpoints.restore(self.results[job], checkpoints.state_of(state["results"][job]))
         if self.args.resume and "at" in state:
-            self.current = self.begin(self.jobs[len(self.found)])
+            self.current = self.start(self.jobs[len(self.results)])
             checkpoints.restore(self.current.keep(), state["at"])
 
 
@@ -979,7 +897,7 @@ def main() -> None:
     evolution = Evolution(args, run)
     if args.mode == "test":
         checkpoints.restore({"evolution": evolution}, checkpoint["state"])
-        missing = ", ".join(job for job in evolution.jobs if job not in evolution.found)
+        missing = ", ".join(job for job in evolution.jobs if job not in evolution.results)
         if missing:
             raise UserError(f"{args.checkpoint} has no solutions for {missing}; choose other --envs, --learner or --baselines.")
     run.open_folder()
@@ -988,24 +906,24 @@ def main() -> None:
     if args.mode == "train":
         evolution.evolve()
     tested = time.time()
-    rows, achieved, after_swap = meta_test(args, evolution.found, run)
+    rows, achieved, after_swap = meta_test(args, evolution.results, run)
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
-    draw_introspection(run.folder / "introspection.png", evolution.found, args)
+    draw_introspection(run.folder / "introspection.png", evolution.results, args)
     if after_swap:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
-    solved = {job: solved_after(args, job, what["history"]["achieved"]) for job, what in evolution.found.items()}
+    solved = {job: solved_after(args, job, result["history"]["achieved"]) for job, result in evolution.results.items()}
     for job, executions in solved.items():
         run.info(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
-        parameters=int(next(iter(evolution.found.values()))["phi"].shape[1]),
+        parameters=int(next(iter(evolution.results.values()))["phi"].shape[1]),
         achieved=achieved,
         solved_after=solved,
-        dropped={job: int(what["dropped"].sum()) for job, what in evolution.found.items()},
-        longest_lineage={job: what["history"]["depth"].amax(1).tolist() for job, what in evolution.found.items()},
+        dropped={job: int(result["dropped"].sum()) for job, result in evolution.results.items()},
+        longest_lineage={job: result["history"]["depth"].amax(1).tolist() for job, result in evolution.results.items()},
         after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
     )
 
