@@ -1144,7 +1144,7 @@ class Run:
         files = {path.name for path in folder.iterdir()}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            raise UserError(f"{folder} holds a run: --resume it, test it with --mode test, or choose another --run-name.")
+            raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)

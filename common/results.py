@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             key = (row["task"], row["novelty"], row["learner"], row["metric"])
             ends.setdefault(key, []).append(row)
 
-    values = "mean ± standard deviation over seeds"
+    values = "mean ± standard deviation over rollouts"
     cells = [("task", "novelty", "learner", "metric", "steps", values)]
     for key, of in ends.items():
         first = of[0]

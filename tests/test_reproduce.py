@@ -337,7 +337,7 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     assert "| Fig. 1 | `V1` | reproduced | 2 vs 0 (1/1) | grows |" in status
     assert "| Fig. 2 | `V2` | earlier run |" in status
     page = (fake / "pages" / "vsml.md").read_text()
-    assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "1 minute a seed" in page
+    assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "about a minute a seed" in page
     assert all(path.read_text() == text for path, text in report.tables(reproduce.ROWS).items())
 
 

@@ -945,7 +945,7 @@ MISTAKES = {
     "--mode test --checkpoint {tmp}/unknown.pt": "unknown.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
     "--checkpoint {done}/checkpoint.pt": "need each other, and exclude --resume",
-    "--resume {done}": "holds a run: --resume it, test it with",
+    "--resume {done}": "holds a run: --resume it if it was stopped",
     "--resume {tmp}": "There is no checkpoint",
     "--resume {tmp}/foreign_run": "is a checkpoint of fme.py, not of vsml.py",
     "--run-name {done}": "is not a name",
