@@ -1,20 +1,19 @@
 """GLA: a Transformer that learns to act in its activations, distilled from the learning of many PPO agents.
 
-PPO agents learn, and everything that they do and would do is written down. A Transformer reads pieces of such a life, each
-from a policy some updates older than the one before, and predicts the next actions: it learns to learn, and as it skips
-updates, faster than PPO. Random projections of observations and actions make many tasks of few, so that it cannot rely on
-what they mean.
+PPO agents learn, and their transitions and policies are recorded. A Transformer reads chunks of such a learning history, each
+some updates later than the one before, and predicts the policies: it learns to learn, and as it skips updates, faster than PPO.
+Random projections of observations and actions make many tasks of few, so that it cannot rely on their meaning.
 
 Kirsch, "Automating AI Research" (2025), chapter 6; Kirsch, Harrison, Freeman, Sohl-Dickstein and Schmidhuber, "Towards
 General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla.md.
 
     Eq. 6.1                -> divergence, meta_loss
     Algorithm 10           -> collect (line 2), draw_projection (line 5), subsample (line 6), meta_train
-    Algorithm 11           -> live
+    Algorithm 11           -> rollout
     Section 6.2 (augment)  -> Projection
     Figures 6.3 to 6.6     -> meta_test, draw_curves
 
-    python gla.py                                                 # nine hidden goals, two of them never seen: 5 minutes
+    python gla.py                                                 # nine hidden goals, two of them new: 5 minutes
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
 
@@ -59,14 +58,14 @@ Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
 
 @dataclass
 class Args:
-    """GLA (chapter 6): collect what PPO does while it learns, distil a faster learner from it, and let it learn elsewhere."""
+    """GLA (chapter 6): record PPO while it learns, distil a faster learner from that, and let it learn elsewhere."""
 
     preset: Literal["auto", "thesis", "laptop"] = "auto"
-    """thesis: the thesis' numbers, as far as it has any; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device."""
+    """thesis: the thesis' numbers, where it has any; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device."""
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Where tensors are."""
     compile: bool = True
     """Fuse the Transformer with torch.compile on a GPU (on a CPU it takes as long as it saves)."""
     mode: Literal["train", "test"] = "train"
@@ -74,7 +73,7 @@ class Args:
     checkpoint: str | None = None
     """The checkpoint.pt to meta-test."""
     resume: str | None = None
-    """A run folder to go on with, exactly where it stopped."""
+    """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
     """Run folders are made in here."""
     run_name: str | None = None
@@ -86,41 +85,41 @@ class Args:
 
     learner: Name = "gla"
     """What learns at meta-test time. gla: a Transformer for each of --gaps; one-task: one that was distilled from the first of
-    --envs alone, as it is (Figure 6.4); ppo: fresh teachers; uniform: a player that does not learn."""
+    --envs alone, as it is (Figure 6.4); ppo: new teachers; uniform: random actions."""
     baselines: tuple[Name, ...] = ("one-task", "ppo", "uniform")
     """What else is meta-trained and meta-tested."""
 
     envs: tuple[str, ...] = ("ant",)
-    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own names, or
-    package.module:Name-v0."""
+    """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own
+    names, or package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
     """Environments to meta-test in, beside --envs (Figure 6.5)."""
 
     agents: Size = 16
     """p, PPO agents in each environment (not in the thesis)."""
-    copies: Size = 16
+    num_envs: Size = 16
     """e, copies of its environment that an agent acts in (not in the thesis)."""
     updates: Size = 500
     """u, updates of each agent (not in the thesis)."""
-    rollout: Size = 128
+    num_steps: Size = 128
     """Steps of every copy between updates (CleanRL: 128)."""
-    epochs: Size = 4
+    update_epochs: Size = 4
     """PPO: passes through a rollout (CleanRL: 4)."""
-    minibatches: Count = 4
+    num_minibatches: Count = 4
     """PPO: parts of a rollout for a step each (CleanRL: 4)."""
     ppo_lr: Positive = 2.5e-4
     """PPO: Adam's learning rate (CleanRL); falls linearly to zero."""
-    discount: Share = 0.99
+    gamma: Share = 0.99
     """PPO: gamma (CleanRL)."""
-    gae: Share = 0.95
+    gae_lambda: Share = 0.95
     """PPO: lambda of the generalised advantage estimate (CleanRL)."""
-    clip_ratio: Positive = 0.2
+    clip_coef: Positive = 0.2
     """PPO: how far probabilities may move (CleanRL)."""
-    entropy: PositiveOrZero = 0.01
+    ent_coef: PositiveOrZero = 0.01
     """PPO: weight of the entropy (CleanRL: 0.01 for choices)."""
-    value_weight: PositiveOrZero = 0.5
+    vf_coef: PositiveOrZero = 0.5
     """PPO: weight of the value's error (CleanRL)."""
-    ppo_clip: Positive = 0.5
+    max_grad_norm: Positive = 0.5
     """PPO: largest norm of the gradient (CleanRL)."""
     normalised: bool = True
     """PPO: observations and rewards are divided by their deviations so far (CleanRL, for continuous actions)."""
@@ -131,14 +130,14 @@ class Args:
     """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
     all targets are those of the last policy. one-task has the first."""
     chunk: Size = 128
-    """Steps of a chunk, at most --rollout (not in the thesis)."""
+    """Steps of a chunk, at most --num-steps (not in the thesis)."""
     chunks: Size = 8
     """Chunks of a sequence, from updates 0, g, 2 g, … (not in the thesis)."""
-    auxiliary: Literal["none", "gap", "return", "place"] = "none"
-    """eta: what the Transformer is told beside its history: the gap, the reward per step of the chunk, or where in its life it
-    is (section 6.2). At meta-test time: the gap, the best reward per step of any update of PPO, or where it is."""
-    lives: str | None = None
-    """The folder `lives` of an earlier run with the same PPO, whose trajectories are read instead of collected."""
+    auxiliary: Literal["none", "gap", "return", "progress"] = "none"
+    """eta, an input beside the history (section 6.2): the gap, the reward per step of the chunk, or the position in the
+    sequence from 0 to 1. At meta-test time: the gap, the best reward per step of any update of PPO, or the position."""
+    trajectories: str | None = None
+    """The folder `trajectories` of an earlier run with the same PPO, to be read instead of collected."""
     projected: bool = True
     """Augment: random linear projections of observations and actions, another one for each sequence (section 6.2)."""
     obs_size: Size = 64
@@ -171,13 +170,13 @@ LAPTOP = dict(
     envs=tuple(f"hidden_goal:{goal}" for goal in (0, 2, 3, 4, 5, 6, 7)),
     test_envs=("hidden_goal:1", "hidden_goal:8"),  # a side and a corner
     agents=128,
-    copies=6,  # learns in eight gaps what a student can tell apart (see its results page)
+    num_envs=6,  # learns in eight gaps what a student can distinguish (see the results page)
     updates=64,
-    rollout=16,
-    epochs=1,  # learns over all of eight gaps
-    minibatches=1,
+    num_steps=16,
+    update_epochs=1,  # learns over all of eight gaps
+    num_minibatches=1,
     ppo_lr=2e-2,  # small networks
-    entropy=0.0,
+    ent_coef=0.0,
     normalised=False,  # goals are one-hot, rewards 0 or 1
     ppo_hidden=16,
     gaps=(0, 8, 1),
@@ -186,7 +185,7 @@ LAPTOP = dict(
     layers=2,
     heads=4,
     meta_steps=2_200,  # four minutes
-    batch=14,  # many small steps teach more than few large ones (see its results page)
+    batch=14,  # many small steps are better than few large ones (see the results page)
     lr=1e-3,  # few steps
     obs_size=16,
     action_size=4,
@@ -199,7 +198,7 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # The learner
 # ======================================================================================================================
 class Block(nn.Module):
-    """Attention to what came before and an MLP, both behind layer normalisation."""
+    """Causal attention and an MLP, both behind layer normalisation."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -221,7 +220,7 @@ class Block(nn.Module):
 
 class GLA(nn.Module):
     """pi_theta of Eq. 6.1 (Figure 6.2). A token is the transition before (observation, action, reward, end), the observation
-    that it led to, and eta. It answers with a projected action and the logarithm of a deviation."""
+    that it led to, and eta. Outputs are a projected action and the logarithm of a deviation."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -230,7 +229,7 @@ class GLA(nn.Module):
         self.position = nn.Parameter(torch.zeros(self.context, args.width))
         self.blocks = nn.ModuleList(Block(args.width, args.heads) for _ in range(args.layers))
         self.norm, self.head = nn.LayerNorm(args.width), nn.Linear(args.width, args.action_size + 1)
-        self.register_buffer("best", torch.zeros(()))  # reward per step that PPO came to
+        self.register_buffer("best", torch.zeros(()))  # the highest reward per step of PPO
 
     def forward(self, token: Tensor, cache: list[Tensor] | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """token (s, t, n). Returns projected actions (s, t, b'), log deviations (s, t), and keys and values to keep."""
@@ -245,14 +244,14 @@ class GLA(nn.Module):
 
 
 class Projection(NamedTuple):
-    """How a task looks: observations (s, a, obs_size) and actions (s, b, action_size) (section 6.2).
+    """The projections of a task: observations (s, a, obs_size) and actions (s, b, action_size) (section 6.2).
 
-    An action a, or a choice as a one-hot vector, is seen as a P, with P of orthonormal rows; the Transformer answers with y in
-    the projected space. A policy there, a normal distribution N(y, sigma^2 I), is one of native actions too: as P P^T = I, the
+    An action a, or a choice as a one-hot vector, is a P to the Transformer, with P of orthonormal rows; its output y is in the
+    projected space. A policy there, a normal distribution N(y, sigma^2 I), is one of native actions too: as P P^T = I, the
     part of it that lies in the rows of P is N(y P^T, sigma^2 I), whatever happens elsewhere, where actions have no effect. So
     recorded and predicted policies are compared in the native space, as normal distributions of mean y P^T. For choices, y P^T
-    are the logits: each choice has a direction, and its logit is how far y points there. Rows are drawn anew for each sequence,
-    so what a direction does can only be found out; those of choices are rows of the identity, which are learned soonest.
+    are the logits: each choice has a direction, and its logit is the component of y along it. Rows are drawn for each sequence,
+    so the effect of a direction has to be learned in it; those of choices are rows of the identity, which are learned soonest.
     """
 
     obs: Tensor
@@ -307,8 +306,8 @@ def kl(p: Policy, q: Policy) -> Tensor:
     if p.log_std is None:
         log_p, log_q = p.mean.log_softmax(-1), q.mean.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    spread = (2 * (p.log_std - q.log_std)).exp()
-    return (q.log_std - p.log_std + (spread + (p.mean - q.mean) ** 2 * (-2 * q.log_std).exp() - 1) / 2).sum(-1)
+    ratio = (2 * (p.log_std - q.log_std)).exp()  # of the variances
+    return (q.log_std - p.log_std + (ratio + (p.mean - q.mean) ** 2 * (-2 * q.log_std).exp() - 1) / 2).sum(-1)
 
 
 def divergence(p: Policy, q: Policy) -> Tensor:
@@ -317,24 +316,21 @@ def divergence(p: Policy, q: Policy) -> Tensor:
 
 
 def native(action: Tensor, log_std: Tensor, projection: Projection, discrete: bool) -> Policy:
-    """The policy that a Transformer's answer is in its environment; see Projection. action (s, t, b'), log_std (s, t)."""
+    """The policy of a Transformer's output in its environment; see Projection. action (s, t, b'), log_std (s, t)."""
     mean = action @ projection.action.mT
     return Policy(mean, None if discrete else log_std[..., None].expand_as(mean))
 
 
 def tokens(args: Args, projection: Projection, steps: "Steps", eta: Tensor) -> Tensor:
-    """What the Transformer reads at each step (s, t, n). steps (s, t, ...): the last action and its reward are not read."""
+    """The Transformer's inputs at each step (s, t, n). steps (s, t, ...): the last action and its reward are not among them."""
     obs = steps.obs @ projection.obs
-    action = steps.action @ projection.action  # as one-hot where it was a choice
+    action = steps.action @ projection.action  # choices as one-hot vectors
     before = torch.cat([obs, action, steps.reward[..., None], steps.ended[..., None]], -1)
     return torch.cat([F.pad(before[:, :-1], (0, 0, 1, 0)), obs, eta[..., None]], -1)
 
 
-# ======================================================================================================================
-# The teacher
-# ======================================================================================================================
 class Steps(NamedTuple):
-    """Steps that somebody took, in order (..., t, ...)."""
+    """Transitions in order (..., t, ...)."""
 
     obs: Tensor  # (..., t, a), before
     action: Tensor  # (..., t, b), one-hot where it was a choice
@@ -361,6 +357,129 @@ class Trajectories(NamedTuple):
         return Trajectories(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
 
 
+# ======================================================================================================================
+# The inner loop
+# ======================================================================================================================
+def rollout(
+    args: Args, gap: int, model: GLA, env: Env, projection: Projection, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
+    Returns rewards (s, t). Beyond its positions the Transformer drops the older half of its history."""
+    s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
+    draw = partial(torch.rand, s, generator=generator, device=env.device)
+    world, obs = env.reset(draw(env.lifetime_draws))
+    action, reward, ended = torch.zeros(s, b, device=env.device), *torch.zeros(2, s, device=env.device)
+    last_obs, cache, history, rewards = torch.zeros_like(obs), None, [], []
+    for step in range(steps):
+        before = torch.cat([(last_obs[:, None] @ projection.obs)[:, 0], (action[:, None] @ projection.action)[:, 0]], -1)
+        eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
+        token = torch.cat([before, reward[:, None], ended[:, None], (obs[:, None] @ projection.obs)[:, 0], eta], -1)
+        history.append(token)
+        if len(history) > model.context:
+            history, cache = history[-(model.context // 2) :], None
+        inputs = torch.stack(history, 1) if cache is None else token[:, None]
+        output, log_std, cache = model(inputs, cache)
+        policy = native(output[:, -1:], log_std[:, -1:], projection, discrete)
+        policy = Policy(*(x[:, 0] if x is not None else None for x in policy))
+        normal = torch.randn(s, b, generator=generator, device=env.device)
+        chosen = policy.sample(draw(1), normal)
+        world, result = env.step(world, chosen, draw(env.num_draws))
+        last_obs, obs = obs, result.obs
+        action = F.one_hot(chosen, b).float() if discrete else chosen
+        reward, ended = result.reward, (result.terminated | result.truncated).float()
+        rewards.append(reward)
+    return torch.stack(rewards, 1)
+
+
+def auxiliary(args: Args, gap: int, model: "GLA", progress: Tensor, reward: Tensor | None = None) -> Tensor:
+    """eta (section 6.2), which says how much better the policy should get. progress: from 0 to 1 in a sequence; reward: per
+    step, of the chunk, in meta-training."""
+    if args.auxiliary == "progress":
+        return progress
+    if args.auxiliary == "return":
+        return model.best.expand_as(progress) if reward is None else reward.expand_as(progress)
+    return torch.full_like(progress, gap / 10 if args.auxiliary == "gap" else 0.0)
+
+
+# ======================================================================================================================
+# The outer loop
+# ======================================================================================================================
+def subsample(
+    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
+) -> tuple[Steps, Policy]:
+    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' trajectories, one after the other, and the
+    policies to be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy
+    is the last one in all of them."""
+    p, u, t = trajectories.steps.reward.shape
+    agent = torch.randint(p, (count, 1, 1), device=trajectories.curve.device)[own]
+    start = torch.randint(t - args.chunk + 1, (count, args.chunks, 1), device=agent.device)[own]
+    update = (max(gap, 1) * torch.arange(args.chunks, device=agent.device)).clamp(max=u - 1)[None, :, None]
+    index = agent, update, start + torch.arange(args.chunk, device=agent.device)
+    policy = trajectories.policy(gap == 0, discrete, index)
+    steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
+    return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy))
+
+
+def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, Steps, Policy]]) -> Tensor:
+    """Minus J of Eq. 6.1, per step (t,): all chunks are predicted from those before. tasks: of each environment the projections
+    and sequences (s, t, ...), and the policies to be predicted."""
+    inputs = []
+    for projection, steps, _ in tasks:
+        progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
+        reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
+        inputs.append(tokens(args, projection, steps, auxiliary(args, gap, model, progress, reward)))
+
+    sizes = [len(token) for token in inputs]
+    outputs = zip(*(x.split(sizes) for x in model(torch.cat(inputs))[:2]), tasks, strict=True)
+    losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p) in outputs]
+    return torch.cat(losses).mean(0)
+
+
+class Student(NamedTuple):
+    """A Transformer, its gap, the environments whose teachers it learns from, and flags of its own."""
+
+    model: GLA
+    gap: int
+    envs: tuple[str, ...]
+    args: Args
+
+
+def meta_train(
+    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run", keep: dict[str, Any]
+) -> None:
+    """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
+    adam = keep["adam"]
+    in_envs = {name: make_env(name, 1, run.device) for name in trajectories}
+    fuse = partial(torch.compile, dynamic=False) if run.compiles and run.device.type == "cuda" else lambda model: model
+    fused = {name: fuse(student.model) for name, student in students.items()}
+    for step in run.steps(args.meta_steps, keep):
+        metrics = {}
+        for name, (model, gap, names, own_args) in students.items():
+            if step == 0:
+                model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in names))
+            tasks = []
+            ids = args.batch * step + torch.arange(args.batch, device=run.device)
+            for env_name, env_ids in zip(names, ids.tensor_split(len(names)), strict=True):
+                own = share(len(env_ids)).to(run.device)
+                projection = draw_projection(own_args, in_envs[env_name], env_ids[own])  # line 5
+                discrete = in_envs[env_name].num_actions is not None
+                batch = subsample(args, gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
+                tasks.append((projection, *batch))
+
+            loss = meta_loss(args, gap, fused[name], tasks).mean()
+            adam[name].zero_grad()
+            loss.backward()
+            average_gradients(model)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
+            adam[name].step()  # line 7
+            metrics[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
+        run.log(step, metrics)
+
+
+# ======================================================================================================================
+# The teacher: PPO
+# ======================================================================================================================
 class Teacher:
     """Networks of p PPO agents, every parameter with p as its first axis: two hidden layers of tanh for the policy, two for the
     value (CleanRL)."""
@@ -368,7 +487,7 @@ class Teacher:
     def __init__(self, args: Args, env: Env, generator: torch.Generator):
         self.discrete, self.b = env.num_actions is not None, env.num_actions or env.action_size
         n, p = args.ppo_hidden, args.agents
-        self.obs_moments, self.return_moments = (no_moments(p, size, env.device) for size in (env.obs_size, 1))
+        self.obs_moments, self.return_moments = (init_moments(p, size, env.device) for size in (env.obs_size, 1))
         sizes = {"policy": ((env.obs_size, n, n, self.b), 0.01), "value": ((env.obs_size, n, n, 1), 1.0)}
         self.params = {}
         for name, (widths, last) in sizes.items():
@@ -396,19 +515,19 @@ class Teacher:
         return Policy(mean, None if self.discrete else log_std.expand_as(mean))
 
 
-def no_moments(p: int, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Mean, variance and count of nothing, for each agent."""
+def init_moments(p: int, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Mean, variance and count before any data, for each agent."""
     mean = torch.zeros(p, 1, size, device=device)
     return {"mean": mean, "var": torch.ones_like(mean), "count": torch.full((), 1e-4, device=device)}
 
 
 def update_moments(moments: dict[str, Tensor], x: Tensor) -> None:
-    """Take in x (p, e, n), in place (Chan et al. 1979)."""
-    e, off = x.shape[1], x.mean(1, keepdim=True) - moments["mean"]
+    """Add x (p, e, n) to the moments, in place (Chan et al. 1979)."""
+    e, delta = x.shape[1], x.mean(1, keepdim=True) - moments["mean"]
     total = moments["count"] + e
     squares = moments["var"] * moments["count"] + x.var(1, unbiased=False, keepdim=True) * e
-    moments["var"].copy_((squares + off**2 * moments["count"] * e / total) / total)
-    moments["mean"] += off * e / total
+    moments["var"].copy_((squares + delta**2 * moments["count"] * e / total) / total)
+    moments["mean"] += delta * e / total
     moments["count"] += e
 
 
@@ -421,11 +540,11 @@ def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
 def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
     """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details.
 
-    The trajectories of each agent's first copy are kept. With a `path` they are also written there, now and then and at the
-    end, and a collection that was cut off continues from there; an environment of gymnasium's starts a new episode then.
+    The trajectories of each agent's first copy are kept. With a `path` they are also written there, once a minute and at the
+    end, and a collection that was cut off continues from there; an environment of gymnasium's is reset then.
     Raises UserError if what is at `path` is damaged, or if a number is not finite.
     """
-    p, e, t = args.agents, args.copies, args.rollout
+    p, e, t = args.agents, args.num_envs, args.num_steps
     env = make_env(name, p * e, device)
     teacher = Teacher(args, env, torch.default_generator)
     adam = torch.optim.Adam(teacher.params.values(), args.ppo_lr, eps=1e-5)
@@ -450,22 +569,22 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
             store_collection(args, name, path, keep, update)
             stored = time.time()
         adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
-        world, obs, told, before, earned = roll_out(args, teacher, env, world, obs, returns)
-        advantage, value = advantages(args, teacher, told)
-        log_before = before.log_prob(told["action"])
-        data = [told["seen"], told["action"], log_before, advantage, value, value + advantage]
-        for _ in range(args.epochs):
-            for part in torch.randperm(e * t, device=device).chunk(args.minibatches):
-                teach(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in data))
-        action = F.one_hot(told["action"], teacher.b).float() if teacher.discrete else told["action"]
-        keep_first(trajectories.steps, update, (earned["obs"], action, earned["reward"], told["ended"]))
-        keep_first((trajectories.mean, trajectories.log_std), update, before)
-        trajectories.curve[:, update] = earned["reward"].mean((1, 2))
+        world, obs, data, before, raw = collect_rollout(args, teacher, env, world, obs, returns)
+        advantage, value = advantages(args, teacher, data)
+        log_before = before.log_prob(data["action"])
+        batch = [data["obs"], data["action"], log_before, advantage, value, value + advantage]
+        for _ in range(args.update_epochs):
+            for part in torch.randperm(e * t, device=device).chunk(args.num_minibatches):
+                ppo_step(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in batch))
+        action = F.one_hot(data["action"], teacher.b).float() if teacher.discrete else data["action"]
+        store_first(trajectories.steps, update, (raw["obs"], action, raw["reward"], data["ended"]))
+        store_first((trajectories.mean, trajectories.log_std), update, before)
+        trajectories.curve[:, update] = raw["reward"].mean((1, 2))
         bar(1)
     for update in range(args.updates if first < args.updates else 0):
         with torch.no_grad():
-            last = teacher.policy(see(args, teacher, trajectories.steps.obs[:, update, None].to(device)))
-        keep_first((trajectories.last_mean, trajectories.last_log_std), update, last)
+            last = teacher.policy(normalised_obs(args, teacher, trajectories.steps.obs[:, update, None].to(device)))
+        store_first((trajectories.last_mean, trajectories.last_log_std), update, last)
     if path and first < args.updates:
         store_collection(args, name, path, keep, args.updates)
     env.close()
@@ -473,62 +592,64 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
 
 
 @torch.no_grad()
-def roll_out(
+def collect_rollout(
     args: Args, teacher: Teacher, env: Env, world: envs.State, obs: Tensor, returns: Tensor
 ) -> tuple[envs.State, Tensor, dict[str, Tensor], Policy, dict[str, Tensor]]:
-    """Steps of every agent in all its copies until the next update. Returns where they are then, what PPO is told (p, e, t,
-    ...), the policies that acted, and observations and rewards as they were. Changes moments and returns (p, e, 1) in place."""
-    told, policies, earned = [], [], []
-    for _ in range(args.rollout):
-        native_obs = obs.unflatten(0, (args.agents, args.copies))
+    """Steps of every agent in all its environments until the next update. Returns their states, PPO's data (p, e, t, ...), the
+    policies that acted, and observations and rewards without normalisation. Changes moments and returns (p, e, 1) in place."""
+    data, policies, raw = [], [], []
+    for _ in range(args.num_steps):
+        native_obs = obs.unflatten(0, (args.agents, args.num_envs))
         if args.normalised:
             update_moments(teacher.obs_moments, native_obs)
-        seen = see(args, teacher, native_obs)
-        policy, shape = teacher.policy(seen), seen.shape[:2]
+        normal_obs = normalised_obs(args, teacher, native_obs)
+        policy, shape = teacher.policy(normal_obs), normal_obs.shape[:2]
         action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, teacher.b, device=obs.device))
         world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        last_obs, ended, obs = see(args, teacher, step.final_obs.unflatten(0, shape)), terminated + truncated, step.obs
-        earned.append({"obs": native_obs, "reward": reward})
+        final_obs = normalised_obs(args, teacher, step.final_obs.unflatten(0, shape))
+        ended = terminated + truncated
+        obs = step.obs
+        raw.append({"obs": native_obs, "reward": reward})
         if args.normalised:
-            returns.copy_(args.discount * returns + reward[..., None])
+            returns.copy_(args.gamma * returns + reward[..., None])
             update_moments(teacher.return_moments, returns)
             reward = standardise(teacher.return_moments, reward[..., None], centred=False)[..., 0]
             returns *= 1 - ended[..., None]
-        what = {"seen": seen, "action": action, "reward": reward, "terminated": terminated, "ended": ended}
-        told.append(what | {"last_seen": last_obs})
+        transition = {"obs": normal_obs, "action": action, "reward": reward, "terminated": terminated, "ended": ended}
+        data.append(transition | {"final_obs": final_obs})
         policies.append(policy)
-    told, earned = ({name: torch.stack([x[name] for x in steps], 2) for name in steps[0]} for steps in (told, earned))
+    data, raw = ({name: torch.stack([x[name] for x in steps], 2) for name in steps[0]} for steps in (data, raw))
     acted = Policy(*(torch.stack(x, 2) if x[0] is not None else None for x in zip(*policies, strict=True)))
-    return world, obs, told, acted, earned
+    return world, obs, data, acted, raw
 
 
 @torch.no_grad()
-def advantages(args: Args, teacher: Teacher, told: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def advantages(args: Args, teacher: Teacher, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates (Schulman et al. 2016) and values (p, e, t). Time limits bootstrap."""
-    value, next_value = teacher.net("value", told["seen"])[..., 0], teacher.net("value", told["last_seen"])[..., 0]
-    delta = told["reward"] + args.discount * (1 - told["terminated"]) * next_value - value
+    value, next_value = teacher.net("value", data["obs"])[..., 0], teacher.net("value", data["final_obs"])[..., 0]
+    delta = data["reward"] + args.gamma * (1 - data["terminated"]) * next_value - value
     advantage, after = torch.zeros_like(value), 0
-    for k in reversed(range(args.rollout)):
-        after = delta[:, :, k] + args.discount * args.gae * (1 - told["ended"][:, :, k]) * after
+    for k in reversed(range(args.num_steps)):
+        after = delta[:, :, k] + args.gamma * args.gae_lambda * (1 - data["ended"][:, :, k]) * after
         advantage[:, :, k] = after
     return advantage, value
 
 
 @torch.no_grad()
-def keep_first(trajectories: Iterable[Tensor], update: int, told: Iterable[Tensor | None]) -> None:
-    """Of what is told (p, e, t, ...), where it is, write down the first copy's (p, u, t, ...)."""
-    for kept, x in zip(trajectories, told, strict=True):
+def store_first(trajectories: Iterable[Tensor], update: int, data: Iterable[Tensor | None]) -> None:
+    """Store the first copy's part of data (p, e, t, ...), where there is any, in trajectories (p, u, t, ...)."""
+    for kept, x in zip(trajectories, data, strict=True):
         if x is not None:
             kept[:, update] = x[:, 0]
 
 
-def see(args: Args, teacher: Teacher, obs: Tensor) -> Tensor:
-    """Observations (p, ..., a) as PPO is shown them."""
+def normalised_obs(args: Args, teacher: Teacher, obs: Tensor) -> Tensor:
+    """PPO's observations (p, ..., a)."""
     return standardise(teacher.obs_moments, obs, centred=True) if args.normalised else obs
 
 
-def teach(
+def ppo_step(
     args: Args, teacher: Teacher, adam: torch.optim.Optimizer, obs: Tensor, action: Tensor, log_before: Tensor,
     advantage: Tensor, value: Tensor, target: Tensor,
 ) -> None:  # fmt: skip
@@ -536,131 +657,18 @@ def teach(
     policy, new_value = teacher.policy(obs), teacher.net("value", obs)[..., 0]
     ratio = (policy.log_prob(action) - log_before).exp()
     advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
-    near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
-    near_value = value + (new_value - value).clamp(-args.clip_ratio, args.clip_ratio)
+    near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    near_value = value + (new_value - value).clamp(-args.clip_coef, args.clip_coef)
     error = torch.maximum((new_value - target) ** 2, (near_value - target) ** 2) / 2
-    loss = -torch.minimum(ratio * advantage, near * advantage) + args.value_weight * error - args.entropy * policy.entropy()
+    loss = -torch.minimum(ratio * advantage, near * advantage) + args.vf_coef * error - args.ent_coef * policy.entropy()
     adam.zero_grad()
     loss.mean(1).sum().backward()
     grads = [x.grad for x in teacher.params.values() if x.grad is not None]
     norm = sum((g**2).flatten(1).sum(1) for g in grads).sqrt()  # of each agent
-    scale = (args.ppo_clip / (norm + 1e-6)).clamp(max=1)
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
     for g in grads:
         g *= scale[:, None, None]
     adam.step()
-
-
-# ======================================================================================================================
-# The inner loop
-# ======================================================================================================================
-def live(args: Args, gap: int, model: GLA, env: Env, projection: Projection, steps: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
-    Returns rewards (s, t). Beyond its positions the Transformer forgets the older half of what it has read."""
-    s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
-    draw = partial(torch.rand, s, generator=generator, device=env.device)
-    world, obs = env.reset(draw(env.lifetime_draws))
-    action, reward, ended = torch.zeros(s, b, device=env.device), *torch.zeros(2, s, device=env.device)
-    last_obs, cache, history, rewards = torch.zeros_like(obs), None, [], []
-    for step in range(steps):
-        before = torch.cat([(last_obs[:, None] @ projection.obs)[:, 0], (action[:, None] @ projection.action)[:, 0]], -1)
-        eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
-        token = torch.cat([before, reward[:, None], ended[:, None], (obs[:, None] @ projection.obs)[:, 0], eta], -1)
-        history.append(token)
-        if len(history) > model.context:
-            history, cache = history[-(model.context // 2) :], None
-        read = torch.stack(history, 1) if cache is None else token[:, None]
-        answer, log_std, cache = model(read, cache)
-        policy = native(answer[:, -1:], log_std[:, -1:], projection, discrete)
-        policy = Policy(*(x[:, 0] if x is not None else None for x in policy))
-        normal = torch.randn(s, b, generator=generator, device=env.device)
-        chosen = policy.sample(draw(1), normal)
-        world, what = env.step(world, chosen, draw(env.num_draws))
-        last_obs, obs = obs, what.obs
-        action = F.one_hot(chosen, b).float() if discrete else chosen
-        reward, ended = what.reward, (what.terminated | what.truncated).float()
-        rewards.append(reward)
-    return torch.stack(rewards, 1)
-
-
-def auxiliary(args: Args, gap: int, model: "GLA", place: Tensor, reward: Tensor | None = None) -> Tensor:
-    """eta (section 6.2), what the Transformer is told of how much better it should get. place: from 0 to 1 in a life; reward:
-    per step, of the chunk, in meta-training."""
-    if args.auxiliary == "place":
-        return place
-    if args.auxiliary == "return":
-        return model.best.expand_as(place) if reward is None else reward.expand_as(place)
-    return torch.full_like(place, gap / 10 if args.auxiliary == "gap" else 0.0)
-
-
-# ======================================================================================================================
-# The outer loop
-# ======================================================================================================================
-def subsample(
-    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
-) -> tuple[Steps, Policy]:
-    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' trajectories, one after the other, and the
-    policies to be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy
-    is the last one in all of them."""
-    p, u, t = trajectories.steps.reward.shape
-    agent = torch.randint(p, (count, 1, 1), device=trajectories.curve.device)[own]
-    start = torch.randint(t - args.chunk + 1, (count, args.chunks, 1), device=agent.device)[own]
-    update = (max(gap, 1) * torch.arange(args.chunks, device=agent.device)).clamp(max=u - 1)[None, :, None]
-    index = agent, update, start + torch.arange(args.chunk, device=agent.device)
-    policy = trajectories.policy(gap == 0, discrete, index)
-    steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
-    return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy))
-
-
-def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, Steps, Policy]]) -> Tensor:
-    """Minus J of Eq. 6.1, per step (t,): all chunks are predicted from what came before. tasks: of each environment sequences
-    (s, t, ...), how they are to look, and the policies to be predicted."""
-    read = []
-    for projection, steps, _ in tasks:
-        place = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
-        reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
-        read.append(tokens(args, projection, steps, auxiliary(args, gap, model, place, reward)))
-    sizes = [len(token) for token in read]
-    answers = zip(*(x.split(sizes) for x in model(torch.cat(read))[:2]), tasks, strict=True)
-    losses = [divergence(p, native(y, log_std, look, p.log_std is None)) for y, log_std, (look, _, p) in answers]
-    return torch.cat(losses).mean(0)
-
-
-class Student(NamedTuple):
-    """A Transformer, the gap that it learns to bridge, the environments whose teachers it learns from, and flags of its own."""
-
-    model: GLA
-    gap: int
-    envs: tuple[str, ...]
-    args: Args
-
-
-def meta_train(
-    args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run", keep: dict[str, Any]
-) -> None:
-    """Algorithm 10, for students side by side. Changes their models in place. keep: these, and their optimisers."""
-    adam, places = keep["adam"], {name: make_env(name, 1, run.device) for name in trajectories}
-    fuse = partial(torch.compile, dynamic=False) if run.compiles and run.device.type == "cuda" else lambda model: model
-    fused = {name: fuse(student.model) for name, student in students.items()}
-    for step in run.steps(args.meta_steps, keep):
-        log = {}
-        for name, (model, gap, names, own_args) in students.items():
-            if step == 0:
-                model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in names))
-            tasks, ids = [], args.batch * step + torch.arange(args.batch, device=run.device)
-            for place, these in zip(names, ids.tensor_split(len(names)), strict=True):
-                own = share(len(these)).to(run.device)
-                projection = draw_projection(own_args, places[place], these[own])  # line 5
-                discrete = places[place].num_actions is not None
-                tasks.append((projection, *subsample(args, gap, trajectories[place], discrete, len(these), own)))  # line 6
-            loss = meta_loss(args, gap, fused[name], tasks).mean()
-            adam[name].zero_grad()
-            loss.backward()
-            average_gradients(model)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
-            adam[name].step()  # line 7
-            log[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
-        run.log(step, log)
 
 
 # ======================================================================================================================
@@ -689,18 +697,18 @@ def meta_test(
     return rows
 
 
-UNSEEN = 2**40  # ids of projections that meta-training never comes to
+UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 
 
 @torch.no_grad()
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
-    """Reward per step since the last point, of rollouts with projections that meta-training never sees. No student: random
-    actions. number: of the task, which decides what is random."""
+    """Reward per step since the last point, of rollouts with new projections. No student: random actions. number: of the
+    task, a part of the seed."""
     steps = args.test_steps or args.chunks * args.chunk
     if student:
         projection = draw_projection(student.args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
         generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
-        rewards = live(args, student.gap, student.model, env, projection, steps, generator)
+        rewards = rollout(args, student.gap, student.model, env, projection, steps, generator)
     else:
         rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(number))
 
@@ -712,18 +720,18 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 def ppo_rows(
     args: Args, task: str, number: int, trajectories: Trajectories | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over --agents agents. No trajectories: they learn now."""
+    """Reward per step at each update of PPO, over --agents agents. No trajectories: they are collected now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
     if trajectories is None:
         with tqdm(total=args.updates, desc=f"PPO in {task}") as bar:
             trajectories = collect(args, task, device, bar.update)
     row = partial(result_row, "ppo", task, novelty(args, task), "reward_per_step")
-    steps = args.rollout * args.copies
+    steps = args.num_steps * args.num_envs
     return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.updates)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
-    """How new a task is. A student knows it only if it learned from teachers in it, and without projections."""
+    """How new a task is. It is known to a student only from teachers in it, and without projections."""
     if task not in args.envs:
         return "task" if base(task) in map(base, args.envs) else "domain"
     return "task" if student and (student.args.projected or task not in student.envs) else "none"
@@ -983,14 +991,14 @@ def check(args: Args, world: int) -> None:
         raise UserError("--gaps needs at least one number, and each of them once.")
     if args.chunks * args.chunk == 1:
         raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
-    if args.chunk > args.rollout:
-        raise UserError(f"--chunk {args.chunk} is longer than --rollout {args.rollout}, what PPO does between updates.")
-    steps = args.rollout * args.copies
-    size = -(-steps // args.minibatches)
+    if args.chunk > args.num_steps:
+        raise UserError(f"--chunk {args.chunk} is longer than --num-steps {args.num_steps} between PPO's updates.")
+    steps = args.num_steps * args.num_envs
+    size = -(-steps // args.num_minibatches)
     if size < 2 or steps % size == 1:
-        raise UserError(f"--minibatches {args.minibatches} leaves a single step of {steps} in one of them; choose fewer.")
+        raise UserError(f"--num-minibatches {args.num_minibatches} leaves one step of {steps} in one of them; choose fewer.")
     context = args.chunks * args.chunk
-    numbers = [args.agents * steps, args.agents * args.updates * args.rollout, args.agents * args.ppo_hidden**2]
+    numbers = [args.agents * steps, args.agents * args.updates * args.num_steps, args.agents * args.ppo_hidden**2]
     numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
     if max(numbers) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
@@ -1015,7 +1023,7 @@ def check(args: Args, world: int) -> None:
 
 
 def share(count: int) -> Tensor:
-    """Which of as many sequences this process has."""
+    """The sequences, of `count`, of this process."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return torch.arange(count)[rank::world]
 
@@ -1030,14 +1038,14 @@ def average_gradients(model: nn.Module) -> None:
 
 
 STORE_EVERY = 60  # seconds between files of a collection
-COLLECTED = ("agents", "copies", "updates", "rollout", "epochs", "minibatches", "ppo_lr", "discount", "gae")
-COLLECTED += ("clip_ratio", "entropy", "value_weight", "ppo_clip", "ppo_hidden", "normalised")  # decide the trajectories
+COLLECTED = ("agents", "num_envs", "updates", "num_steps", "update_epochs", "num_minibatches", "ppo_lr", "gamma", "gae_lambda")
+COLLECTED += ("clip_coef", "ent_coef", "vf_coef", "max_grad_norm", "ppo_hidden", "normalised")  # decide the trajectories
 
 
 def empty_trajectories(args: Args, name: str) -> Trajectories:
-    """Zeros for what is collected in an environment, on the CPU."""
+    """Zeros for the trajectories in an environment, on the CPU."""
     env = make_env(name, 1)
-    steps = (args.agents, args.updates, args.rollout)
+    steps = (args.agents, args.updates, args.num_steps)
     obs = torch.zeros(*steps, env.obs_size)
     action = [torch.zeros(*steps, env.num_actions or env.action_size) for _ in range(5)]
     return Trajectories(Steps(obs, action[0], torch.zeros(steps), torch.zeros(steps)), *action[1:], torch.zeros(steps[:2]))
@@ -1048,7 +1056,7 @@ def collection_file(folder: Path, name: str) -> Path:
 
 
 def store_collection(args: Args, name: str, path: Path, keep: dict[str, Any], updates: int) -> None:
-    """Write what was collected in so many updates, and everything that is needed to continue. Raises UserError at NaN."""
+    """Write the trajectories of so many updates, and everything that is needed to continue. Raises UserError at NaN."""
     state = checkpoints.state_of(keep)
     if part := checkpoints.first_not_finite(state):
         raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --ppo-lr.")
@@ -1079,14 +1087,14 @@ def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[st
     for name in args.envs:
         path = collection_file(folder, name)
         if not path.is_file():
-            raise UserError(f"There is no {path}; give --lives the folder `lives` of a run with these --envs.")
+            raise UserError(f"There is no {path}; give --trajectories the folder `trajectories` of a run with these --envs.")
         saved = read_collection(path)
         for flag in COLLECTED:
             if saved["flags"].get(flag) != getattr(args, flag):
                 words = f"--{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {getattr(args, flag)}"
                 raise UserError(f"The trajectories in {path} were collected with {words}.")
         if saved["updates"] != args.updates:
-            raise UserError(f"The trajectories in {path} are not complete; leave out --lives to collect them.")
+            raise UserError(f"The trajectories in {path} are not complete; leave out --trajectories to collect them.")
         trajectories = empty_trajectories(args, name)
         checkpoints.restore({"trajectories": trajectories}, saved["state"])
         read[name] = trajectories.to(device)
@@ -1095,7 +1103,7 @@ def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[st
 
 def collect_all(args: Args, run: Run) -> dict[str, Trajectories]:
     """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
-    folder = run.folder / "lives"
+    folder = run.folder / "trajectories"
     folder.mkdir(exist_ok=True)
     run.info(f"Collecting trajectories of {args.agents} PPO agents in each of {len(set(args.envs))} environments")
     own = [number for number, name in enumerate(args.envs) if number % run.world == run.rank and name not in args.envs[:number]]
@@ -1131,8 +1139,8 @@ def main() -> None:
     if checkpoint:
         checkpoints.restore({"models": models}, checkpoint["state"])
     trajectories = {}
-    if args.mode == "train" and args.lives and students:
-        trajectories = read_trajectories(args, Path(args.lives), run.device)
+    if args.mode == "train" and args.trajectories and students:
+        trajectories = read_trajectories(args, Path(args.trajectories), run.device)
     run.open_folder()
 
     started = time.time()

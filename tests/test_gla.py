@@ -16,7 +16,7 @@ from conftest import ROOT, TORCHRUN, rows, run_script
 import gla
 
 ARGS = gla.Args(
-    envs=("hidden_goal:3",), test_envs=(), agents=3, copies=2, updates=6, rollout=5, epochs=2, minibatches=2, ppo_hidden=6,
+    envs=("hidden_goal:3",), test_envs=(), agents=3, num_envs=2, updates=6, num_steps=5, update_epochs=2, num_minibatches=2, ppo_hidden=6,
     gaps=(2,), chunk=4, chunks=3, obs_size=7, action_size=5, width=12, layers=2, heads=3, batch=4, meta_steps=3, test_seeds=4,
 )  # fmt: skip
 DRAWS = torch.Generator().manual_seed(0)
@@ -135,9 +135,9 @@ def test_what_the_transformer_is_told():
     net, place, reward = model(), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.4]])
     net.best.fill_(0.9)
     told = {
-        name: gla.auxiliary(replace(ARGS, auxiliary=name), 4, net, place, reward).tolist() for name in ("none", "gap", "place")
+        name: gla.auxiliary(replace(ARGS, auxiliary=name), 4, net, place, reward).tolist() for name in ("none", "gap", "progress")
     }
-    assert told["none"] == [[0, 0]] and told["place"] == [[0, 1]] and told["gap"] == [[pytest.approx(0.4)] * 2]
+    assert told["none"] == [[0, 0]] and told["progress"] == [[0, 1]] and told["gap"] == [[pytest.approx(0.4)] * 2]
     args = replace(ARGS, auxiliary="return")
     assert torch.equal(gla.auxiliary(args, 4, net, place, reward), reward)
     assert torch.equal(gla.auxiliary(args, 4, net, place), torch.full((1, 2), 0.9))
@@ -159,18 +159,18 @@ def test_teachers_learn_side_by_side_as_they_would_alone(name):
     for agent in range(3):
         one = gla.Teacher(replace(ARGS, agents=1), env, DRAWS)
         one.params = {key: x[agent : agent + 1].detach().clone().requires_grad_() for key, x in three.params.items()}
-        gla.teach(ARGS, one, torch.optim.SGD(one.params.values(), 0.1), *(x[agent : agent + 1] for x in data))
+        gla.ppo_step(ARGS, one, torch.optim.SGD(one.params.values(), 0.1), *(x[agent : agent + 1] for x in data))
         alone.append(one.params)
     before = {key: x.detach().clone() for key, x in three.params.items()}
-    gla.teach(ARGS, three, torch.optim.SGD(three.params.values(), 0.1), *data)
+    gla.ppo_step(ARGS, three, torch.optim.SGD(three.params.values(), 0.1), *data)
     for key, x in three.params.items():
         torch.testing.assert_close(x.detach(), torch.cat([params[key] for params in alone]).detach())
     step = sum(((three.params[key] - x) ** 2).flatten(1).sum(1) for key, x in before.items()).sqrt()
-    torch.testing.assert_close(step.detach(), torch.full((3,), 0.1 * ARGS.ppo_clip), rtol=1e-3, atol=0)  # errors are large
+    torch.testing.assert_close(step.detach(), torch.full((3,), 0.1 * ARGS.max_grad_norm), rtol=1e-3, atol=0)  # errors are large
 
 
 def test_teachers_learn_and_their_trajectories_are_whole():
-    args = gla.Args(**gla.LAPTOP | {"agents": 8, "updates": 40, "epochs": 4, "ppo_lr": 1e-2})
+    args = gla.Args(**gla.LAPTOP | {"agents": 8, "updates": 40, "update_epochs": 4, "ppo_lr": 1e-2})
     torch.manual_seed(0)
     trajectories = gla.collect(args, "hidden_goal:8", CPU, lambda updates: None)
     assert trajectories.curve[:, :4].mean() < 0.12 and trajectories.curve[:, -4:].mean() > 0.3
@@ -206,7 +206,7 @@ def test_a_compiled_transformer_has_the_same_loss_and_gradient(name):
 
 def test_moments_are_those_of_everything_seen():
     seen = 3 + 2 * torch.randn(2, 40, 5, generator=DRAWS)
-    moments = gla.no_moments(2, 5, CPU)
+    moments = gla.init_moments(2, 5, CPU)
     for part in seen.split([1, 7, 32], 1):
         gla.update_moments(moments, part)
     torch.testing.assert_close(moments["mean"], seen.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
@@ -237,16 +237,16 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
             return answer, log_std, [torch.zeros(1)]
 
     with torch.no_grad():
-        one, other = (gla.live(ARGS, 2, x, env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
+        one, other = (gla.rollout(ARGS, 2, x, env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
     assert one.shape == (4, 36) and torch.equal(one, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------
 TINY = (
-    "--preset laptop --envs hidden_goal:3 hidden_goal:4 --test-envs hidden_goal:8 heading:30 --agents 3 --copies 2 --updates 6"
+    "--preset laptop --envs hidden_goal:3 hidden_goal:4 --test-envs hidden_goal:8 heading:30 --agents 3 --num-envs 2 --updates 6"
 )
-TINY += " --rollout 5 --epochs 1 --ppo-hidden 6 --gaps 2 1 --chunk 4 --chunks 3 --width 8 --heads 2 --layers 1 --meta-steps 6"
+TINY += " --num-steps 5 --update-epochs 1 --ppo-hidden 6 --gaps 2 1 --chunk 4 --chunks 3 --width 8 --heads 2 --layers 1 --meta-steps 6"
 TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2"
 
 
@@ -289,8 +289,8 @@ def stopped(tmp_path, monkeypatch):
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "learning.png", "lives"}
-    assert {path.name for path in (finished / "lives").iterdir()} == {"hidden_goal-3.pt", "hidden_goal-4.pt"}
+    assert names == {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "learning.png", "trajectories"}
+    assert {path.name for path in (finished / "trajectories").iterdir()} == {"hidden_goal-3.pt", "hidden_goal-4.pt"}
     results = json.loads((finished / "results.json").read_text())
     assert results["script"] == "gla"
     novelty = {(row["learner"], row["task"], row["novelty"]) for row in results["results"] if row["learner"] == "gla"}
@@ -322,7 +322,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(when, finished, stopped
 
 def test_a_damaged_collection_is_refused_until_it_is_deleted(finished, stopped, tmp_path):
     folder = stopped("hidden_goal-4.pt", 4)
-    path = folder / "lives" / "hidden_goal-4.pt"
+    path = folder / "trajectories" / "hidden_goal-4.pt"
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 8
     path.write_bytes(whole)
@@ -336,21 +336,21 @@ def test_a_damaged_collection_is_refused_until_it_is_deleted(finished, stopped, 
 def test_teachers_that_diverge_are_not_stored(tmp_path):
     done = command(tmp_path, "--ppo-lr 1e30 --run-name diverged")
     assert done.returncode == 1 and "is not finite after 6 updates. Try a smaller --ppo-lr." in done.stderr
-    assert not list((tmp_path / "diverged" / "lives").iterdir())
+    assert not list((tmp_path / "diverged" / "trajectories").iterdir())
 
 
 def test_another_run_learns_from_the_same_trajectories(finished, stopped, tmp_path):
     """With the same flags to the same numbers; and a collection that was cut off is not taken for a whole one."""
-    done = command(tmp_path, f"--run-name again --lives {finished / 'lives'}")
-    assert done.returncode == 0 and not (tmp_path / "again" / "lives").exists(), done.stderr
+    done = command(tmp_path, f"--run-name again --trajectories {finished / 'trajectories'}")
+    assert done.returncode == 0 and not (tmp_path / "again" / "trajectories").exists(), done.stderr
     assert rows(tmp_path / "again") == rows(finished)
-    refused = command(tmp_path, f"--run-name third --lives {stopped('hidden_goal-4.pt', 4) / 'lives'}")
+    refused = command(tmp_path, f"--run-name third --trajectories {stopped('hidden_goal-4.pt', 4) / 'trajectories'}")
     assert refused.returncode == 1 and "hidden_goal-4.pt are not complete" in refused.stderr
     assert not (tmp_path / "third").exists()
 
 
 def test_environments_that_cannot_share_a_batch_evenly(finished, tmp_path):
-    done = command(tmp_path, f"--batch 3 --meta-steps 2 --gaps 1 --baselines --lives {finished / 'lives'} --run-name odd")
+    done = command(tmp_path, f"--batch 3 --meta-steps 2 --gaps 1 --baselines --trajectories {finished / 'trajectories'} --run-name odd")
     assert done.returncode == 0, done.stderr
 
 
@@ -391,18 +391,18 @@ MISTAKES = {
     "--gaps 2 2": "each of them once",
     "--gaps 3": "update 6 of 6",
     "--chunk 1 --chunks 1": "at least two steps",
-    "--chunk 6": "--chunk 6 is longer than --rollout 5",
+    "--chunk 6": "--chunk 6 is longer than --num-steps 5",
     "--heads 3": "--width 8 cannot be divided",
     "--batch 1": "--batch 1 is not a sequence for each",
     "--action-size 3": "--action-size 3 is too small for",
     "--no-projected --obs-size 8": "--obs-size 8 is too small for",
-    "--minibatches 11": "--minibatches 11 leaves a single step",
-    "--minibatches 4": "--minibatches 4 leaves a single step",
-    "--agents 60000 --copies 60000": "more than 4 billion",
-    "--discount 5": "--discount has to be from 0 to 1",
-    "--lives {done}": "give --lives the folder `lives`",
-    "--lives {done}/lives --updates 7": "were collected with --updates 6, not 7",
-    "--lives {done}/lives --envs hidden_goal:3 hidden_goal:5": "hidden_goal-5.pt",
+    "--num-minibatches 11": "--num-minibatches 11 leaves one step",
+    "--num-minibatches 4": "--num-minibatches 4 leaves one step",
+    "--agents 60000 --num-envs 60000": "more than 4 billion",
+    "--gamma 5": "--gamma has to be from 0 to 1",
+    "--trajectories {done}": "give --trajectories the folder `trajectories`",
+    "--trajectories {done}/trajectories --updates 7": "were collected with --updates 6, not 7",
+    "--trajectories {done}/trajectories --envs hidden_goal:3 hidden_goal:5": "hidden_goal-5.pt",
     "--mode test --checkpoint {done}/checkpoint.pt --width 16": "no 'models gla'",
     "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "no 'models gla g 0'",
 }
@@ -417,7 +417,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, finished, complai
 
 
 # ---- what a release has to reach: python -m pytest -m slow --------------------------------------------------------------
-PPO = dict(agents=2, copies=8, rollout=128, epochs=10, minibatches=8, ppo_lr=1e-3, ppo_hidden=64, normalised=True)
+PPO = dict(agents=2, num_envs=8, num_steps=128, update_epochs=10, num_minibatches=8, ppo_lr=1e-3, ppo_hidden=64, normalised=True)
 
 
 @pytest.mark.slow
@@ -436,8 +436,8 @@ def test_ppo_alone_solves(name):
 @pytest.mark.slow
 def test_ppo_alone_runs_like_a_cheetah(tmp_path):
     """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring (README's command)."""
-    flags = "--learner ppo --baselines --envs half_cheetah --test-envs --agents 2 --copies 8 --rollout 256 --updates 488"
-    flags += " --epochs 10 --minibatches 32 --ppo-lr 1e-3 --ppo-hidden 64 --discount 0.98 --gae 0.92 --normalised"
+    flags = "--learner ppo --baselines --envs half_cheetah --test-envs --agents 2 --num-envs 8 --num-steps 256 --updates 488"
+    flags += " --update-epochs 10 --num-minibatches 32 --ppo-lr 1e-3 --ppo-hidden 64 --gamma 0.98 --gae-lambda 0.92 --normalised"
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "ppo", "--preset", "laptop"]
     subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
     curve = [row["mean"] for row in sorted(rows(tmp_path / "ppo"), key=lambda row: row["step"])]
