@@ -429,6 +429,7 @@ def meta_train(
     facts: what else belongs into a checkpoint, among it the sizes, numbers of inputs and classes (2,).
     """
     num_inputs, classes = facts["sizes"].tolist()
+    chance = chance_loss(args, datasets)
     trained = {name: learner for name, learner in learners.items() if name not in FIXED}
     loss_of = {name: compiled(run, learner, classes) for name, learner in trained.items()}
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
@@ -466,7 +467,7 @@ def meta_train(
                 sums[name].zero_()
             run.log(step, metrics)
             first = float(metrics[f"{next(iter(trained))}_loss"])
-            if plateau < 0 and plateau_end([step], [first], classes) is not None:
+            if plateau < 0 and plateau_end([step], [first], chance) is not None:
                 plateau.fill_(step)
 
 
@@ -481,11 +482,17 @@ def average_gradients(learner: nn.Module, clip: float | None) -> None:
         nn.utils.clip_grad_norm_(learner.parameters(), clip)
 
 
-def plateau_end(steps: list[int], losses: list[float], num_classes: int) -> int | None:
+def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
     """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
-    tenth below ln c, the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors
-    and fixed permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
-    return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * math.log(num_classes)), None)
+    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors and fixed
+    permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
+    return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * chance), None)
+
+
+def chance_loss(args: Args, datasets: list[Dataset]) -> float:
+    """The loss of uniform predictions in nats: ln c, on average over datasets and --classes."""
+    counts = [class_counts(args, data) or (data.num_classes,) for data in datasets]
+    return sum(sum(map(math.log, of)) / len(of) for of in counts) / len(counts)
 
 
 class Statistics:
@@ -618,8 +625,8 @@ class SubRNNs(nn.Module):
 
 
 class VSML(Recurrent):
-    """One layer of VSML with self-messages (Appendix D.4). A row's input is that of the network; a column's are the error of the
-    last prediction and the last label. Logits are the first of the messages to the columns."""
+    """One layer of VSML with self-messages (Appendix D.4). A row's input is one of the network's; a column's are the error of
+    the last prediction and the last label. Logits are the first of the messages to the columns."""
 
     def __init__(self, args: Args, num_inputs: int, num_classes: int):
         super().__init__()
@@ -1063,6 +1070,7 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes")  # the flags that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -1094,12 +1102,12 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         base = Args(**base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
-    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
+    args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
     free = ("data_dir", "compile", "track", "run_dir")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
-    if args.resume and changed:
-        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
+    if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
+        raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1159,7 +1167,7 @@ class Run:
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
-        files = {path.name for path in folder.iterdir()}
+        files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
             raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
@@ -1272,6 +1280,8 @@ def check(args: Args) -> None:
         raise UserError("--dataset needs at least one dataset.")
     if args.learner in FITTED:
         raise UserError(f"--learner {args.learner} is a baseline; name it in --baselines.")
+    if "maml" not in {args.learner, *args.baselines} and (args.meta_sgd or args.maml_lr or args.maml_outer_lr):
+        raise UserError("--meta-sgd, --maml-lr and --maml-outer-lr are for maml; name it in --learner or --baselines.")
     if args.triton and (args.device != "cuda" or not find_spec("triton")):
         raise UserError("--triton needs a GPU and Triton.")
     names = {args.learner, *args.baselines}
@@ -1329,6 +1339,9 @@ def main() -> None:
         learners, parts = restored(args, names, checkpoint["state"])
     if args.mode == "train":
         datasets = [prepare(args, name, "train", run.device) for name in args.dataset]
+        for data in datasets:
+            if args.classes and (not len(data) or max(args.classes) > data.num_classes or min(args.classes) < 2):
+                raise UserError(f"--classes has to be from 2 to the {data.num_classes} stored classes of {data.name}.")
     if not checkpoint:
         sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
         parts = {"settings": {}, "sizes": torch.tensor(sizes)}
@@ -1361,7 +1374,7 @@ def main() -> None:
     trained = [name for name in names if f"{name}_loss" in columns]
     for name in reversed(trained):
         steps, losses = zip(*columns[f"{name}_loss"], strict=True)
-        left = plateau_end(steps, losses, sizes[1])
+        left = plateau_end(steps, losses, chance_loss(args, datasets))
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
         how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
         run.info(f"{LABELS[name]}: the loss {how}.")

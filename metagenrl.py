@@ -1045,6 +1045,7 @@ STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") 
 METHOD = "metagenrl"
 USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
+KEPT = ("preset",)  # the flags that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -1076,12 +1077,12 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         base = Args(**base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
-    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
+    args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
     free = ("data_dir", "compile", "track", "run_dir")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
-    if args.resume and changed:
-        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
+    if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
+        raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1141,7 +1142,7 @@ class Run:
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
-        files = {path.name for path in folder.iterdir()}
+        files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
             raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")

@@ -207,7 +207,7 @@ class Args:
     es_lr: Positive = 0.025
     """es: Adam's learning rate (appendix B.3.2)."""
     sequences: Count = 128
-    """backprop: sequences in a batch (not in the thesis; the release)."""
+    """backprop: sequences in a batch, as many of each dataset (not in the thesis; the release)."""
     block: Count = 25
     """backprop: examples between the states that are kept; the others are computed again, to bound memory."""
     backprop_lr: Positive = 1e-3
@@ -860,8 +860,6 @@ def meta_test(
         curves += points
         if rate is not None:
             facts["learning_rates"].setdefault(task, {})[name] = 10**rate
-    if not rows:
-        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
 
     metric, xlabel = rows[0]["metric"], "batches seen" if args.learner == "clone" else "examples seen"
     axes = {"xlabel": xlabel, "ylabel": metric.replace("_", " "), "ylim": (0, 1.02)}
@@ -962,6 +960,14 @@ def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
     if dataset.num_inputs > inputs:
         return dataset.resize(side)
     return dataset.pad(side) if square(dataset) and len(dataset) else dataset
+
+
+def fits(args: Args, learner: Learner, tasks: Tasks) -> bool:
+    try:
+        fit(args, learner, tasks)
+    except DatasetError:
+        return False
+    return True
 
 
 def square(dataset: Dataset) -> bool:
@@ -1084,6 +1090,7 @@ def load_classifier(
 METHOD = "vsml"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
+KEPT = ("preset", "dataset")  # the flags that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -1115,12 +1122,12 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         base = Args(**base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
-    args = replace(tyro.cli(Args, default=base), device=device, preset=base.preset)
+    args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
     free = ("data_dir", "compile", "track", "run_dir")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
-    if args.resume and changed:
-        raise UserError(f"A resumed run keeps its flags; leave out --{changed[0].replace('_', '-')}.")
+    if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
+        raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
     check_ranges(args)
     if args.track and not find_spec("wandb"):
         raise UserError('--track needs Weights & Biases: pip install "cleanmeta[track]".')
@@ -1180,7 +1187,7 @@ class Run:
 
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
-        files = {path.name for path in folder.iterdir()}
+        files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
         if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
             raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
@@ -1291,6 +1298,8 @@ def check(args: Args, world: int) -> None:
         raise UserError("Cloning has settings of its own: use --preset clone, with --hidden 32 for a deep network.")
     if names - {"clone", "backprop"} and names & {"clone", "backprop"}:
         raise UserError("clone and backprop learn from batches, the others do not; test them apart.")
+    if args.learner == "clone" and (args.state_size < 2 or args.meta_optimizer == "es" or args.conv or args.norm_messages):
+        raise UserError("Cloning needs --state-size 2 and --meta-optimizer backprop, without --conv and --norm-messages.")
     if args.learner == "clone" and (world > 1 or len(args.dataset) * max(1, len(args.sizes)) * max(1, len(args.classes)) > 1):
         raise UserError("Cloning runs in one process, without torchrun, and on one dataset.")
     plain = args.meta_optimizer == "es" and not (args.hidden or args.conv or args.backward_pass or args.norm_messages)
@@ -1391,7 +1400,9 @@ def main() -> None:
     if args.mode == "test":
         checkpoints.restore(to_train, checkpoint["state"])
     elif args.init and not args.resume:
-        checkpoints.restore(to_train, checkpoints.read(Path(args.init), state=dict)["state"])
+        checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"])
+    if not any(fits(args, learner, tasks) for learner in learners.values() for tasks in tests.values()):
+        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
     run.open_folder()
 
     started = time.time()

@@ -514,6 +514,11 @@ class Tasks:
                 )
         if shots and len(self._class_counts) > 1:
             raise DatasetError("Few-shot episodes have one number of classes.")
+        if self._class_counts and len(data) and data.counts.min() == 0:
+            raise DatasetError(
+                f"The {data.split} split of '{name}' has no examples of some classes, so that tasks "
+                "cannot choose among them; leave out the number of classes."
+            )
         if self._class_counts and not len(data):
             raise DatasetError(
                 f"The classes of '{name}' are made on the fly and cannot be chosen from."

@@ -81,6 +81,20 @@ def pad(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, size - x.shape[-1]))
 
 
+def as_tensor(value: Any, device: torch.device) -> Tensor:
+    """Raises ValueError for what is no array of numbers."""
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"These are no numbers that torch.as_tensor takes: {error}") from error
+
+
+def finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise ValueError("Inputs are too large; z-normalise them.")
+    return logits
+
+
 class Classifier:
     """A meta-trained learner that learns your data: predict(x), learn(x, y) and reset(), in any order.
 
@@ -99,6 +113,8 @@ class Classifier:
     def __init__(
         self, learner: Learner, theta: Tensor, num_classes: int | None = None, seed: int = 0
     ):
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 2):
+            raise ValueError(f"num_classes has to be a whole number from 2 on, not {num_classes}.")
         self.learner = learner
         self.params = learner.params(theta[None])
         self.device = theta.device
@@ -116,43 +132,48 @@ class Classifier:
     def learn(self, x: Any, y: Any) -> None:
         """Learn from the examples x, in their order, with labels y (), (t,) or (s, t)."""
         x = self.examples(x)
-        y = torch.as_tensor(y, device=self.device)
-        y = y.view((1,) * (2 - y.ndim) + y.shape)
-        if y.shape != x.shape[:2] or y.is_floating_point() or y.min() < 0:
-            raise ValueError(f"There has to be a label from 0 on for each of {x.shape[:2]} examples.")
-        self.num_classes = self.num_classes or max(2, int(y.max()) + 1)
-        if y.max() >= self.num_classes:
-            raise ValueError(f"A label is {y.max()}; give num_classes to load, now {self.num_classes}.")
-        state = self.start(x)
+        y = as_tensor(y, self.device)
+        if y.is_floating_point() or y.is_complex():
+            raise ValueError(f"Labels have to be whole numbers, not {y.dtype}.")
+        y = y.long().view((1,) * (2 - y.ndim) + y.shape)
+        if y.shape != x.shape[:2] or y.min() < 0:
+            s, t = x.shape[:2]
+            raise ValueError(f"There has to be a label from 0 on for each of {s} x {t} examples.")
+        num_classes = self.num_classes or max(2, int(y.max()) + 1)
+        if y.max() >= num_classes:
+            raise ValueError(f"A label is {y.max()}; give num_classes to load, now {num_classes}.")
+
+        state = self.start(x, num_classes)
         for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
-            state, _ = self.learner.observe(self.params, state, x_t[None], y_t[None])
-        self.state = state
+            state, logits = self.learner.observe(self.params, state, x_t[None], y_t[None])
+            finite(logits)
+        self.state, self.sizes, self.num_classes = state, (len(x), x.shape[2]), num_classes
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """Probabilities of the classes, (c,), (t, c) or (s, t, c). Nothing is learned."""
         inputs = self.examples(x)
-        state = self.start(inputs)
+        state = self.start(inputs, self.num_classes)
         logits = [self.learner.predict(self.params, state, x_t[None])[1] for x_t in inputs.unbind(1)]
-        return torch.stack(logits, 2)[0].softmax(-1).view(*torch.as_tensor(x).shape[:-1], -1)
+        logits = finite(torch.stack(logits, 2)[0])
+        return logits.softmax(-1).view(*as_tensor(x, self.device).shape[:-1], -1)
 
     def examples(self, x: Any) -> Tensor:
         """x as (s, t, a)."""
-        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
-        if not 1 <= x.ndim <= 3 or x.numel() == 0 or not x.isfinite().all():
+        x = as_tensor(x, self.device)
+        x = x if x.is_complex() else x.float()
+        if x.is_complex() or not 1 <= x.ndim <= 3 or x.numel() == 0 or not x.isfinite().all():
             raise ValueError("Inputs have to be finite numbers of shape (a,), (t, a) or (s, t, a).")
         return x.view((1,) * (3 - x.ndim) + x.shape)
 
-    def start(self, x: Tensor) -> State:
-        """The state to go on from: the last one, or an initial one for inputs like x (s, t, a)."""
-        if self.num_classes is None:
+    def start(self, x: Tensor, num_classes: int | None) -> State:
+        """The state to continue from: the last one, or an initial one for inputs like x (s, t, a)."""
+        if num_classes is None:
             raise ValueError("The number of classes is not known; give num_classes to load, or learn.")
-        sizes = len(x), x.shape[2]
         if self.state is None:
-            self.sizes = sizes
             keys = fold(key(self.seed, self.device), torch.arange(len(x), device=self.device))
-            return self.learner.initial_state(keys[None], x.shape[2], self.num_classes)
-        if self.sizes != sizes:
+            return self.learner.initial_state(keys[None], x.shape[2], num_classes)
+        if self.sizes != (len(x), x.shape[2]):
             s, a = self.sizes
             raise ValueError(f"Inputs have to be those of {s} learners with {a} inputs each.")
         return self.state

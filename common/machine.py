@@ -76,8 +76,9 @@ def sentence(error: Exception) -> str | None:
     memory; else None."""
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return f"There is not enough memory; choose smaller sizes ({str(error).partition('.')[0]})."
+    words = ("allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words):
+        return f"There is not enough memory; choose smaller sizes ({str(error).partition('. ')[0]})."
     return None
 
 

@@ -35,6 +35,8 @@ class MetricsLog:
             for line, step in zip(lines, steps, strict=True)
             if step == "step" or (step.isdecimal() and int(step) < first)
         ]
+        if kept and not kept[0].startswith("step,"):  # a damaged header
+            kept = []
 
         kept_text = "".join(line + "\n" for line in kept)
         if kept_text != text:

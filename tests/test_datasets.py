@@ -92,6 +92,15 @@ def test_shuffle_is_a_permutation(n):
     assert torch.equal(order.sort(-1).values, torch.arange(n).expand(50, -1))
 
 
+def test_tasks_cannot_choose_among_classes_without_examples(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 4
+    np.savez(tmp_path / "lack.npz", x_train=x, y_train=y, x_test=x, y_test=y % 2)
+    Tasks(load(str(tmp_path / "lack.npz"), "train"), classes=2)
+    Tasks(load(str(tmp_path / "lack.npz"), "test"))
+    with pytest.raises(DatasetError, match="The test split of 'lack' has no examples of some classes"):
+        Tasks(load(str(tmp_path / "lack.npz"), "test"), classes=2)
+
+
 def test_shuffle_reaches_all_permutations_equally_often():
     keys = fold(key(0), torch.arange(24_000))
     order = shuffle(torch.arange(4).expand(24_000, -1), 4, keys[:, None])

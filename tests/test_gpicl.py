@@ -352,8 +352,12 @@ def test_state_sizes():
 
 def test_plateau_end():
     flat = [2.3, 2.25, 2.2, 2.1]
-    assert gpicl.plateau_end([9, 19, 29, 39], flat, 10) is None
-    assert gpicl.plateau_end([9, 19, 29, 39, 49], [*flat, 2.0], 10) == 49
+    assert gpicl.plateau_end([9, 19, 29, 39], flat, math.log(10)) is None
+    assert gpicl.plateau_end([9, 19, 29, 39, 49], [*flat, 2.0], math.log(10)) == 49
+    data = [load("digits"), load("wine")]
+    assert gpicl.chance_loss(ARGS, data) == pytest.approx((math.log(10) + math.log(3)) / 2)
+    several = gpicl.chance_loss(replace(ARGS, classes=(2, 10)), data)
+    assert several == pytest.approx((math.log(2) + math.log(10)) / 4 + math.log(2) / 2)
 
 
 def test_bias_and_learning_rate_fall_once_the_plateau_is_left():
@@ -681,15 +685,27 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
     learner.learn(x, 3)
     before = learner.predict(x)
     for label in (10, -1, 2.5):
-        with pytest.raises(ValueError, match=r"label"):
+        with pytest.raises(ValueError, match="(?i)label"):
             learner.learn(x, label)
+    for classes in (0, 1, True, -1, 2.5, "3"):
+        with pytest.raises(ValueError, match="whole number from 2 on"):
+            gpicl.InContextLearner.load(finished[0] / "checkpoint.pt", num_classes=classes)
     for wrong in (torch.ones(7), [1.0] * 4, x * math.nan, x / 0):
         for use in (learner.predict, lambda x: learner.learn(x, 1)):
             with pytest.raises(ValueError, match="Inputs have to be"):
                 use(wrong)
     with pytest.raises(ValueError, match="has 12 positions"):
         learner.learn(x.repeat(12, 1), [0] * 12)
+    for use in (learner.predict, lambda x: learner.learn(x, 1)):
+        with pytest.raises(ValueError, match="too large"):
+            use(x * 1e20)
     torch.testing.assert_close(learner.predict(x), before)
+    fresh = gpicl.InContextLearner.load(finished[0] / "checkpoint.pt")
+    for wrong in ([0, 11], [0] * 13):
+        with pytest.raises(ValueError, match="has 10 classes|has 12 positions"):
+            fresh.learn(torch.randn(len(wrong), 4), wrong)
+    fresh.learn(torch.randn(2, 5), [0, 2])  # other sizes than those refused
+    assert fresh.predict(torch.randn(5)).shape == (3,)
     with pytest.raises(ValueError, match="has 10 classes, not 11"):
         gpicl.InContextLearner.load(finished[0] / "checkpoint.pt", num_classes=11).predict(x)
 
@@ -791,6 +807,11 @@ MISTAKES = {
     "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "has no 'settings maml'",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has no 'models transformer' of the kind and size",
     "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
+    "--classes 50": "--classes has to be from 2 to the 10 stored classes of digits",
+    "--classes 2 --dataset random": "--classes has to be from 2 to the 10 stored classes of random",
+    "--meta-sgd": "are for maml",
+    "--mode test --checkpoint {done}/checkpoint.pt --dataset wine": "A resumed or tested run keeps its flags; leave out --dataset",
+    "--mode test --checkpoint {done}/checkpoint.pt --preset thesis": "leave out --preset",
     "--learner forest": "--learner forest is a baseline",
     "--triton --device cpu": "--triton needs a GPU",
     "--lr 1e29": r"is not finite at meta-step \d+; .* Try a smaller learning rate",

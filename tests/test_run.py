@@ -191,6 +191,11 @@ def test_metrics_of_a_resumed_run(tmp_path):
     assert [line[0] for line in lines] == ["step", "0", "1", "2", "3"]
     assert lines[-1][2:] == ["", "0.25"]
 
+    text = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(text.replace("step,", "sXep,", 1))  # without its header it starts again
+    MetricsLog(tmp_path, 4).write(4, {"loss": 0.5})
+    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == ["step", "4"]
+
 
 def test_results_are_valid_json_and_a_table(tmp_path):
     values = torch.tensor([1.0, 3.0])

@@ -621,7 +621,12 @@ def test_a_user_of_the_class_is_told_what_is_wrong(tmp_path):
     for x, y in ((np.zeros(4), 2), (np.zeros(4), -1), (np.zeros(4), 0.5), (np.zeros((2, 4)), [0]), (np.zeros(5), 0), (np.zeros((2, 3, 4)), np.zeros((3, 2), int))):
         with pytest.raises(ValueError):
             learner.learn(x, y)
-    for x in (np.zeros((0, 4)), np.full(4, np.nan), np.zeros((1, 1, 1, 4))):
+    for y in (np.array("one"), None, np.array(1j)):
+        with pytest.raises(ValueError):
+            learner.learn(np.zeros(4), y)
+    for kind in (np.uint16, np.int8, np.uint64):
+        learner.learn(np.zeros((2, 4)), np.array([0, 1], kind))
+    for x in (np.zeros((0, 4)), np.full(4, np.nan), np.zeros((1, 1, 1, 4)), np.zeros(4, complex)):
         with pytest.raises(ValueError, match="finite numbers"):
             learner.predict(x)
     checkpoints.write(tmp_path / "fme.pt", {"method": "fme", "args": {}, "state": {}})
@@ -961,6 +966,11 @@ MISTAKES = {
     "--logit-slot 8": "--message-size 8 is too small for --logit-slot",
     "--preset clone --learner clone --baselines backprop --dataset digits wine": "on one dataset",
     "--dataset digits wine --sizes 4 8 --sequences 3": "--sequences cannot be shared by 1 processes .*; choose a multiple of 4",
+    "--preset clone --state-size 1": "Cloning needs --state-size 2",
+    "--preset clone --meta-optimizer es": "Cloning needs --state-size 2",
+    "--resume {done} --preset thesis": "leave out --preset",
+    "--mode test --checkpoint {done}/checkpoint.pt --dataset wine": "leave out --dataset",
+    "--state-size 2147483648 --baselines": "There is not enough memory",
     "--device cuda": "There is no CUDA device",
 }
 
