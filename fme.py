@@ -17,6 +17,9 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     python fme.py --envs cartpole --num-parallel 64 --executions 6400
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
+    agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+    action = agent.act(obs, reward)                               # at each step of your environment
+
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
 layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
 """
@@ -212,23 +215,34 @@ class Carry(NamedTuple):
     rates: Tensor  # (p, k, 4), learning rates summed over the steps so far
 
 
-def one_step(args: Args, env: Env, frozen: bool, reward_input: bool, carry: Carry, draws: Tensor) -> tuple[Carry, Tensor]:
-    """One step: phi, y <- g_phi(x), an action drawn from softmax(y), a step of the environment. Returns also whether an episode
-    ended (p,). draws (p, d), uniform; frozen: do not change the weights; reward_input: feed the last reward, otherwise zero."""
-    action_draw, noise, env_draws = draws.split((1, args.noise_inputs, env.num_draws), -1)
-    last_action = (carry.action[:, None] == torch.arange(env.num_actions, device=draws.device)).float()
-    obs = carry.obs / torch.tensor(env.obs_scale, device=draws.device)
+def act(
+    args: Args, env: Env, frozen: bool, reward_input: bool, layers: list[Tensor], obs: Tensor, last: tuple[Tensor, Tensor],
+    draws: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """phi, y <- g_phi(x), and an action drawn from softmax(y). last: action (p,) and its reward (p,); draws (p, 1 + noise),
+    uniform; frozen: do not change the weights; reward_input: feed the reward, otherwise zero. Returns actions (p,), the new
+    weights, and the learning rates of each layer (p, 4)."""
+    action_draw, noise = draws.split((1, args.noise_inputs), -1)
+    last_action = (last[0][:, None] == torch.arange(env.num_actions, device=draws.device)).float()
+    obs = obs / torch.tensor(env.obs_scale, device=draws.device)
     noise = torch.special.ndtri(noise)
-    x = torch.cat([torch.ones_like(action_draw), last_action, carry.reward[:, None] * reward_input, noise, obs], -1)
-    layers, rates = [], []
-    for w, (_, num_outputs) in zip(carry.layers, sizes(args, env), strict=True):
+    x = torch.cat([torch.ones_like(action_draw), last_action, last[1][:, None] * reward_input, noise, obs], -1)
+    changed, rates = [], []
+    for w, (_, num_outputs) in zip(layers, sizes(args, env), strict=True):
         if frozen:
             x = apply(w, x)[:, :num_outputs]
         else:
             x, w, rate = self_referential_layer(w, x, num_outputs)
             rates.append(rate)
-        layers.append(w)
-    action = (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
+        changed.append(w)
+    return (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed, rates
+
+
+def one_step(args: Args, env: Env, frozen: bool, reward_input: bool, carry: Carry, draws: Tensor) -> tuple[Carry, Tensor]:
+    """An action and a step of the environment. Returns also whether an episode ended (p,). draws (p, d), uniform; see act."""
+    own_draws, env_draws = draws.split((1 + args.noise_inputs, env.num_draws), -1)
+    last = carry.action, carry.reward
+    action, layers, rates = act(args, env, frozen, reward_input, carry.layers, carry.obs, last, own_draws)
     state, step = env.step(carry.state, action, env_draws)
     ended = step.terminated | step.truncated
     total, episodes = carry.total + step.reward, carry.episodes + ended
@@ -573,6 +587,77 @@ def draw_introspection(path: Path, results: dict[str, dict[str, Any]], args: Arg
             axis.grid(alpha=0.3)
             axis.legend(fontsize=6, ncols=3 if axis is rates else 1)
     save(figure, path)
+
+
+# ======================================================================================================================
+# Use it
+# ======================================================================================================================
+class FME:
+    """A solution of FME that acts in your environment, and changes its own weights with each step: act(obs, reward, done) and
+    reset().
+
+        agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+        obs, _ = env.reset()
+        action = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        action = agent.act(obs, reward, terminated or truncated)
+
+    env: an environment of the run, which decides the number of observations and of actions; learner: fme, no_reward or
+    hill_climbing, whose weights do not change; seed: decides the actions. Of all populations the best solution is taken.
+
+    obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
+    network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
+    for other shapes, and CheckpointError or UserError for what is no checkpoint of this script with that solution.
+    """
+
+    def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
+        self.args = args
+        self.env = env
+        self.phi = phi  # (n,)
+        self.frozen = learner == "hill_climbing"
+        self.reward_input = learner != "no_reward"
+        self.generator = torch.Generator(phi.device).manual_seed(seed)
+        self.reset()
+
+    @staticmethod
+    def load(
+        checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: torch.device | str = "cpu"
+    ) -> "FME":
+        saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
+        try:
+            args = with_tuned(Args(**saved["args"]), env) if saved["method"] == METHOD else None
+            result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
+            phi, curve = (result[name].to(device) for name in ("phi", "curve"))
+        except (TypeError, KeyError):
+            args = None
+        if args is None:
+            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a solution of {learner} in {env}.")
+        return FME(args, make_env(env, 1, device), phi[curve[-1].argmax()], learner, seed)
+
+    def reset(self) -> None:
+        """Undo all changes of the weights."""
+        self.layers: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def act(self, obs: Any, reward: Any = 0.0, done: Any = False) -> Any:
+        """The next action after the reward of the last one: an int, or (e,)."""
+        obs, reward = (torch.as_tensor(x, dtype=torch.float32, device=self.phi.device) for x in (obs, reward))
+        several = obs[None] if obs.ndim == 1 else obs
+        if obs.ndim not in (1, 2) or obs.shape[-1] != self.env.obs_size or not obs.isfinite().all():
+            raise ValueError(f"Observations have to be finite, ({self.env.obs_size},) or (e, {self.env.obs_size}).")
+        if reward.shape not in ((), obs.shape[:-1]) or not reward.isfinite().all():
+            raise ValueError(f"Rewards have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
+        if self.layers is None:
+            self.layers = unpack(self.phi.expand(len(several), -1), sizes(self.args, self.env))
+            self.action = torch.zeros(len(several), dtype=torch.int64, device=obs.device)
+        if len(self.layers[0]) != len(several):
+            raise ValueError(f"There have to be observations of {len(self.layers[0])} environments.")
+
+        last = self.action, reward.expand(len(several))
+        draws = torch.rand(len(several), 1 + self.args.noise_inputs, generator=self.generator, device=obs.device)
+        inputs = self.frozen, self.reward_input, self.layers, several, last, draws
+        self.action, self.layers, _ = act(self.args, self.env, *inputs)
+        return self.action if obs.ndim == 2 else int(self.action)
 
 
 # ======================================================================================================================

@@ -286,6 +286,37 @@ def test_what_a_run_leaves_behind(finished):
     assert "swapping_bandit" in done.stdout and "first achieved after" in done.stdout
 
 
+def test_an_agent_from_python(finished):
+    """It does what an execution does, and its weights change; those of hill climbing do not."""
+    path = finished[0] / "checkpoint.pt"
+    agent = fme.FME.load(path, env="swapping_bandit", seed=3)
+    draws = torch.rand(20, 1, 1, generator=torch.Generator().manual_seed(3))
+    first = fme.unpack(agent.phi[None], fme.sizes(agent.args, agent.env))
+    layers, last = first, (torch.zeros(1).long(), torch.zeros(1))
+    for t in range(20):
+        action, layers, _ = fme.act(agent.args, agent.env, False, True, layers, torch.zeros(1, 0), last, draws[t])
+        assert agent.act(torch.zeros(0), last[1][0]) == int(action)
+        last = action, torch.tensor([float(t % 2)])
+    for ours, theirs, start in zip(agent.layers, layers, first, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(ours, start)
+    agent.reset()
+    assert agent.layers is None and agent.act(torch.zeros(3, 0), torch.ones(3)).shape == (3,)
+
+    fixed = fme.FME.load(path, env="bandit", learner="hill_climbing")
+    for _ in range(5):
+        fixed.act([], 1.0)
+    first = fme.unpack(fixed.phi[None], fme.sizes(fixed.args, fixed.env))
+    assert all(torch.equal(one, other) for one, other in zip(fixed.layers, first, strict=True))
+
+    for wrong in ((torch.zeros(2), 0.0), (torch.zeros(0), [1.0, 2.0]), (torch.zeros(0), math.nan), (torch.zeros(2, 0), 0.0)):
+        with pytest.raises(ValueError, match="have to be"):
+            fixed.act(*wrong)
+    for flags in (dict(env="cartpole"), dict(env="bandit", learner="no_reward")):
+        with pytest.raises(fme.UserError, match="with a solution of"):
+            fme.FME.load(path, **flags)
+
+
 def test_the_seed_decides(finished, tmp_path):
     assert command(tmp_path, "--run-name again").returncode == 0
     assert rows(tmp_path / "again") == rows(finished[0])
