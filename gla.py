@@ -9,13 +9,16 @@ General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla
 
     Eq. 6.1                -> divergence, meta_loss
     Algorithm 10           -> collect (line 2), draw_projection (line 5), subsample (line 6), meta_train
-    Algorithm 11           -> rollout
+    Algorithm 11           -> rollout, next_policy
     Section 6.2 (augment)  -> Projection
     Figures 6.3 to 6.6     -> meta_test, draw_curves
 
     python gla.py                                                 # nine hidden goals, two of them new: 5 minutes
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
+
+    agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+    action = agent.act(obs, reward, done)                         # at each step of your environment
 
 Axes, everywhere: p PPO agents, e copies of an environment that an agent acts in, u updates of PPO, s sequences in a batch or
 lifetimes in parallel, t time, a observations, b actions (choices, or dimensions), d all parameters of a network.
@@ -231,6 +234,11 @@ class GLA(nn.Module):
         self.norm, self.head = nn.LayerNorm(args.width), nn.Linear(args.width, args.action_size + 1)
         self.register_buffer("best", torch.zeros(()))  # the highest reward per step of PPO
 
+    @staticmethod
+    def load(checkpoint: str | Path, **options: Any) -> "Agent":
+        """A trained GLA to be used from Python: see load_agent for the options."""
+        return load_agent(checkpoint, **options)
+
     def forward(self, token: Tensor, cache: list[Tensor] | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """token (s, t, n). Returns projected actions (s, t, b'), log deviations (s, t), and keys and values to keep."""
         earlier = cache[0].shape[3] if cache else 0
@@ -360,34 +368,65 @@ class Trajectories(NamedTuple):
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
+class Context:
+    """A history of tokens that grows, and the Transformer's outputs for the last one. Beyond its positions the Transformer
+    drops the older half of its history."""
+
+    def __init__(self, model: GLA):
+        self.model = model
+        self.tokens: list[Tensor] = []
+        self.cache: list[Tensor] | None = None
+
+    def append(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """token (s, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
+        self.tokens.append(token)
+        if len(self.tokens) > self.model.context:
+            self.tokens, self.cache = self.tokens[-(self.model.context // 2) :], None
+        inputs = torch.stack(self.tokens, 1) if self.cache is None else token[:, None]
+        output, log_std, self.cache = self.model(inputs, self.cache)
+        return output[:, -1:], log_std[:, -1:]
+
+
+class Transition(NamedTuple):
+    """The last transition, and the observation that it led to; zeros before the first one."""
+
+    last_obs: Tensor  # (s, a)
+    action: Tensor  # (s, b), choices as one-hot vectors
+    reward: Tensor  # (s,)
+    ended: Tensor  # (s,)
+    obs: Tensor  # (s, a)
+
+
+def next_policy(context: Context, projection: Projection, last: Transition, eta: Tensor, discrete: bool) -> Policy:
+    """pi_theta of Eq. 6.1 after one more transition. eta (s, 1). Distributions of native actions (s, b)."""
+    before = torch.cat([(last.last_obs[:, None] @ projection.obs)[:, 0], (last.action[:, None] @ projection.action)[:, 0]], -1)
+    obs = (last.obs[:, None] @ projection.obs)[:, 0]
+    token = torch.cat([before, last.reward[:, None], last.ended[:, None], obs, eta], -1)
+    policy = native(*context.append(token), projection, discrete)
+    return Policy(*(x[:, 0] if x is not None else None for x in policy))
+
+
 def rollout(
     args: Args, gap: int, model: GLA, env: Env, projection: Projection, steps: int, generator: torch.Generator
 ) -> Tensor:
     """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
-    Returns rewards (s, t). Beyond its positions the Transformer drops the older half of its history."""
+    Returns rewards (s, t)."""
     s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
     draw = partial(torch.rand, s, generator=generator, device=env.device)
     world, obs = env.reset(draw(env.lifetime_draws))
-    action, reward, ended = torch.zeros(s, b, device=env.device), *torch.zeros(2, s, device=env.device)
-    last_obs, cache, history, rewards = torch.zeros_like(obs), None, [], []
+    zeros = torch.zeros(2, s, device=env.device)
+    last = Transition(torch.zeros_like(obs), torch.zeros(s, b, device=env.device), *zeros, obs)
+    context, rewards = Context(model), []
     for step in range(steps):
-        before = torch.cat([(last_obs[:, None] @ projection.obs)[:, 0], (action[:, None] @ projection.action)[:, 0]], -1)
         eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
-        token = torch.cat([before, reward[:, None], ended[:, None], (obs[:, None] @ projection.obs)[:, 0], eta], -1)
-        history.append(token)
-        if len(history) > model.context:
-            history, cache = history[-(model.context // 2) :], None
-        inputs = torch.stack(history, 1) if cache is None else token[:, None]
-        output, log_std, cache = model(inputs, cache)
-        policy = native(output[:, -1:], log_std[:, -1:], projection, discrete)
-        policy = Policy(*(x[:, 0] if x is not None else None for x in policy))
+        policy = next_policy(context, projection, last, eta, discrete)
         normal = torch.randn(s, b, generator=generator, device=env.device)
         chosen = policy.sample(draw(1), normal)
         world, result = env.step(world, chosen, draw(env.num_draws))
-        last_obs, obs = obs, result.obs
         action = F.one_hot(chosen, b).float() if discrete else chosen
-        reward, ended = result.reward, (result.terminated | result.truncated).float()
-        rewards.append(reward)
+        ended = (result.terminated | result.truncated).float()
+        last = Transition(last.obs, action, result.reward, ended, result.obs)
+        rewards.append(result.reward)
     return torch.stack(rewards, 1)
 
 
@@ -773,6 +812,110 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         columns=5,
         xscale="log",
     )
+
+
+# ======================================================================================================================
+# Use it
+# ======================================================================================================================
+class Agent:
+    """A trained GLA that acts in your environments: act(obs, reward, done) and reset().
+
+        agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+        obs, _ = env.reset()
+        action = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        action = agent.act(obs, reward, terminated or truncated)
+
+    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (s, a) for several; reward and done
+    are those of the last action, () or (s,). Actions are an int or (s,), or with action_size numbers (b,) or (s, b). Each
+    environment has projections of its own. It learns from its first action on, until `reset`; beyond its positions it drops
+    the older half of its history. Raises ValueError for other shapes.
+    """
+
+    def __init__(
+        self, student: "Student", num_actions: int | None = None, action_size: int | None = None, seed: int = 0
+    ):
+        size = num_actions or action_size or 0
+        if bool(num_actions) == bool(action_size) or not 1 <= size <= student.args.action_size:
+            largest = student.args.action_size
+            raise ValueError(f"Give num_actions (from 2) or action_size (from 1), at most {largest}, as the Transformer has.")
+        self.student = student
+        self.num_actions = num_actions
+        self.action_size = action_size
+        self.device = next(student.model.parameters()).device
+        self.seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all transitions. The next projections are others."""
+        self.context = Context(self.student.model)
+        self.last: Transition | None = None
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.seed += 1
+
+    @torch.no_grad()
+    def act(self, obs: Any, reward: Any = 0.0, done: Any = False) -> Any:
+        """The next action, after the reward of the last one and whether it ended an episode."""
+        obs, reward, done = (torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (obs, reward, done))
+        several = obs[None] if obs.ndim == 1 else obs
+        if obs.ndim not in (1, 2) or not obs.numel() or not obs.isfinite().all():
+            raise ValueError("Observations have to be finite numbers of shape (a,) or (s, a).")
+        if self.last and several.shape != self.last.obs.shape:
+            raise ValueError(f"Observations have to be of the shape {tuple(self.last.obs.shape)} that they had before.")
+        if not all(x.shape in ((), obs.shape[:-1]) and x.isfinite().all() for x in (reward, done)):
+            raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
+
+        s, b, args = len(several), self.num_actions or self.action_size, self.student.args
+        if self.last is None:
+            shape = ActionsAndObservations(several.shape[1], self.num_actions, self.action_size)
+            ids = UNSEEN + self.seed * 2**20 + torch.arange(s, device=self.device)
+            self.projection = draw_projection(args, shape, ids)
+            zeros = torch.zeros(2, s, device=self.device)
+            self.last = Transition(torch.zeros_like(several), torch.zeros(s, b, device=self.device), *zeros, several)
+        else:
+            action = self.last.action
+            self.last = Transition(self.last.obs, action, reward.expand(s), done.expand(s), several)
+
+        progress = torch.full((s, 1), len(self.context.tokens) / self.student.model.context, device=self.device)
+        eta = auxiliary(args, self.student.gap, self.student.model, progress.clamp(max=1))
+        policy = next_policy(self.context, self.projection, self.last, eta, self.num_actions is not None)
+        uniform = torch.rand(s, 1, generator=self.generator, device=self.device)
+        normal = torch.randn(s, b, generator=self.generator, device=self.device)
+        chosen = policy.sample(uniform, normal)
+        self.last = self.last._replace(action=F.one_hot(chosen, b).float() if self.num_actions else chosen)
+        if obs.ndim == 2:
+            return chosen
+        return int(chosen) if self.num_actions else chosen[0]
+
+
+class ActionsAndObservations(NamedTuple):
+    """What draw_projection reads of an environment."""
+
+    obs_size: int
+    num_actions: int | None
+    action_size: int | None
+
+
+def load_agent(
+    checkpoint: str | Path,
+    num_actions: int | None = None,
+    action_size: int | None = None,
+    learner: str = "gla",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Agent:
+    """checkpoint: a checkpoint.pt of this script; learner: by its name in results.json; seed: decides projections and actions.
+    Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
+    saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
+    try:
+        students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}
+    except TypeError:
+        students = {}
+    if learner not in students:
+        raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a learner {learner}.")
+    checkpoints.restore({"models": {learner: students[learner].model}}, saved["state"])
+    students[learner].model.to(device).eval()
+    return Agent(students[learner], num_actions, action_size, seed)
 
 
 # ======================================================================================================================

@@ -383,6 +383,49 @@ def test_two_processes_equal_one(finished, tmp_path):
             torch.testing.assert_close(states[0][name][key], x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [dict(num_actions=3), dict(action_size=2)])
+def test_an_agent_from_python(kind, finished):
+    """Its policies are those of one pass through the whole history, for environments side by side."""
+    agent = gla.GLA.load(finished / "checkpoint.pt", **kind)
+    model, args = agent.student.model, agent.student.args
+    obs, reward = torch.randn(7, 2, 5, generator=DRAWS), torch.randn(7, 2, generator=DRAWS)
+    done = torch.rand(7, 2, generator=DRAWS) < 0.3
+    b = 3 if "num_actions" in kind else 2
+    actions, outputs = [], []
+    append = agent.context.append
+    agent.context.append = lambda token: outputs.append(append(token)) or outputs[-1]
+    for t in range(7):
+        actions.append(agent.act(obs[t], reward[t], done[t]))
+    native = torch.stack(actions, 1)
+    assert native.shape == ((2, 7) if "num_actions" in kind else (2, 7, 2))
+    action = torch.nn.functional.one_hot(native, 3).float() if "num_actions" in kind else native
+    shifted = [torch.cat([x[1:], torch.zeros(1, 2)]).T.float() for x in (reward, done)]  # of the action at each step
+    steps = gla.Steps(obs.transpose(0, 1), action, *shifted)
+    with torch.no_grad():
+        whole = model(gla.tokens(args, agent.projection, steps, gla.auxiliary(args, 0, model, torch.zeros(2, 7))))[0]
+    torch.testing.assert_close(torch.cat([output for output, _ in outputs], 1), whole, atol=1e-5, rtol=1e-4)
+
+    agent.reset()
+    one = agent.act(obs[0, 0, :4].numpy())
+    assert isinstance(one, int) if "num_actions" in kind else one.shape == (b,)
+    for wrong in (torch.zeros(5), torch.zeros(2, 4), [math.nan] * 4, []):
+        with pytest.raises(ValueError, match="Observations have to be"):
+            agent.act(wrong)
+    with pytest.raises(ValueError, match="Reward and done"):
+        agent.act(torch.zeros(4), [0.0, 1.0])
+
+
+def test_an_agent_needs_actions_and_a_checkpoint(finished, tmp_path):
+    path = finished / "checkpoint.pt"
+    for kind in ({}, dict(num_actions=99), dict(num_actions=2, action_size=2)):
+        with pytest.raises(ValueError, match="num_actions"):
+            gla.GLA.load(path, **kind)
+    with pytest.raises(gla.UserError, match="with a learner gla, g = 7"):
+        gla.GLA.load(path, num_actions=2, learner="gla, g = 7")
+    with pytest.raises(gla.CheckpointError, match="There is no checkpoint"):
+        gla.GLA.load(tmp_path / "none.pt", num_actions=2)
+
+
 MISTAKES = {
     "--envs hidden_goal:9": "hidden_goal:9 is not one of nine cells",
     "--envs": "--envs needs at least one",
