@@ -20,6 +20,9 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
 
+    objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
+    objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
+
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form a
 group; in it, every network of every agent is one row of a matrix, and all agents take a step at once.
@@ -1037,6 +1040,65 @@ STYLES |= {"rl2": "C5", "ppo": "C4", "reinforce-off": "C1", "reinforce-on": "C3"
 PROGRESS = {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}  # per cent of meta-training
 LABELS |= {f"{name}, {part} %": f"{LABELS[name]} after {part} %" for name in ("metagenrl", "epg") for part in PROGRESS}
 STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") for part in PROGRESS}
+
+
+# ======================================================================================================================
+# Use it
+# ======================================================================================================================
+class LearnedObjective:
+    """A meta-trained objective for the policies of your own agents, a differentiable loss.
+
+        objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
+        loss = objective(actions, policy(obs), rewards, values, next_values, times, mask)
+        loss.backward()
+
+    actions and policy_actions are (s, t, b), in [-1, 1]: s sub-trajectories of t steps, of any action size, the actions taken
+    and those of the policy now, through which the gradient flows. The others are (s, t): rewards; the critic's values of
+    policy actions in this state and in the next one, 0 after a terminal state; times, the step in the episode over its time
+    limit; mask, 1 for steps before the end of an episode (default: all). Raises ValueError for other shapes. Inputs are
+    standardised over the batch, so it should hold a hundred steps or more.
+    """
+
+    def __init__(self, args: Args, alpha: Tensor):
+        self.args = args
+        self.alpha = alpha  # (d,)
+        self.nets = make_nets(args, 1, 1)
+
+    @staticmethod
+    def load(checkpoint: str | Path, index: int = 0, device: torch.device | str = "cpu") -> "LearnedObjective":
+        """checkpoint: a checkpoint.pt of this script with a meta-trained objective; index: which of --objectives. Raises
+        CheckpointError or UserError for another file, and IndexError."""
+        saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
+        try:
+            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+            alpha = saved["state"]["['alpha']"]
+        except (TypeError, KeyError):
+            args = None
+        if args is None:
+            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
+        return LearnedObjective(args, alpha[index].to(device))
+
+    def __call__(
+        self,
+        actions: Tensor,
+        policy_actions: Tensor,
+        rewards: Tensor,
+        values: Tensor,
+        next_values: Tensor,
+        times: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of the objective over steps, ()."""
+        mask = torch.ones_like(rewards) if mask is None else mask
+        scalars = rewards, values, next_values, times, mask
+        if actions.ndim != 3 or policy_actions.shape != actions.shape or any(x.shape != actions.shape[:2] for x in scalars):
+            raise ValueError("Actions have to be (s, t, b), and all other inputs (s, t).")
+        actions, policy_actions = actions[None], policy_actions[None]
+        rewards, values, next_values, times, mask = (x[None].float() for x in scalars)
+        zeros = torch.zeros_like(actions[..., :1])
+        batch = Batch(zeros, actions, rewards, torch.zeros_like(rewards), times, zeros, mask)
+        losses = objective(self.args, self.nets, self.alpha[None], batch, policy_actions, values, next_values)
+        return masked_mean(losses, mask).squeeze(0)
 
 
 # ======================================================================================================================

@@ -544,6 +544,34 @@ def test_rl2_hears_what_happened_and_its_trials_are_two_episodes():
 
 
 CHECKPOINT = "--mode test --checkpoint {done}/checkpoint.pt"
+def test_an_objective_from_python(finished):
+    """It is the objective of the run, for any number of action dimensions, and a policy can descend it."""
+    path = finished[0] / "checkpoint.pt"
+    learned = metagenrl.LearnedObjective.load(path)
+    s, steps, b = 30, 6, 3
+    taken, policy = torch.rand(2, s, steps, b, generator=DRAWS) * 2 - 1
+    rewards, values, next_values, times = torch.randn(4, s, steps, generator=DRAWS)
+    mask = (torch.rand(s, steps, generator=DRAWS) < 0.8).float()
+    batch = metagenrl.Batch(taken[None], taken[None], rewards[None], rewards[None] * 0, times[None], taken[None], mask[None])
+    inputs = (policy[None], values[None], next_values[None])
+    expected = metagenrl.objective(learned.args, learned.nets, learned.alpha[None], batch, *inputs)
+    policy.requires_grad_()
+    loss = learned(taken, policy, rewards, values, next_values, times, mask)
+    torch.testing.assert_close(loss.detach(), (expected.sum() / mask.sum()))
+    loss.backward()
+    assert policy.grad[mask > 0].abs().max() > 0 and policy.grad[mask == 0].abs().max() == 0
+    with torch.no_grad():
+        lower = learned(taken, policy - 1e-2 * policy.grad / policy.grad.norm(), rewards, values, next_values, times, mask)
+    assert lower < loss
+
+    with pytest.raises(ValueError, match="Actions have to be"):
+        learned(taken, policy, rewards[:, :5], values, next_values, times)
+    with pytest.raises(IndexError):
+        metagenrl.LearnedObjective.load(path, index=99)
+    with pytest.raises(metagenrl.CheckpointError, match="There is no checkpoint"):
+        metagenrl.LearnedObjective.load(path.parent / "none.pt")
+
+
 MISTAKES = {
     "--envs cartpole": "cartpole has discrete actions",
     "--envs CartPole-v1": "CartPole-v1 has discrete actions",
