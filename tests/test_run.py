@@ -337,7 +337,7 @@ def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
         "--run-dir /proc/none": "/proc/none: No such file or directory",
         f"--run-name {'n' * 300}": "File name too long",
         f"--resume {finished}": "",
-        f"--resume {finished} --run-name other": "A resumed run keeps its flags",
+        f"--resume {finished} --run-name other": "A resumed or tested run keeps its flags",
         "--seed -1": "--seed has to be from 0",
         "--clip -1": "--clip has to be from",
     }.items():
