@@ -508,7 +508,7 @@ def meta_train(
             loss = meta_loss(args, gap, fused[name], tasks).mean()
             adam[name].zero_grad()
             loss.backward()
-            average_gradients(model)
+            es.average_gradients(model.parameters())
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
             adam[name].step()  # line 7
@@ -1170,15 +1170,6 @@ def share(count: int) -> Tensor:
     """The sequences, of `count`, of this process."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return torch.arange(count)[rank::world]
-
-
-def average_gradients(model: nn.Module) -> None:
-    """The mean of all processes' gradients, in place."""
-    if dist.is_initialized():
-        grads = [p.grad for p in model.parameters()]
-        mean = es.all_reduce_mean(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
 
 
 STORE_EVERY = 60  # seconds between files of a collection

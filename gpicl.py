@@ -57,6 +57,7 @@ from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.optimizers import SignOfAverage, Statistics
 from common.results import MetricsLog, result_row, table, to_json
 from common.rng import compile_draws, integers, key
 
@@ -393,21 +394,6 @@ def meta_loss(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tup
     return losses.mean(), correct[:, -1].float().mean()
 
 
-class SignOfAverage(torch.optim.Optimizer):
-    """theta <- theta - lr * sign(average of past gradients) (Figure D.12a)."""
-
-    def __init__(self, params: Any, lr: float, beta: float = 0.9):
-        super().__init__(params, dict(lr=lr, beta=beta))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - group["beta"])
-                parameter.sub_(group["lr"] * average.sign())
-
-
 def make_optimizer(args: Args, learner: nn.Module) -> torch.optim.Optimizer:
     if args.meta_optimizer == "sign":
         return SignOfAverage(learner.parameters(), args.lr)
@@ -450,7 +436,9 @@ def meta_train(
                 (share * loss).backward()
                 sums[name] += share * torch.stack([loss.detach(), accuracy])
         for name, learner in trained.items():
-            average_gradients(learner, args.clip)
+            es.average_gradients(learner.parameters())
+            if args.clip:
+                nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
             optimizers[name].param_groups[0]["lr"] = lr * (args.maml_outer_lr or args.lr) / args.lr if name == "maml" else lr
             optimizers[name].step()  # theta <- theta - alpha * gradient of J(theta)
             optimizers[name].zero_grad()
@@ -471,17 +459,6 @@ def meta_train(
                 plateau.fill_(step)
 
 
-def average_gradients(learner: nn.Module, clip: float | None) -> None:
-    """The mean of the gradients over all processes, then the bound on their norm."""
-    gradients = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
-    if dist.is_initialized():
-        mean = es.all_reduce_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-    if clip:
-        nn.utils.clip_grad_norm_(learner.parameters(), clip)
-
-
 def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
     """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
     tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors and fixed
@@ -493,43 +470,6 @@ def chance_loss(args: Args, datasets: list[Dataset]) -> float:
     """The loss of uniform predictions in nats: ln c, on average over datasets and --classes."""
     counts = [class_counts(args, data) or (data.num_classes,) for data in datasets]
     return sum(sum(map(math.log, of)) / len(of) for of in counts) / len(counts)
-
-
-class Statistics:
-    """Norms of gradients and updates of each tensor and of all together, the cosines between those of consecutive steps, and
-    the distance of the parameters from their initial values (Figures D.8 to D.10); for Adam also the norms of its averages
-    of gradients and of their squares. Watches an optimiser's steps, so gradients are those after --clip."""
-
-    def __init__(self, learner: nn.Module, optimizer: torch.optim.Optimizer):
-        self.named, self.optimizer = dict(learner.named_parameters()), optimizer
-        self.values: dict[str, Tensor] = {}
-        optimizer.register_step_pre_hook(self.before)
-        optimizer.register_step_post_hook(self.after)
-
-    def before(self, *_: Any) -> None:
-        self.start = [parameter.detach().clone() for parameter in self.named.values()]
-
-    def after(self, *_: Any) -> None:
-        states = [self.optimizer.state[parameter] for parameter in self.named.values()]  # are saved with the optimiser
-        now = [parameter.detach() for parameter in self.named.values()]
-        for state, start in zip(states, self.start, strict=True):
-            state.setdefault("initial", start)
-        moved = (p - state["initial"] for p, state in zip(now, states, strict=True))
-        self.values["distance"] = torch.cat([part.flatten() for part in moved]).norm()
-
-        gradients = [parameter.grad for parameter in self.named.values()]
-        updates = [p - start for p, start in zip(now, self.start, strict=True)]
-        for kind, tensors in (("gradient", gradients), ("update", updates)):
-            tensors = [tensor.flatten() for tensor in tensors]
-            last = [state.get(f"last {kind}", torch.zeros_like(x)) for state, x in zip(states, tensors, strict=True)]
-            pairs = zip([*tensors, torch.cat(tensors)], [*last, torch.cat(last)], strict=True)
-            for name, (new, old) in zip([*self.named, "all"], pairs, strict=True):
-                self.values[f"{kind} norm {name}"] = new.norm()
-                self.values[f"{kind} cosine {name}"] = F.cosine_similarity(new, old, 0)
-            for state, tensor in zip(states, tensors, strict=True):
-                state[f"last {kind}"] = tensor.clone()
-        for name, state in zip(self.named, states, strict=True):
-            self.values |= {f"{kind} norm {name}": state[kind].norm() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
 # ======================================================================================================================

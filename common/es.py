@@ -17,7 +17,7 @@ Axes: p members of a batch (all + directions, then all - directions), d paramete
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,16 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace the gradients of parameters by their means over all processes."""
+    if not dist.is_initialized():
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = all_reduce_mean(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def all_gather(value: Tensor, axis: int) -> Tensor:

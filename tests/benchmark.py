@@ -331,7 +331,8 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
         return loss_of(x, y)[0]
 
     def optimise() -> None:
-        gpicl.average_gradients(learner, args.clip)
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
         optimizer.step()
 
     named = learner.named_parameters()

@@ -24,6 +24,7 @@ from torch import nn
 import gpicl
 from common import checkpoints
 from common.datasets import load
+from common.optimizers import SignOfAverage
 
 ARGS = gpicl.Args(
     width=12, layers=2, heads=2, key_size=5, grid=3, state_size=4, message_size=3, sequence_length=7, size=4, channels=1
@@ -326,7 +327,7 @@ x, y = tasks.sample(torch.tensor([5, 2**40 + 5]), torch.tensor([1, 2]), 9)
 
 def test_sign_of_average():
     parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
-    optimizer, average = gpicl.SignOfAverage([parameter], 0.1), torch.zeros(3)
+    optimizer, average = SignOfAverage([parameter], 0.1), torch.zeros(3)
     expected = parameter.detach().clone()
     for t in range(5):
         parameter.grad = torch.tensor([1.0, -1e-9, (-1.0) ** t])
