@@ -131,7 +131,8 @@ class Args:
     num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
     """K, how many tasks there are to meta-train on; inf: no task comes twice (section 5.4.2)."""
     classes: tuple[Count, ...] = ()
-    """Numbers of classes in meta-training tasks (the thesis: all of the dataset's)."""
+    """Numbers of classes in meta-training tasks, once the loss has left its plateau (the thesis, and until then: all of the
+    dataset's)."""
     normalise_inputs: bool = True
     """Images have mean 0 and standard deviation 1 (Appendix D.5; not in Figure 5.4)."""
     bias: Share = 0.9
@@ -334,25 +335,19 @@ UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
 ENDLESS = 2**39  # K, where no task comes twice
 
 
-def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float) -> Tasks:
+def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float, classes: tuple[int, ...] | None = None) -> Tasks:
     """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for the first K bias
-    tasks (section 5.4.3), and uniform for the others."""
+    tasks (section 5.4.3), and uniform for the others. classes: how many classes tasks have, if not all."""
     return Tasks(
         dataset,
         projection="gaussian",
         projected=1.0,
         projection_size=num_inputs,
-        classes=class_counts(args, dataset),
+        classes=classes,
         permuted_from=biased_tasks(args, bias),
         project=kernels.project if args.triton and dataset.num_inputs % 2 == 0 else None,
         seed=args.seed,
     )
-
-
-def class_counts(args: Args, dataset: Dataset) -> tuple[int, ...] | None:
-    """Of --classes, those that the dataset has; None: all its classes."""
-    counts = tuple(count for count in args.classes if count <= dataset.num_classes)
-    return counts if counts and len(dataset) else None
 
 
 def biased_tasks(args: Args, bias: float) -> int:
@@ -414,10 +409,10 @@ def meta_train(
     watch: sequences of other tasks, x (s, t, a) and y (s, t), whose loss is logged (Figure 5.6b) and has no influence.
     facts: what else belongs into a checkpoint, among it the sizes, numbers of inputs and classes (2,).
     """
-    num_inputs, classes = facts["sizes"].tolist()
-    chance = chance_loss(args, datasets)
+    num_inputs, num_classes = facts["sizes"].tolist()
+    chance = chance_loss(datasets)
     trained = {name: learner for name, learner in learners.items() if name not in FIXED}
-    loss_of = {name: compiled(run, learner, classes) for name, learner in trained.items()}
+    loss_of = {name: compiled(run, learner, num_classes) for name, learner in trained.items()}
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
@@ -427,7 +422,8 @@ def meta_train(
     for step in run.steps(args.meta_steps if trained else 0, keep):
         bias, lr = schedule(args, step, int(plateau))
         ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
-        tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias)
+        classes = args.classes if args.classes and plateau >= 0 else None
+        tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias, classes)
         for part in zip(*(one.split(args.chunk or len(one)) for one in ids), strict=True):
             x, y = tasks.sample(*part, args.sequence_length)  # D ~ p(D)
             for name in trained:
@@ -449,7 +445,8 @@ def meta_train(
                 loss, accuracy = es.all_reduce_mean(sums[name] / args.log_every)
                 metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
                 with torch.no_grad():
-                    metrics |= {f"{name}_loss_{what}": meta_loss(learner, *data, classes)[0] for what, data in watch.items()}
+                    for what, data in watch.items():
+                        metrics[f"{name}_loss_{what}"] = meta_loss(learner, *data, num_classes)[0]
                 if statistics:
                     metrics |= {f"{name} {what}": value for what, value in statistics[name].values.items()}
                 sums[name].zero_()
@@ -466,10 +463,9 @@ def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | N
     return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * chance), None)
 
 
-def chance_loss(args: Args, datasets: list[Dataset]) -> float:
-    """The loss of uniform predictions in nats: ln c, on average over datasets and --classes."""
-    counts = [class_counts(args, data) or (data.num_classes,) for data in datasets]
-    return sum(sum(map(math.log, of)) / len(of) for of in counts) / len(counts)
+def chance_loss(datasets: list[Dataset]) -> float:
+    """The loss of uniform predictions in nats: ln c, on average over datasets."""
+    return sum(math.log(data.num_classes) for data in datasets) / len(datasets)
 
 
 # ======================================================================================================================
@@ -803,7 +799,7 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs, last_bias(args))
-        unseen = replace(seen, permuted_from=0, classes=None)
+        unseen = replace(seen, permuted_from=0)
         if name in args.dataset:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
@@ -1314,7 +1310,7 @@ def main() -> None:
     trained = [name for name in names if f"{name}_loss" in columns]
     for name in reversed(trained):
         steps, losses = zip(*columns[f"{name}_loss"], strict=True)
-        left = plateau_end(steps, losses, chance_loss(args, datasets))
+        left = plateau_end(steps, losses, chance_loss(datasets))
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
         how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
         run.info(f"{LABELS[name]}: the loss {how}.")

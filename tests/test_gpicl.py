@@ -292,9 +292,8 @@ def test_each_batch_has_the_share_of_biased_tasks(bias, num_tasks):
 
 def test_tasks_of_several_numbers_of_classes():
     """All classes of a task occur, and no others; labels are permuted among them."""
-    args = replace(ARGS, classes=(2, 3, 10, 50), num_tasks=400)
-    tasks = gpicl.train_tasks(args, load("digits"), 64, bias=0.0)
-    assert tasks.classes == (2, 3, 10) and tasks.num_classes == 10
+    tasks = gpicl.train_tasks(replace(ARGS, num_tasks=400), load("digits"), 64, bias=0.0, classes=(2, 3, 10))
+    assert tasks.num_classes == 10
     ids = torch.arange(400)
     _, y = tasks.sample(ids, ids, 200)
     counts = torch.tensor([len(row.unique()) for row in y])
@@ -302,9 +301,6 @@ def test_tasks_of_several_numbers_of_classes():
     assert all(100 < (counts == k).sum() < 170 for k in (2, 3, 10))
     first = y[counts == 3][:, 0].bincount().float()
     assert (first / first.sum() - 1 / 3).abs().max() < 0.13
-    wine = gpicl.train_tasks(args, load("wine"), 64, bias=0.0)
-    assert wine.classes == (2, 3)
-    assert gpicl.train_tasks(args, load("random"), 64, bias=0.0).classes is None
 
 
 def test_the_same_id_is_the_same_task_in_another_process():
@@ -356,9 +352,7 @@ def test_plateau_end():
     assert gpicl.plateau_end([9, 19, 29, 39], flat, math.log(10)) is None
     assert gpicl.plateau_end([9, 19, 29, 39, 49], [*flat, 2.0], math.log(10)) == 49
     data = [load("digits"), load("wine")]
-    assert gpicl.chance_loss(ARGS, data) == pytest.approx((math.log(10) + math.log(3)) / 2)
-    several = gpicl.chance_loss(replace(ARGS, classes=(2, 10)), data)
-    assert several == pytest.approx((math.log(2) + math.log(10)) / 4 + math.log(2) / 2)
+    assert gpicl.chance_loss(data) == pytest.approx((math.log(10) + math.log(3)) / 2)
 
 
 def test_bias_and_learning_rate_fall_once_the_plateau_is_left():
