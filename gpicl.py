@@ -64,7 +64,7 @@ from common.rng import compile_draws, integers, key
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-FITTED = ("logistic", "neighbors", "forest")  # by scikit-learn, anew for each prediction
+FITTED = ("logistic", "neighbors", "forest")  # by scikit-learn, once for each prediction
 FIXED = ("sgd", "adam", "untrained", *FITTED)  # not meta-trained
 Name = Literal[
     "transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam", "untrained",
@@ -121,7 +121,7 @@ class Args:
     """Datasets to meta-train on (train splits), one after the other: names, or files, my.npz with the arrays x_train y_train
     x_test y_test (Table 5.2: mnist; digits needs no download)."""
     size: Side = 32
-    """All images are scaled to this side in pixels (Appendix D.4, D.5)."""
+    """All images are scaled to this side in pixels (Appendix D.4, D.5; vsml_nosym: 14, and one channel)."""
     channels: Literal[1, 3] = 3
     """Channels of all images: grey ones are repeated, coloured ones averaged (Appendix D.4: 32 x 32 x 3)."""
     features: Literal["none", "resnet18", "resnet50", "clip", "untrained", "fashion_mnist"] = "none"
@@ -137,9 +137,9 @@ class Args:
     """Images have mean 0 and standard deviation 1 (Appendix D.5; not in Figure 5.4)."""
     bias: Share = 0.9
     """Share of each meta-training batch whose labels are permuted by one and the same permutation (section 5.4.3). The
-    thesis: .9 in Figure 5.3, Table 5.2, for VSML and LSTMs; 0 elsewhere."""
+    thesis: .9 in Figure 5.3, for VSML and LSTMs (Appendix D.4); varied in Figures 5.8 and D.9; 0 elsewhere."""
     bias_end: Share | None = None
-    """Once the loss has left its plateau, the bias goes linearly to this (not in the thesis; default: it stays)."""
+    """Once the loss has left its plateau, the bias changes linearly to this (not in the thesis; default: it stays)."""
     sequence_length: Length = 100
     """N_D, examples in a sequence (Appendix D.6)."""
 
@@ -298,8 +298,8 @@ def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Truncated normals of std 1/sqrt(fan-in), for positions 0.02; zero biases, for an LSTM's forget gates one (the thesis
-    does not tell)."""
+    """Truncated normals of std 1/sqrt(fan-in), for positions 0.02; zero biases, for an LSTM's forget gates one (not in
+    the thesis)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
@@ -335,29 +335,37 @@ UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
 ENDLESS = 2**39  # K, where no task comes twice
 
 
-def train_tasks(args: Args, dataset: Dataset, num_inputs: int, bias: float, classes: tuple[int, ...] | None = None) -> Tasks:
-    """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for the first K bias
-    tasks (section 5.4.3), and uniform for the others. classes: how many classes tasks have, if not all."""
+def train_tasks(args: Args, dataset: Dataset, num_inputs: int, classes: tuple[int, ...] | None = None) -> Tasks:
+    """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for the first
+    biased_tasks (section 5.4.3), and uniform for the others. classes: how many classes tasks have, if not all; then the
+    fixed permutation keeps the order of the classes that a task has."""
     return Tasks(
         dataset,
         projection="gaussian",
         projected=1.0,
         projection_size=num_inputs,
         classes=classes,
-        permuted_from=biased_tasks(args, bias),
+        permuted_from=biased_tasks(args),
         project=kernels.project if args.triton and dataset.num_inputs % 2 == 0 else None,
         seed=args.seed,
     )
 
 
-def biased_tasks(args: Args, bias: float) -> int:
-    """How many of the K tasks have the fixed permutation."""
-    return round(bias * (ENDLESS if args.num_tasks == "inf" else args.num_tasks))
+def biased_tasks(args: Args) -> int:
+    """How many of the K tasks have the fixed permutation: the share of --bias, or half where batches have both kinds later."""
+    shares = args.bias, last_bias(args)
+    count = math.floor(max(shares) * number_of_tasks(args))
+    return number_of_tasks(args) // 2 if max(shares) == 1 > min(shares) else count
+
+
+def number_of_tasks(args: Args) -> int:
+    """K."""
+    return ENDLESS if args.num_tasks == "inf" else args.num_tasks
 
 
 def schedule(args: Args, step: int, plateau: int) -> tuple[float, float]:
     """Bias and learning rate at a meta-step. Both stay until the step `plateau` at which the loss left its plateau (-1: not
-    yet), and go linearly to their last values from there."""
+    yet), and change linearly to their last values from there."""
     progress = (step - plateau) / (args.meta_steps - plateau) if plateau >= 0 else 0
     return args.bias + progress * (last_bias(args) - args.bias), args.lr * (1 - progress * args.lr_decay)
 
@@ -373,13 +381,15 @@ def batch_ids(
     permutation; and the ids of its sequences, all new."""
     number = torch.arange(args.batch, device=device)[rank::world]  # in the batch
     sequences = step * args.batch + number
-    many = ENDLESS if args.num_tasks == "inf" else args.num_tasks
-    biased = biased_tasks(args, bias)
-    fixed = number < round(bias * args.batch) if 0 < biased < many else torch.full_like(number, biased, dtype=torch.bool)
+    biased = biased_tasks(args)
+    others = number_of_tasks(args) - biased
+    fixed = number < round(bias * args.batch)
+    if not biased or not others:  # all tasks are of one kind
+        fixed = number < args.batch * bool(biased)
     if args.num_tasks == "inf":
         return torch.where(fixed, sequences, sequences + biased), sequences
 
-    draw = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, many - biased).clamp(min=1))
+    draw = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, others).clamp(min=1))
     return torch.where(fixed, draw, draw + biased), sequences
 
 
@@ -407,7 +417,7 @@ def meta_train(
     """Algorithm 9, for learners side by side on the same batches. Changes the learners in place.
 
     watch: sequences of other tasks, x (s, t, a) and y (s, t), whose loss is logged (Figure 5.6b) and has no influence.
-    facts: what else belongs into a checkpoint, among it the sizes, numbers of inputs and classes (2,).
+    facts: what else belongs into a checkpoint, among it sizes, the numbers of inputs and classes (2,), and plateau, -1.
     """
     num_inputs, num_classes = facts["sizes"].tolist()
     chance = chance_loss(datasets)
@@ -416,14 +426,14 @@ def meta_train(
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
-    plateau = torch.tensor(-1)  # the step at which the first learner left it
+    plateau = facts["plateau"]  # the step at which the first learner left it
 
-    keep = {"models": learners, "optimizers": optimizers, "sums": sums, "plateau": plateau} | facts
+    keep = {"models": learners, "optimizers": optimizers, "sums": sums} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         bias, lr = schedule(args, step, int(plateau))
         ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
         classes = args.classes if args.classes and plateau >= 0 else None
-        tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, bias, classes)
+        tasks = train_tasks(args, datasets[step % len(datasets)], num_inputs, classes)
         for part in zip(*(one.split(args.chunk or len(one)) for one in ids), strict=True):
             x, y = tasks.sample(*part, args.sequence_length)  # D ~ p(D)
             for name in trained:
@@ -498,14 +508,16 @@ class LSTM(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A learner that goes through a sequence by step(x (s, a), label (s, c), state) -> logits (s, c), state."""
+    """A learner that reads a sequence by step(x (s, a), label (s, c), state) -> logits (s, c), state."""
 
     def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        state, logits = self.initial_state(len(x)) if state is None else state, []
+        if state is None:
+            state = self.initial_state(len(x))
+        steps = []
         for x_t, label_t in zip(x.unbind(1), label.unbind(1), strict=True):
-            now, state = self.step(x_t, label_t, state)
-            logits.append(now)
-        return torch.stack(logits, 1), state
+            logits, state = self.step(x_t, label_t, state)
+            steps.append(logits)
+        return torch.stack(steps, 1), state
 
     def zeros(self, *shape: int) -> Tensor:
         parameter = next(self.parameters())
@@ -601,7 +613,7 @@ class VSMLWithoutSymmetries(Recurrent):
 
 class OnlineSGD(Recurrent):
     """A network without or with one hidden layer of ReLUs that learns by backpropagation from one example at a time: by SGD,
-    Adam (Kingma and Ba 2015) or AdamW. Its state are the weights. MAML (Finn et al. 2017) is the same with SGD and initial
+    Adam (Kingma and Ba 2015) or AdamW. Its state is the weights. MAML (Finn et al. 2017) is the same with SGD and initial
     weights that are meta-trained, through the updates (Appendix D.5)."""
 
     RULES = ("sgd", "adam", "adamw")
@@ -628,7 +640,8 @@ class OnlineSGD(Recurrent):
         for k in reversed(range(len(weights))):
             inputs = state["inputs"][k]
             gradient = inputs[..., None] * error[:, None]
-            error = (weights[k] @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
+            if k > 0:
+                error = (weights[k] @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
             if self.rule != "sgd":
                 one, two = torch.lerp(gradient, moments[2 * k], 0.9), torch.lerp(gradient**2, moments[2 * k + 1], 0.999)
                 moments[2 * k : 2 * k + 2] = one, two
@@ -698,7 +711,7 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     dataset = load(name, split, args.data_dir, device, args.size, args.channels)
     if not args.normalise_inputs:
         dataset = replace(dataset, mean=0.0, std=1.0)
-    if name == "random":  # ten points, repeated (Appendix D.5)
+    if name == "random":  # ten points, repeated (Appendix D.5); Gaussian where the thesis has uniform ones
         return replace(dataset, make=MAKERS[name](dataset.shape, points=10))
     return dataset
 
@@ -798,7 +811,7 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     for name in distinct(args.test_datasets or args.dataset + others):
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
-        seen = train_tasks(args, dataset, num_inputs, last_bias(args))
+        seen = train_tasks(args, dataset, num_inputs)
         unseen = replace(seen, permuted_from=0)
         if name in args.dataset:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
@@ -807,14 +820,24 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     return tests
 
 
-def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test sequences, a few at a time: x (s, t, a), y (s, t). Tasks are meta-trained ones or have the split's own ids."""
+def seen_ids(args: Args, steps: int, plateau: int, device: torch.device) -> Tensor:
+    """Ids of at most --test-tasks tasks of the last of so many meta-steps."""
+    ids = torch.zeros(0, dtype=torch.int64, device=device)
+    for step in reversed(range(max(1, steps))):
+        bias, _ = schedule(args, step, plateau if step > plateau else -1)
+        ids = torch.cat([ids, batch_ids(args, step, bias, device)[0]])
+        if len(ids) >= args.test_tasks:
+            break
+    return ids[: args.test_tasks]
+
+
+def test_data(
+    args: Args, tasks: Tasks, sequences: int, length: int, ids: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Test sequences, a few at a time: x (s, t, a), y (s, t). ids: of their tasks (default: --test-tasks new ones)."""
     device, first = tasks.dataset.device, FIRST_ID[tasks.dataset.split]
-    ids = torch.arange(args.test_tasks, device=device)
-    if not seen:
-        ids = ids + first
-    elif args.num_tasks != "inf":
-        ids = integers(key(args.seed, device, 2), ids, args.num_tasks)
+    if ids is None:
+        ids = first + torch.arange(args.test_tasks, device=device)
     ids = ids.repeat(-(-sequences // len(ids)))[:sequences]
     length = min(length, len(tasks.dataset) or length)  # once through the data at most
     size = max(1, min(512, 2 ** (24 if args.device == "cpu" else 30) // (tasks.dataset.num_inputs * tasks.num_inputs)))
@@ -823,15 +846,15 @@ def test_data(args: Args, tasks: Tasks, seen: bool, sequences: int, length: int)
 
 
 def meta_test(
-    args: Args, learners: dict[str, nn.Module], tests: dict[tuple[str, str], Tasks], num_classes: int, run: "Run"
+    args: Args, learners: dict[str, nn.Module], tests: dict[tuple[str, str], Tasks], num_classes: int, seen: Tensor, run: "Run"
 ) -> list[dict[str, Any]]:
-    """All learners on all test sets: rows of results.json, and Figure 5.3."""
+    """All learners on all test sets: rows of results.json, and Figure 5.3. seen: ids of meta-training tasks."""
     rows, curves = [], []
     for (task, novelty), tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
         if tasks.num_classes > num_classes:
             run.info(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
             continue
-        measure = partial(measured, args, learners, task, novelty, tasks, num_classes)
+        measure = partial(measured, args, learners, task, novelty, tasks, num_classes, seen if novelty == "none" else None)
         some, curve = run.once(f"{task}, {novelty}", measure)
         rows += some
         curves += curve
@@ -842,12 +865,18 @@ def meta_test(
 
 @torch.no_grad()
 def measured(
-    args: Args, learners: dict[str, nn.Module], task: str, novelty: str, tasks: Tasks, num_classes: int
+    args: Args,
+    learners: dict[str, nn.Module],
+    task: str,
+    novelty: str,
+    tasks: Tasks,
+    num_classes: int,
+    ids: Tensor | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
     parts = {name: [] for name in learners}
     fitted = {name: [] for name in FITTED if name in args.baselines}
-    for x, y in test_data(args, tasks, novelty == "none", args.test_seeds, args.test_steps or args.sequence_length):
+    for x, y in test_data(args, tasks, args.test_seeds, args.test_steps or args.sequence_length, ids):
         for name, learner in learners.items():
             parts[name].append(rollout(learner, x, y, num_classes))
         for name in fitted:
@@ -984,7 +1013,7 @@ class InContextLearner(Learner):
         if num_outputs > self.num_classes:
             raise ValueError(f"This learner has {self.num_classes} classes, not {num_outputs}.")
         data = Dataset("yours", "train", (num_inputs,), num_outputs, device=keys.device)
-        projection = train_tasks(self.args, data, self.num_inputs, bias=0.0).projections(keys[0])
+        projection = train_tasks(self.args, data, self.num_inputs).projections(keys[0])
         label = torch.zeros(keys.shape[1], num_outputs, device=keys.device)
         return Context(projection, label, None, None, 0)
 
@@ -1006,7 +1035,7 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes")  # the flags that a meta-test cannot change
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch")  # that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -1216,6 +1245,10 @@ def check(args: Args) -> None:
         raise UserError("--dataset needs at least one dataset.")
     if args.learner in FITTED:
         raise UserError(f"--learner {args.learner} is a baseline; name it in --baselines.")
+    if args.weight_decay and args.meta_optimizer != "adamw":
+        raise UserError("--weight-decay is for --meta-optimizer adamw.")
+    if args.log_every % len(args.dataset):
+        raise UserError(f"--log-every has to be a multiple of the {len(args.dataset)} datasets, which follow each other.")
     if "maml" not in {args.learner, *args.baselines} and (args.meta_sgd or args.maml_lr or args.maml_outer_lr):
         raise UserError("--meta-sgd, --maml-lr and --maml-outer-lr are for maml; name it in --learner or --baselines.")
     if args.triton and (args.device != "cuda" or not find_spec("triton")):
@@ -1229,7 +1262,7 @@ def check(args: Args) -> None:
 
 
 def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
-    """A learner by its name with fresh parameters. setting: of those in TUNED, found by search_rates."""
+    """A learner by its name with initial parameters. setting: of those in TUNED, the result of search_rates."""
     if name not in TUNED:
         learner = KINDS[name](args, num_inputs, num_classes)
         initialise(learner, args.seed)
@@ -1257,6 +1290,7 @@ def compiled(run: Run, learner: nn.Module, num_classes: int) -> Any:
 def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Learners by name from the state in a checkpoint, their settings, and sizes (2,), the numbers of inputs and classes."""
     parts = {"settings": {name: torch.zeros(3) for name in names if name in TUNED}, "sizes": torch.zeros(2, dtype=torch.int64)}
+    parts["plateau"] = torch.tensor(-1)
     checkpoints.restore(parts, state)
     learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
     checkpoints.restore({"models": learners}, state)
@@ -1280,7 +1314,7 @@ def main() -> None:
                 raise UserError(f"--classes has to be from 2 to the {data.num_classes} stored classes of {data.name}.")
     if not checkpoint:
         sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
-        parts = {"settings": {}, "sizes": torch.tensor(sizes)}
+        parts = {"settings": {}, "sizes": torch.tensor(sizes), "plateau": torch.tensor(-1)}
     sizes = parts["sizes"].tolist()
     tests = test_tasks(args, run.device, sizes[0])
     if all(tasks.num_classes > sizes[1] for tasks in tests.values()):
@@ -1289,7 +1323,7 @@ def main() -> None:
 
     started = time.time()
     if not checkpoint:
-        first = train_tasks(args, datasets[0], sizes[0], last_bias(args))
+        first = train_tasks(args, datasets[0], sizes[0])
         with torch.no_grad():
             parts["settings"] |= {name: search_rates(args, first, TUNED[name]) for name in names if name in TUNED}
         learners = {name: make_learner(name, args, *sizes, parts["settings"].get(name)) for name in names}
@@ -1299,17 +1333,23 @@ def main() -> None:
         for (_, novelty), unseen in tests.items():
             if novelty != "none" and unseen.num_classes <= sizes[1]:
                 watch.setdefault({"task": "unseen", "domain": "domain"}[novelty], unseen)
-        watch = {what: next(test_data(args, unseen, False, 64, args.sequence_length)) for what, unseen in watch.items()}
+        data = {what: zip(*test_data(args, unseen, 64, args.sequence_length), strict=True) for what, unseen in watch.items()}
+        watch = {what: tuple(map(torch.cat, parts_of)) for what, parts_of in data.items()}
         meta_train(args, learners, datasets, watch, run, parts)
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
-    rows = meta_test(args, learners, tests, sizes[1], run)
+    steps = args.meta_steps if args.mode == "train" else checkpoint["step"]
+    seen = seen_ids(args, steps, int(parts["plateau"]), run.device)
+    rows = meta_test(args, learners, tests, sizes[1], seen, run)
     columns = read_metrics(run.folder)
     facts = {"plateau": None, "final_loss": None}
     trained = [name for name in names if f"{name}_loss" in columns]
     for name in reversed(trained):
-        steps, losses = zip(*columns[f"{name}_loss"], strict=True)
+        lines = columns[f"{name}_loss"]
+        if args.classes and name != trained[0] and parts["plateau"] >= 0:  # the losses of fewer classes are lower
+            lines = [line for line in lines if line[0] <= parts["plateau"]]
+        steps, losses = zip(*lines, strict=True)
         left = plateau_end(steps, losses, chance_loss(datasets))
         facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
         how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"

@@ -246,7 +246,7 @@ LAPTOP = dict(
     meta_optimizer="backprop",  # a gradient is worth more than the population that 2 cores can afford
     meta_steps=600,  # three minutes
     sequences=16,  # as many sub-RNNs as stay in the cache
-    sequence_length=60,  # memory and time; what is learned goes on learning for thousands of examples
+    sequence_length=60,  # memory and time; the learner keeps learning for thousands of examples
     block=60,  # memory suffices
     persistent=20,  # 1,200 examples in pieces of 60: without, accuracy falls after some hundreds at 28 x 28
     persistent_share=0.5,  # the others keep the first examples fast (see the results page)
@@ -350,7 +350,8 @@ class VSML(Learner):
         layers = list(layers)
         fwd_msg = pad(x[..., None], self.args.message_size)  # m_a1^(1) := x_a
         for k, (h, c, _, bwd_msg) in enumerate(layers):
-            layers[k], fwd_msg, to_below = self.update(params, k, Layer(h, c, fwd_msg, bwd_msg))
+            layer, fwd_msg, to_below = self.update(params, k, Layer(h, c, fwd_msg, bwd_msg))
+            layers[k] = layer
             if k > 0:
                 layers[k - 1] = with_bwd_msg(layers[k - 1], to_below)
 
@@ -447,7 +448,9 @@ def rollout(
     losses = x.new_empty(y.shape)
     correct = torch.empty_like(y, dtype=torch.bool)
     for t in range(y.shape[2]):
-        state, losses[:, :, t], correct[:, :, t] = step(params, state, x[:, :, t], y[:, :, t])
+        state, loss, is_correct = step(params, state, x[:, :, t], y[:, :, t])
+        losses[:, :, t] = loss
+        correct[:, :, t] = is_correct
     return state, losses, correct
 
 
@@ -457,10 +460,10 @@ def rollout(
 Gradient = tuple[Tensor, Tensor, Tensor]  # the meta-gradient (d,), mean loss, mean accuracy
 
 
-def meta_loss(args: Args, losses: Tensor) -> Tensor:
-    """What is minimised of a rollout's losses (..., t): their mean (Algorithm 8: their sum, the same to
-    Adam), or the last (appendix B.3.2)."""
-    return losses[..., -1] if args.meta_loss == "last" else losses.mean(-1)
+def over_time(args: Args, values: Tensor) -> Tensor:
+    """The mean of a rollout's values (..., t), or the last one (appendix B.3.2). Of losses, that is the
+    meta-loss (Algorithm 8 has their sum, which is the same to Adam)."""
+    return values[..., -1] if args.meta_loss == "last" else values.mean(-1)
 
 
 def es_gradient(
@@ -480,8 +483,8 @@ def es_gradient(
         state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         x, y = x.repeat(2, 1, 1)[:, None], y.repeat(2, 1)[:, None]  # p, s = 1, t
         _, losses, correct = rollout(learner, population, state, x, y)
-        accuracy.append(meta_loss(args, correct.float()).mean())
-        return meta_loss(args, losses).mean(1)
+        accuracy.append(over_time(args, correct.float()).mean())
+        return over_time(args, losses).mean(1)
 
     grad, losses = es.gradient(
         theta,
@@ -509,9 +512,9 @@ def backprop_gradient(
         state, losses, correct = rollout(learner, theta[None], state, x[None], y[None], args.block)
         if kept:
             kept["state"] = tree_map(lambda v: es.all_gather(v.detach(), axis=1), state)
-        loss = meta_loss(args, losses).mean()
+        loss = over_time(args, losses).mean()
         (grad,) = torch.autograd.grad(loss, theta)
-        accuracy = meta_loss(args, correct.float()).mean()
+        accuracy = over_time(args, correct.float()).mean()
         results.append((grad, loss.detach(), accuracy))
 
     means = (torch.stack(values).mean(0) for values in zip(*results, strict=True))
@@ -531,7 +534,8 @@ def meta_train(
     what else a checkpoint holds."""
     gradient = es_gradient if args.meta_optimizer == "es" else backprop_gradient
     rate = args.es_lr if args.meta_optimizer == "es" else args.backprop_lr
-    rates = {name: getattr(args, f"{name}_lr", None) or rate for name in learners}
+    own_rates = {"rnn": args.rnn_lr, "hebbian": args.hebbian_lr, "fwmemory": args.fwmemory_lr}
+    rates = {name: own_rates.get(name) or rate for name in learners}
     adam = {name: torch.optim.Adam([thetas[name]], rates[name]) for name in learners}  # 0.9, 0.999
     memory = {name: new_memory(args, learners[name], datasets[name]) for name in learners}
 
@@ -540,13 +544,14 @@ def meta_train(
         metrics = {}
         for name, learner in learners.items():
             estimate = cloning.gradient if name == "clone" else gradient
-            thetas[name].grad, loss, accuracy = estimate(
-                args, learner, thetas[name], datasets[name], step, memory[name]
-            )
+            arguments = args, learner, thetas[name], datasets[name], step, memory[name]
+            grad, loss, accuracy = estimate(*arguments)
+            thetas[name].grad = grad
             decay = 1 - step / args.meta_steps if args.lr_decay else 1
             adam[name].param_groups[0]["lr"] = rates[name] * decay
             adam[name].step()  # theta <- theta - alpha * the gradient of the rollout's loss
-            metrics |= {f"{name}_loss": loss, f"{name}_{'explained' if name == 'clone' else 'accuracy'}": accuracy}
+            metric = "explained" if name == "clone" else "accuracy"
+            metrics |= {f"{name}_loss": loss, f"{name}_{metric}": accuracy}
         run.log(step, metrics)
 
 
@@ -576,7 +581,8 @@ def compile_step(args: Args, learner: Learner) -> None:
 
 
 def triton_rollout(learner: VSML, theta: Tensor, state: list[Layer], x: Tensor, y: Tensor) -> tuple[State, *Metrics]:
-    """rollout of one dense layer for antithetic pairs, whose two members share x and y."""
+    """rollout of one dense layer for antithetic pairs, whose two members share x and y. The last state has
+    the messages of the first one."""
     args, pairs, layer = learner.args, len(theta) // 2, state[0]
     options = {name: getattr(args, name) for name in ("micro_ticks", "logit_bound", "logit_scale", "logit_slot", "feed_label")}
     inputs = layer.h[:, 0], layer.c[:, 0], x[:pairs, 0], y[:pairs, 0]
@@ -670,15 +676,19 @@ class DeepVSML(VSML):
         if not self.args.backward_pass:
             return layers
         for k in reversed(range(len(layers))):
-            layers[k], _, to_below = self.update(params, k, layers[k])
+            layer, _, to_below = self.update(params, k, layers[k])
+            layers[k] = layer
             if k > 0:
                 layers[k - 1] = with_bwd_msg(layers[k - 1], to_below)
         layers[-1] = with_bwd_msg(layers[-1], torch.zeros_like(layers[-1].bwd_msg))
         return layers
 
     def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
-        """Of square images of one or three channels, if there are convolutions."""
-        sizes, channels = [], 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
+        """Of square images of one or three channels, if there are convolutions. Raises ValueError for others."""
+        sizes = []
+        channels = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
+        if self.args.conv and channels * math.isqrt(num_inputs // channels) ** 2 != num_inputs:
+            raise ValueError(f"Convolutions need square images, and {num_inputs} inputs are none.")
         for out in self.args.conv:
             conv = Conv(9 * channels, out, math.isqrt(num_inputs // channels))
             sizes.append((conv.a, conv.b, num_inputs, out * conv.positions))
@@ -733,8 +743,8 @@ class Conv(NamedTuple):
         """Messages of patches -> of pixels: the mean over the patches that a pixel lies in."""
         msg = msg.permute(0, 1, 4, 3, 2)  # (p, s, m, a, q)
         options = dict(kernel_size=self.kernel, padding=self.kernel // 2, stride=self.stride)
-        fold = partial(F.fold, output_size=(self.side, self.side), **options)
-        sums, counts = (fold(v.flatten(0, 2).flatten(1, -2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
+        add = partial(F.fold, output_size=(self.side, self.side), **options)
+        sums, counts = (add(v.flatten(0, 2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
         return (sums / counts).view(*msg.shape[:3], -1).transpose(2, 3)
 
 
@@ -757,7 +767,7 @@ def search_rate(args: Args, learner: OnlineSGD, tasks: Tasks) -> Tensor:
         state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
         x, y = x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1)
         _, _, correct = rollout(learner, grid, state, x, y)
-        scores.append(meta_loss(args, correct.float()))
+        scores.append(over_time(args, correct.float()))
     return grid[torch.cat(scores, 1).mean(1).argmax()]
 
 

@@ -527,6 +527,8 @@ class Tasks:
             raise DatasetError(
                 f"'{name}' has too few stored examples of a class for episodes of {shots} shots."
             )
+        if self.project and self.projection != "gaussian":
+            raise DatasetError("There is a faster form of Gaussian projections only.")
         if self.projection_size not in (None, data.num_inputs) and self.projected != 1:
             raise DatasetError(
                 "A projection to another size has to be applied to all tasks (projected = 1)."
@@ -565,7 +567,8 @@ class Tasks:
         of its task in random order, then all of them in another order, and so on.
         """
         data = self.dataset
-        task = self.keys(tasks.to(data.device), 1)
+        tasks = tasks.to(data.device)
+        task = self.keys(tasks, 1)
         sequence = self.keys(sequences.to(data.device), 2)
         position = (torch.arange(length, device=data.device) + start).expand(len(task), -1)
 

@@ -1,6 +1,6 @@
 """Antithetic evolution strategies on a flat parameter vector.
 
-Salimans et al. (2017), as used by VSML (thesis, section B.3.2) and SymLA (Eq. 4.10). One generation
+Salimans et al. (2017), as used by VSML (thesis, appendix B.3.2) and SymLA (Eq. 4.10). One generation
 draws `pairs` Gaussian directions, evaluates the parameters a step of `sigma` forwards and backwards
 along each, and estimates the gradient of the smoothed loss from the differences. The optimiser
 (Adam in the thesis) stays outside:
@@ -38,8 +38,8 @@ def directions(
 
 def centred_ranks(losses: Tensor) -> Tensor:
     """Replace each loss by its rank, scaled to [-0.5, 0.5] (rank shaping of Salimans et al.,
-    section 2.1). Equal losses share their mean rank, so that a constant loss has gradient 0. Of
-    single-precision losses that are nearly equal, some pairs are exactly so by chance."""
+    section 2.1). Equal losses share their mean rank, so that a constant loss has gradient 0. Single
+    precision makes some near ties exact."""
     ordered = losses.flatten().sort().values
     first = torch.searchsorted(ordered, losses)
     last = torch.searchsorted(ordered, losses, right=True) - 1
@@ -85,7 +85,7 @@ def even_chunk(pairs: int, kinds: int, limit: int) -> int:
 
 def kinds_of_chunks(pairs: int, kinds: int, generation: int, chunk: int) -> list[int]:
     """Which kind of task, 0 to kinds - 1, each chunk of this process has. All pairs of a block have
-    one; which one, changes with the generation if there are more blocks than kinds."""
+    one; which one changes with the generation if there are more blocks than kinds."""
     blocks = num_blocks(pairs, kinds)
     numbers = (generation * blocks + pair * blocks // pairs for pair in share(pairs)[::chunk])
     return [number % kinds for number in numbers]

@@ -55,7 +55,7 @@ class Learner:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (p, ..., i) @ weight (p, i, j) + bias (p, j): the same everywhere, but for the members."""
+    """x (p, ..., i) @ weight (p, i, j) + bias (p, j): one matrix for each member."""
     y = x.flatten(1, -2) @ weight
     return (y if bias is None else y + bias[:, None]).unflatten(1, x.shape[1:-1])
 
@@ -107,7 +107,7 @@ class Classifier:
 
     Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
     several, one after the other, or (s, t, a) for s independent learners side by side. The first
-    call decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
+    `learn` decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
     """
 
     def __init__(
@@ -296,26 +296,27 @@ class Hebbian(Learner):
         return torch.cat([weight.flatten(), torch.zeros(shape[1]), alpha.flatten(), rate])
 
     def initial_state(self, keys: Tensor, num_inputs: int, num_outputs: int) -> State:
-        """The fast weights, and the last input."""
+        """The fast weights, the last input, and zeros for the outputs that there are."""
         fast = torch.zeros(*keys.shape[:2], *self.shapes["weight"], device=keys.device)
-        return fast, fast[..., 0]
+        return fast, fast[..., 0], fast[..., 0, :num_outputs]
 
     def layer(self, params: Params, fast: Tensor, x: Tensor) -> Tensor:
         slow = affine(x, params["weight"], params["bias"])
         return slow + (x[..., None, :] @ (params["alpha"][:, None] * fast)).squeeze(-2)
 
     def predict(self, params: Params, state: State, x: Tensor) -> tuple[State, Tensor]:
+        fast, _, outputs = state
         x = pad(x, self.shapes["weight"][0])
-        logits = self.layer(params, state[0], x)
-        return (state[0], x), bounded(logits, self.bound)
+        logits = self.layer(params, fast, x)[..., : outputs.shape[-1]]
+        return (fast, x, outputs), bounded(logits, self.bound)
 
     def learn(self, params: Params, state: State, error: Tensor, label: Tensor) -> State:
         num_inputs, num_outputs = self.sizes
-        fast, x = state
+        fast, x, outputs = state
         x = torch.cat([x[..., :num_inputs], pad(error, num_outputs), pad(label, num_outputs)], -1)
         y = self.layer(params, fast, x).softmax(-1)[..., None, :]
         rate = params["rate"][..., None, None].sigmoid()
-        return fast + rate * y * (x[..., None] - y * fast), x  # Oja's rule
+        return fast + rate * y * (x[..., None] - y * fast), x, outputs  # Oja's rule
 
 
 # ==================================================================================================

@@ -316,7 +316,7 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     if bench.run.compiles:
         compile_draws()
     data = gpicl.prepare(args, "digits", "train", bench.device)
-    tasks = gpicl.train_tasks(args, data, size**2 * channels, args.bias)
+    tasks = gpicl.train_tasks(args, data, size**2 * channels)
     learner = gpicl.make_learner("transformer", args, tasks.num_inputs, 10).to(bench.device)
     optimizer = gpicl.make_optimizer(args, learner)
     loss_of = gpicl.compiled(bench.run, learner, 10)

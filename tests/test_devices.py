@@ -140,12 +140,12 @@ def test_what_a_gpu_would_refuse(pretending):
 
 
 MORE = {
-    test_fme: "",
+    test_fme: "--envs swapping_bandit",
     test_gla: "--baselines one-task ppo uniform",
     test_gpicl: "--statistics",
-    test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 20 --evaluations 1",
+    test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 20 --evaluations 1 --baselines td3",
     test_symla: "",
-    test_vsml: "",
+    test_vsml: "--baselines rnn sgd --test-datasets digits",
 }
 
 

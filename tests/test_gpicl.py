@@ -241,7 +241,7 @@ def test_meta_sgd_learns_a_rate_for_each_weight():
 def test_projections_of_algorithm_9():
     """A_ij ~ N(0, 1/N_x), the same for the same id, independent for others; rho fixed for the share that is biased."""
     dataset = load("digits")
-    tasks = gpicl.train_tasks(replace(ARGS, num_tasks=2000), dataset, 64, bias=0.75)
+    tasks = gpicl.train_tasks(replace(ARGS, num_tasks=2000, bias=0.75), dataset, 64)
     ids = torch.arange(200)
     a = tasks.projections(tasks.keys(ids, 1))
     assert a.shape == (200, 64, 64) and abs(a.mean()) < 1e-3
@@ -259,7 +259,7 @@ def test_projections_of_algorithm_9():
 
 def test_ids_of_tasks():
     device = torch.device("cpu")
-    args = replace(ARGS, batch=8, num_tasks=5)
+    args = replace(ARGS, batch=8, num_tasks=5, bias=0.0)
     tasks, sequences = gpicl.batch_ids(args, 3, 0.0, device)
     assert tasks.max() < 5 and sequences.tolist() == list(range(24, 32))
     parts = [gpicl.batch_ids(args, 3, 0.0, device, rank, 2) for rank in (0, 1)]
@@ -269,19 +269,19 @@ def test_ids_of_tasks():
     assert len(many.unique()) > 4090 and 2**25 * 0.4 < many.double().mean() < 2**25 * 0.6
     endless, _ = gpicl.batch_ids(replace(args, num_tasks="inf"), 3, 0.0, device)
     assert torch.equal(endless, sequences)
-    assert gpicl.batch_ids(replace(args, num_tasks=1), 9, 0.9, device)[0].unique().tolist() == [0]
+    assert gpicl.batch_ids(replace(args, num_tasks=1, bias=0.9), 9, 0.9, device)[0].unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 40, 2**25, "inf"])
 @pytest.mark.parametrize("bias", [0.0, 0.25, 0.9, 1.0])
 def test_each_batch_has_the_share_of_biased_tasks(bias, num_tasks):
     """Section 5.4.3: exactly, where there are tasks of both kinds; and all of K are drawn."""
-    args = replace(ARGS, batch=20, num_tasks=num_tasks)
-    tasks = gpicl.train_tasks(args, load("digits"), 64, bias)
+    args = replace(ARGS, batch=20, num_tasks=num_tasks, bias=bias)
+    tasks = gpicl.train_tasks(args, load("digits"), 64)
     ids = torch.stack([gpicl.batch_ids(args, step, bias, torch.device("cpu"))[0] for step in range(40)])
     assert ids.min() >= 0 and ids.max() < (gpicl.ENDLESS * 2 if num_tasks == "inf" else num_tasks)
     biased = (ids < tasks.permuted_from).float().mean(1)
-    share = round(bias * num_tasks) / num_tasks if num_tasks in (1, 2) else bias
+    share = math.floor(bias * num_tasks) / num_tasks if num_tasks in (1, 2) else bias
     expected = share if share in (0, 1) else round(bias * 20) / 20
     assert torch.allclose(biased, torch.tensor(expected))
     if num_tasks == 40:
@@ -290,9 +290,29 @@ def test_each_batch_has_the_share_of_biased_tasks(bias, num_tasks):
         assert len(ids.unique()) == ids.numel()
 
 
+def test_a_task_keeps_its_labels_while_the_bias_falls():
+    """Only the share of a batch moves."""
+    args = replace(ARGS, batch=20, num_tasks=100, bias=0.9, bias_end=0.0)
+    assert gpicl.biased_tasks(args) == 90 and gpicl.biased_tasks(replace(args, bias=0.1, bias_end=0.9)) == 90
+    assert gpicl.biased_tasks(replace(args, bias=1.0)) == 50  # both kinds are there
+    for bias, fixed in ((0.9, 18), (0.5, 10), (0.0, 0)):
+        ids, _ = gpicl.batch_ids(args, 3, bias, torch.device("cpu"))
+        assert (ids < 90).sum() == fixed
+
+
+def test_seen_tasks_are_those_of_the_last_meta_steps():
+    args = replace(ARGS, batch=8, num_tasks=2**25, meta_steps=50, bias=0.9, bias_end=0.0, test_tasks=20)
+    cpu = torch.device("cpu")
+    for plateau in (-1, 10):
+        drawn = [gpicl.batch_ids(args, step, gpicl.schedule(args, step, plateau)[0], cpu)[0] for step in (49, 48, 47)]
+        assert torch.equal(gpicl.seen_ids(args, 50, plateau, cpu), torch.cat(drawn)[:20])
+    early = gpicl.seen_ids(args, 5, 10, cpu)  # before the plateau was left
+    assert torch.equal(early[:8], gpicl.batch_ids(args, 4, 0.9, cpu)[0])
+
+
 def test_tasks_of_several_numbers_of_classes():
     """All classes of a task occur, and no others; labels are permuted among them."""
-    tasks = gpicl.train_tasks(replace(ARGS, num_tasks=400), load("digits"), 64, bias=0.0, classes=(2, 3, 10))
+    tasks = gpicl.train_tasks(replace(ARGS, num_tasks=400, bias=0.0), load("digits"), 64, classes=(2, 3, 10))
     assert tasks.num_classes == 10
     ids = torch.arange(400)
     _, y = tasks.sample(ids, ids, 200)
@@ -379,8 +399,8 @@ def test_meta_test_tells_seen_from_unseen():
             asked.append((ids, sequences, length))
             return torch.zeros(len(ids), length, 64), torch.zeros(len(ids), length)
 
-    for seen in (True, False):
-        list(gpicl.test_data(args, Spy(), seen, 10, 7))
+    for ids in (gpicl.seen_ids(replace(args, batch=6), 9, -1, torch.device("cpu")), None):
+        list(gpicl.test_data(args, Spy(), 10, 7, ids))
     (seen, first, length), (unseen, second, _) = asked
     assert seen.max() < 3 and unseen.min() >= gpicl.UNSEEN and length == 7
     assert torch.equal(first, second) and first.min() >= gpicl.UNSEEN
@@ -393,7 +413,7 @@ def test_images_of_one_shape():
     grey = gpicl.prepare(args, "digits", "test", torch.device("cpu"))
     assert grey.shape == (3, 6, 6) and torch.equal(grey.x[:, 0], grey.x[:, 2])
     assert gpicl.prepare(args, "random", "test", torch.device("cpu")).shape == (3, 6, 6)
-    x, y = gpicl.train_tasks(args, gpicl.prepare(args, "random", "test", torch.device("cpu")), 108, 0.0).sample(
+    x, y = gpicl.train_tasks(args, gpicl.prepare(args, "random", "test", torch.device("cpu")), 108).sample(
         torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 40
     )
     assert len(x[0].round(decimals=4).unique(dim=0)) == 10  # ten points, repeated (Appendix D.5)
@@ -424,9 +444,9 @@ def meta_trained(num_tasks, steps):
     train, test = (gpicl.prepare(args, "wine", split, Silent.device) for split in ("train", "test"))
     learner, run = make("transformer", args, 13, 3), Silent()
     gpicl.keep_memory()
-    gpicl.meta_train(args, {"transformer": learner}, [train], {}, run, {"sizes": torch.tensor([13, 3])})
-    unseen = gpicl.train_tasks(args, test, 13, bias=0.0)
-    x, y = next(gpicl.test_data(args, unseen, False, 512, 20))
+    gpicl.meta_train(args, {"transformer": learner}, [train], {}, run, {"sizes": torch.tensor([13, 3]), "plateau": torch.tensor(-1)})
+    unseen = replace(gpicl.train_tasks(args, test, 13), permuted_from=0)
+    x, y = next(gpicl.test_data(args, unseen, 512, 20))
     with torch.no_grad():
         right = gpicl.rollout(learner, x, y, 3)[1].float().mean(0)
     return learner, run.last, right, x, y
@@ -439,7 +459,7 @@ def test_chunks_of_a_batch_give_the_same_parameters():
         args = gpicl.Args(**gpicl.LAPTOP | dict(batch=8, meta_steps=3, width=16, heads=2, chunk=chunk, sequence_length=5))
         learner = make("transformer", args, 13, 3)
         data = gpicl.prepare(args, "wine", "train", Silent.device)
-        gpicl.meta_train(args, {"transformer": learner}, [data], {}, Silent(), {"sizes": torch.tensor([13, 3])})
+        gpicl.meta_train(args, {"transformer": learner}, [data], {}, Silent(), {"sizes": torch.tensor([13, 3]), "plateau": torch.tensor(-1)})
         after.append(learner.state_dict())
     for name, value in after[0].items():
         if not name.endswith("qkv.bias"):  # that of keys has no gradient but rounding, which Adam blows up
@@ -808,6 +828,8 @@ MISTAKES = {
     "--meta-sgd": "are for maml",
     "--mode test --checkpoint {done}/checkpoint.pt --dataset wine": "A resumed or tested run keeps its flags; leave out --dataset",
     "--mode test --checkpoint {done}/checkpoint.pt --preset thesis": "leave out --preset",
+    "--weight-decay 0.1 --meta-optimizer sign": "--weight-decay is for --meta-optimizer adamw",
+    "--dataset digits wine --log-every 3": "--log-every has to be a multiple of the 2 datasets",
     "--learner forest": "--learner forest is a baseline",
     "--triton --device cpu": "--triton needs a GPU",
     "--lr 1e29": r"is not finite at meta-step \d+; .* Try a smaller learning rate",

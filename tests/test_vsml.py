@@ -497,6 +497,15 @@ def test_fast_weight_memory_against_loops():
         error = logits.softmax(-1) - label
 
 
+@pytest.mark.parametrize("kind", [vsml.Hebbian, vsml.InContextRNN, vsml.FastWeightMemory])
+def test_learners_of_fixed_sizes_have_a_logit_for_each_class_of_the_task(kind):
+    learner = kind(64, 10)
+    theta = learner.init(torch.Generator().manual_seed(0))[None]
+    state = learner.initial_state(torch.zeros(1, 2, 2, dtype=torch.int32), 13, 3)
+    _, logits = learner.observe(learner.params(theta), state, torch.randn(1, 2, 13), torch.tensor([[0, 2]]))
+    assert logits.shape == (1, 2, 3)
+
+
 def test_hebbian_fast_weights_follow_ojas_rule():
     learner = vsml.Hebbian(4, 3)
     theta = learner.init(torch.Generator().manual_seed(0))[None] + 0.3 * torch.randn(
