@@ -728,7 +728,7 @@ def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
 
 
 def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
-    """Features (examples, n) on the CPU. They are kept in data_dir/features, under a name that tells the images apart."""
+    """Features (examples, n) on the CPU. They are kept in data_dir/features, under a name with a digest of the images."""
     digest = hashlib.sha256(dataset.x.numpy(force=True)).hexdigest()[:16]
     path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}-{digest}.pt")
     if path.exists():

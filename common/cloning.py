@@ -4,7 +4,7 @@ appendices B.2.1 and B.3.1).
     learner = Clone(vsml)  # of vsml.py, with --preset clone
     grad, loss, explained = gradient(args, learner, theta, [tasks], step, [{"state": states}])
 
-Who scales what, so that weights of layers of any size stay in the range of the LSTMs:
+How both sides are scaled, so that weights of layers of any size stay in the range of the LSTMs:
 
                    the network (Backprop)                     its clone (Clone)
   forward          y_b = sum_a (tanh(x_a) w + b) / sqrt(a)    mean over a, times sqrt(a)
@@ -166,11 +166,11 @@ Synapses = tuple[Tensor, Tensor, Tensor]  # wb (1, count, 1, 1, 2), x and error 
 def synapses(
     args: Any, learner: Clone, theta: Tensor, tasks: Any, step: int, buffer: list[Weights]
 ) -> Synapses:
-    """What to regress on, by the curriculum of appendix B.2.1, which goes from random synapses to a
-    network's with true errors, then to a network of sub-RNNs with their own errors.
+    """What to regress on, by a curriculum after appendix B.2.1: random synapses, those of a network
+    with true errors, those of a network of sub-RNNs with their own errors.
 
     buffer: states of networks, one along p each. Now and then the sub-RNNs train one of them on a
-    batch, and the result takes its place (appendix B.3.1).
+    batch, and the result replaces it (appendix B.3.1 appends it).
     """
     progress = step / args.meta_steps
     made = random_synapses(theta.device)

@@ -194,7 +194,7 @@ def load(
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The names of datasets, each once. Raises DatasetError if results would not tell two apart."""
+    """The names of datasets, each once. Raises DatasetError if two have the same name in results."""
     names = list(dict.fromkeys(names))
     called = [Path(name).stem for name in names]
     for name in called:
@@ -423,7 +423,7 @@ def _read_file(path: Path) -> tuple[Examples, Examples]:
 
 
 def _make_random(shape: tuple[int, ...], points: int = 20) -> Callable:
-    """Random (Appendix B): a task is `points` Gaussian images with random labels, one of 10.
+    """Random (section 3.4.4; the numbers are the release's): a task is `points` Gaussian images with random labels, one of 10.
 
     A sequence repeats them, each time in another order.
     """
@@ -443,7 +443,7 @@ def _make_random(shape: tuple[int, ...], points: int = 20) -> Callable:
 
 
 def _make_sum_sign(shape: tuple[int, ...]) -> Callable:
-    """Sum Sign (Appendix B): whether the sum of an image is positive.
+    """Sum Sign (section 3.4.4; the numbers are the release's): whether the sum of an image is positive.
 
     The pixels are normal around a mean from U(-1, 1), truncated at two standard deviations.
     """
@@ -474,7 +474,7 @@ class Tasks:
 
     projected: projected inputs. projection: "gaussian" draws the matrix from N(0, 1/a) (section
         5.3.1, Algorithm 9), "glorot" from the uniform distribution of Glorot and Bengio (2010)
-        (VSML, section 3.4.3). projection_size: number of projected inputs (default: all).
+        (VSML's release). projection_size: number of projected inputs (default: all).
     permuted_inputs, permuted_labels: one random permutation per task. permuted_from: labels are
         permuted in the tasks with ids from here on, instead of in a share of all.
     project: a faster form of x @ self.projections(task) for "gaussian", on x (s, t, a), keys (s, 2)

@@ -23,7 +23,7 @@ class SignOfAverage(torch.optim.Optimizer):
 
 
 class Statistics:
-    """Norms of gradients and updates of each tensor and of all together, the cosines between those of consecutive steps, and
+    """Norms of gradients and updates of each tensor and of all, the cosines between those of consecutive steps, and
     the distance of the parameters from their initial values (Figures D.8 to D.10); for Adam also the norms of its averages
     of gradients and of their squares. Watches an optimiser's steps, so gradients are those after --clip."""
 
