@@ -442,7 +442,7 @@ class Silent:
 
 def meta_trained(num_tasks, steps):
     """A small Transformer, meta-trained on wine; its accuracy (t,) on unseen tasks of unseen wine; and those sequences."""
-    small = dict(width=32, heads=2, sequence_length=20, batch=32, meta_steps=steps, lr=3e-3, bias_end=None, classes=())
+    small = dict(width=32, heads=2, sequence_length=20, batch=32, meta_steps=steps, lr=3e-3, classes=())
     small |= dict(label_scale=3**0.5)
     args = gpicl.Args(**gpicl.LAPTOP | small | dict(num_tasks=num_tasks))
     train, test = (gpicl.prepare(args, "wine", split, Silent.device) for split in ("train", "test"))
@@ -473,8 +473,8 @@ def test_chunks_of_a_batch_give_the_same_parameters():
 def test_many_tasks_teach_to_learn():
     """And what was learned to learn: labels are names. Under other names of the classes the first prediction, made before any
     label, is the same, and the last one says the other name."""
-    learner, _, right, x, y = meta_trained(2**25, steps=1400)
-    assert right[0] < 0.45 and right[-5:].mean() > right[0] + 0.2  # .27 here, .40 to .50 with other seeds
+    learner, _, right, x, y = meta_trained(2**25, steps=1500)
+    assert right[0] < 0.45 and right[-5:].mean() > 0.6
     order = torch.tensor([1, 2, 0])
     with torch.no_grad():
         one, other = logits_of(learner, x, y, 3).argmax(-1), logits_of(learner, x, order[y], 3).argmax(-1)
