@@ -18,7 +18,7 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     python symla.py --envs upright_cartpole                       # then with observations and actions shuffled
     python symla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs independent_bandit:30
 
-    agent = symla.SymLA.load("runs/NAME/checkpoint.pt", num_actions=2)
+    agent = symla.SymLA.load("pretrained", num_actions=2)
     action = agent.act(obs, reward, done)                         # at each step of an environment; 0 and False at first
 
 Axes, everywhere: p population, e environments in parallel, a observations, b actions, n hidden state, m message, t time, d all
@@ -77,7 +77,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to meta-test."""
+    """The checkpoint.pt to meta-test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -564,7 +564,7 @@ def draw_lifetimes(folder: Path, rows: list[dict[str, Any]]) -> None:
 class Agent:
     """A trained SymLA that acts in your environments: act(obs, reward, done) and reset().
 
-        agent = symla.SymLA.load("runs/NAME/checkpoint.pt", num_actions=2)
+        agent = symla.SymLA.load("pretrained", num_actions=2)
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -613,8 +613,9 @@ class Agent:
 
 
 def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: torch.device | str = "cpu") -> Agent:
-    """checkpoint: a checkpoint.pt of this script; seed: decides its actions. Raises CheckpointError or UserError for what is no
-    checkpoint of a SymLA, and ValueError for fewer than two actions."""
+    """checkpoint: "pretrained", which was meta-trained on bandits, or a checkpoint.pt of this script; seed: decides its
+    actions. Raises CheckpointError or UserError for what is no checkpoint of a SymLA, and ValueError for fewer than two
+    actions."""
     if num_actions < 2:
         raise ValueError(f"There have to be at least two actions, not {num_actions}.")
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)

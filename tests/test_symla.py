@@ -438,6 +438,21 @@ def test_an_agent_from_python(finished):
         symla.SymLA.load(path.parent / "none.pt", num_actions=2)
 
 
+def test_the_shipped_agent_learns_ten_armed_bandits():
+    """Random actions have a regret of 41 after 100 steps, Thompson sampling of 13.8."""
+    env, agent = envs.make("independent_bandit:10", 256), symla.SymLA.load("pretrained", num_actions=10)
+    world, _ = env.reset(torch.rand(256, env.lifetime_draws, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(1)
+    arms = env.expected_rewards(world)
+    reward, regret = torch.zeros(256), torch.zeros(256)
+    for _ in range(100):
+        action = agent.act(torch.ones(256, 1), reward)  # bandits have no observation; a constant stands for it
+        world, step = env.step(world, action, torch.rand(256, env.num_draws, generator=generator))
+        reward = step.reward
+        regret += arms.amax(-1) - arms.gather(1, action[:, None])[:, 0]
+    assert regret.mean() < 12
+
+
 def test_an_agent_plays_gymnasiums_cartpole(finished):
     import gymnasium
 
