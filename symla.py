@@ -832,7 +832,7 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 def settled(args: Args) -> Args:
-    """Args with what depends on the environments filled in, where no flag said otherwise."""
+    """Args with the values of SETTINGS for the environments, where a flag is not given."""
     if not args.envs:
         raise UserError("--envs needs at least one environment.")
     for name in (*args.envs, *args.test_envs):
