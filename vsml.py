@@ -1368,9 +1368,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
     elif name == "fwmemory":
         learner = FastWeightMemory(*sizes, args.logit_bound, feed_label=True)  # as in the release
     elif name in ("clone", "backprop"):
-        learner = Backprop(args)
-        if name == "clone":
-            learner = Clone(VSML(args), cells.fused_lstm_cell if run.compiles else None)
+        learner = Clone(VSML(args)) if name == "clone" else Backprop(args)
         if name == "clone" and run.compiles:
             learner.forward = torch.compile(learner.forward, dynamic=False)
             learner.backward = torch.compile(learner.backward, dynamic=False)

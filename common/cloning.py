@@ -19,13 +19,13 @@ Axes: p networks, s examples of a batch, a inputs, b outputs.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.cells import exp_tanh
 from common.learners import Learner, Params, pad
 from common.rng import fold, normal
 
@@ -103,14 +103,11 @@ class Clone(Backprop):
     """Sub-LSTMs that are backpropagation: weight and bias are two entries of their cells; all other
     entries of states and of messages are zero (appendix B.3.1). After one tick messages are sent,
     after a second one the new weight and bias are read: one tick alone cannot multiply input and
-    error. What is zero adds nothing and is left out; only what is read is computed.
+    error. What is zero adds nothing and is left out; only what is read is computed."""
 
-    cell: a faster form of vsml's, for the first tick."""
-
-    def __init__(self, vsml: Any, cell: Callable | None = None):
+    def __init__(self, vsml: Any):
         super().__init__(vsml.args)
         self.vsml = vsml
-        self.cell = cell or vsml.cell
         self.shapes = vsml.shapes
         self.init = vsml.init
 
@@ -122,11 +119,21 @@ class Clone(Backprop):
         return from_a, from_b
 
     def tick(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """h and c after one tick."""
+        """h and c after one tick (lstm_cell in vsml.py)."""
+        n, m = self.args.state_size, self.args.message_size
         c = wb / 4
-        recurrent = params["lstm.weight"][:, 2 * self.args.message_size :][:, :2]
-        gates = self.gates(params, x, error)
-        return self.cell(recurrent, *gates, c.tanh(), pad(c, self.args.state_size))
+        h = c.tanh()[..., None]
+        from_a, from_b = self.gates(params, x, error)
+
+        def gate(columns: slice) -> Tensor:
+            recurrent = params["lstm.weight"][:, None, None, None, 2 * m : 2 * m + 2, columns]
+            from_h = (h * recurrent).sum(-2)
+            return from_a[..., :, None, columns] + from_b[..., None, :, columns] + from_h
+
+        i, j, o = (gate(slice(k * n, k * n + n)) for k in (0, 1, 3))
+        f = gate(slice(2 * n, 2 * n + 2))
+        c = i.sigmoid() * exp_tanh(j) + pad(f.sigmoid() * c, n)
+        return o.sigmoid() * exp_tanh(c), c
 
     def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
         h, _ = self.tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3]))
@@ -148,7 +155,7 @@ class Clone(Backprop):
         """As many examples as keep the sub-RNNs in a CPU's cache, a power of two, always with the
         strides that the rules were compiled for."""
         synapses = layer.wb[:, 0, ..., 0].numel()
-        few = 2 ** max(0, int(math.log2(2**17 / synapses))) if self.args.device == "cpu" else 4096
+        few = 2 ** max(0, int(math.log2(2**15 / synapses))) if self.args.device == "cpu" else 4096
         return [part.clone(memory_format=torch.contiguous_format) for part in x.split(few, 1)]
 
 
