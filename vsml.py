@@ -256,6 +256,7 @@ LAPTOP = dict(
     backprop_lr=2e-2,  # few steps
     rnn_lr=3e-2,  # the best of six settings on validation (see the results page)
     hebbian_lr=3e-2,  # likewise
+    fwmemory_lr=1e-2,  # likewise
     lr_decay=True,  # settles what the high rates leave noisy
     clip=1.0,  # bounds what one batch can do
     forget_bias=3.0,  # +-5 are made for rollouts of 500 examples
@@ -1060,7 +1061,7 @@ def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> flo
     error = (y - target).abs()
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for row in range(0, n, 20):
-        (line,) = left.plot(x[row], y[row], label=f"w = {w[row, 0]:.0f}")
+        (line,) = left.plot(x[row], y[row], label=f"w = {round(w[row, 0].item())}")
         left.plot(x[row], target[row], ":", color=line.get_color())
     left.set(title="y = tanh(x) w (dotted: target)", xlabel="x", ylabel="y")
     left.legend()
