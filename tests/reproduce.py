@@ -3,6 +3,7 @@
     python tests/reproduce.py --list                     # all entries and where they stand
     python tests/reproduce.py V3 S1 F1                   # run what is not finished, check, rewrite the tables
     python tests/reproduce.py V3 --preset thesis         # at the thesis' scale, on a GPU
+    python tests/reproduce.py V3 V5 G3 --jobs 8          # eight runs side by side, each with an eighth of the CPU's cores
     python tests/reproduce.py V3 --check                 # only check the claims, from the saved rows
     python tests/reproduce.py --tables --figures         # only rewrite tables and the README's figure, from the saved rows
 
@@ -13,13 +14,17 @@ and tables need are kept in .github/results/rows/ (tests/report.py); the words o
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 # isort: off
@@ -447,18 +452,27 @@ ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME
 # ======================================================================================================================
 # Runs
 # ======================================================================================================================
-def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path) -> Path:
-    """The folder of a run that has its results.json: used again, resumed, or started."""
+LOCKS: defaultdict[str, Lock] = defaultdict(Lock)  # by folder: of several jobs that need a run, one executes it
+
+
+def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path, jobs: int = 1) -> Path:
+    """The folder of a run that has its results.json: used again, resumed, or started. jobs: how many runs are side by side."""
     command = command_of(name, index, preset)
     if re.fullmatch(SAME_RUN, command):
         other, at_index = re.match(SAME_RUN, command).groups()
-        return finished_run(other, int(at_index), seed, preset, data_dir)
+        return finished_run(other, int(at_index), seed, preset, data_dir, jobs)
 
     for other, at_index in re.findall(r"\{([A-Z]\d+)\.(\d+)\}", command):
-        folder = finished_run(other, int(at_index), seed, preset, data_dir)
+        folder = finished_run(other, int(at_index), seed, preset, data_dir, jobs)
         command = command.replace(f"{{{other}.{at_index}}}", str(folder.relative_to(ROOT)))
 
     folder = RUNS / f"{name}-{index}-s{seed}{'' if preset == 'laptop' else '-' + preset}"
+    with LOCKS[folder.name]:
+        return finished_command(command, folder, seed, preset, data_dir, jobs, f"{name}, seed {seed}")
+
+
+def finished_command(command: str, folder: Path, seed: int, preset: str, data_dir: Path, jobs: int, words: str) -> Path:
+    """The folder once its command has finished."""
     note = folder.with_suffix(".txt")
     if folder.exists() and note.exists() and note.read_text() != command:
         raise UserError(f"{folder} was made by another command, which is in {note.name}; delete the folder to run anew.")
@@ -470,7 +484,7 @@ def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path) 
     line = command_line(command, folder, seed, preset, data_dir)
     if (folder / "checkpoint.pt").exists():
         line = [*line[:2], "--resume", str(folder)]
-    execute(line, folder, f"{name}, seed {seed}")
+    execute(line, folder, words, jobs)
     return folder
 
 
@@ -486,16 +500,52 @@ def command_line(command: str, folder: Path, seed: int, preset: str, data_dir: P
     return [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.parent), "--run-name", folder.name]
 
 
-def execute(line: list[str], folder: Path, words: str) -> None:
-    """Run a command in the repository's folder. Of a test the exit code becomes a result row."""
+def execute(line: list[str], folder: Path, words: str, jobs: int = 1) -> None:
+    """Run a command in the repository's folder. Of a test the exit code becomes a result row. Of several jobs each has its
+    share of the cores, and a log beside its folder."""
     print(f"\n{words}: python {shlex.join(line[1:])}", flush=True)
-    code = subprocess.run(line, cwd=ROOT).returncode
+    log = folder.with_suffix(".log")
+    if jobs == 1:
+        code = subprocess.run(line, cwd=ROOT).returncode
+    else:
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+        with open(log, "w") as file:
+            code = subprocess.run(line, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
     if "pytest" in line:
         row = dict(zip(KEYS, ("pytest", "test", "none", "passed", 1, float(code == 0), 0.0, 1), strict=False))
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps({"device": "CPU", "seconds": {}, "results": [row]}))
     elif code or not (folder / "results.json").exists():
-        raise UserError(f"a command ended with exit code {code}; its reason is above.")
+        reason = "above" if jobs == 1 else f"in {log}"
+        raise UserError(f"a command ended with exit code {code}; its reason is {reason}.")
+
+
+def run_side_by_side(names: list[str], preset: str, num_seeds: int, data_dir: Path, jobs: int) -> dict[str, UserError]:
+    """Finish all runs of some entries, several at a time, those first that others start from. Returns the errors by entry."""
+    runs = [
+        (name, index, seed)
+        for name in names
+        for index in range(len(ROWS[name].commands(preset)))
+        for seed in seeds_of(ROWS[name], num_seeds)
+    ]
+    runs.sort(key=lambda run: "{" in command_of(run[0], run[1], preset))
+    errors = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = [(run[0], pool.submit(finished_run, *run, preset, data_dir, jobs)) for run in runs]
+        for name, future in futures:
+            if isinstance(error := future.exception(), UserError):
+                errors.setdefault(name, error)
+            else:
+                future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return errors
+
+
+def seeds_of(row: Row, num_seeds: int) -> range:
+    """Meta-training seeds; a row that needs one only has one."""
+    return range(num_seeds if row.enough_seeds > 1 else 1)
 
 
 def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
@@ -503,7 +553,7 @@ def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
     row = ROWS[name]
     seeds = {}
     commands = row.commands(preset)
-    for seed in range(num_seeds if row.enough_seeds > 1 else 1):
+    for seed in seeds_of(row, num_seeds):
         folders = [finished_run(name, index, seed, preset, data_dir) for index in range(len(commands))]
         runs = dict(zip(commands, map(read_run, folders), strict=True))
         seeds[str(seed)] = compact(name, row, preset, runs)
@@ -556,14 +606,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=ENOUGH_SEEDS, help="meta-training seeds: 0, 1, ...")
     parser.add_argument("--preset", choices=("auto", "laptop", "thesis"), default="auto", help="auto: thesis with CUDA")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where torchvision's datasets are")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the CPU's cores")
     parser.add_argument("--check", action="store_true", help="only check the claims, from saved rows")
     parser.add_argument("--tables", action="store_true", help="only rewrite the tables, from saved rows")
     parser.add_argument("--figures", action="store_true", help="only redraw the figures, from saved rows")
     parser.add_argument("--list", action="store_true", help="show all entries")
     args = parser.parse_args()
     unknown = [name for name in args.rows if name not in ROWS]
-    if unknown or args.seeds < 1:
-        raise UserError(f"there is no entry {unknown[0]}; --list shows all." if unknown else "--seeds has to be at least 1.")
+    if unknown:
+        raise UserError(f"there is no entry {unknown[0]}; --list shows all.")
+    if min(args.seeds, args.jobs) < 1:
+        raise UserError("--seeds and --jobs have to be at least 1.")
     if args.list or not (args.rows or args.tables or args.figures):
         print("\n".join(f"{name:4} {row.figure:20} {status(name, row)[0]:28} {row.says}" for name, row in ROWS.items()))
     if args.rows and args.preset == "auto":
@@ -571,9 +624,14 @@ def main() -> None:
 
         args.preset = "thesis" if torch.cuda.is_available() else "laptop"
 
+    errors = {}
+    if args.jobs > 1 and not args.check:
+        errors = run_side_by_side(args.rows, args.preset, args.seeds, args.data_dir, args.jobs)
     failed = []
     for name in args.rows:
         try:
+            if name in errors:
+                raise errors[name]
             if not args.check:
                 run_entry(name, args.preset, args.seeds, args.data_dir)
             show(name, args.preset)

@@ -235,12 +235,18 @@ def test_saved_rows_are_small_and_belong_to_an_entry(path):
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
 SCRIPT = """
-import json, pathlib, sys
+import json, os, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(flags.get("--resume") or pathlib.Path(flags["--run-dir"], flags["--run-name"]))
 with open("calls.txt", "a") as file:
     print(*sys.argv[1:], file=file)
 stop = pathlib.Path("stop.txt")
+if stop.exists() and stop.read_text() == "until all have started":
+    late = time.time() + 60
+    while len(open("calls.txt").readlines()) < 3 and time.time() < late:
+        time.sleep(0.01)
+    print(os.environ["OMP_NUM_THREADS"])
+    stop = pathlib.Path("no.txt") if time.time() < late else stop
 if "--resume" not in flags:
     folder.mkdir(exist_ok=True)
     (folder / "args.json").write_text("{}")
@@ -324,6 +330,26 @@ def test_an_entry_uses_runs_of_others_with_the_same_seed(fake):
     assert saved["commands"] == {"": "fake.py --flag 1", "x": "fake.py --from runs/reproduce/V1-0-s0/checkpoint.pt"}
 
 
+def test_runs_side_by_side(fake, monkeypatch, capsys):
+    """Each is executed once, also if two entries need it, and beside the others."""
+    (fake / "stop.txt").write_text("until all have started")
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "V1", "V2", "--preset", "laptop", "--jobs", "3"])
+    reproduce.main()
+    assert capsys.readouterr().out.count("The thesis:") == 2
+    assert len(calls(fake)) == 6 and len({line.split("--run-name")[1] for line in calls(fake)}) == 6
+    assert not any("--from" in line for line in calls(fake)[:3])  # those that others start from come first
+    assert (fake / "runs" / "reproduce" / "V1-0-s2.log").read_text() == "2\n"
+
+
+def test_of_runs_side_by_side_one_may_fail(fake, monkeypatch, capsys):
+    reproduce.ROWS["V2"] = Row("Fig. 2", "fails", "missing.py", [at("a", "t") > 0])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "V2", "V1", "--preset", "laptop", "--jobs", "2"])
+    with pytest.raises(UserError, match=r"V2: .*exit code 2; its reason is in .*V2-0-s0.log"):
+        reproduce.main()
+    assert "V1 (Fig. 1), laptop preset: reproduced" in capsys.readouterr().out
+
+
 def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "V1", "--preset", "laptop"])
     reproduce.main()
@@ -386,7 +412,7 @@ def test_a_figure_over_the_runs_of_an_entry(matrix, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags, sentence",
-    [("Z9", "there is no entry Z9"), ("V1 --seeds 0", "--seeds has to be"), ("V1 --check --preset laptop", "no saved rows")],
+    [("Z9", "there is no entry Z9"), ("V1 --seeds 0", "--seeds and --jobs have to be"), ("V1 --check --preset laptop", "no saved rows")],
 )
 def test_a_mistake_of_the_user_is_one_sentence(fake, monkeypatch, flags, sentence):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split()])
