@@ -1371,8 +1371,8 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
     elif name in ("clone", "backprop"):
         learner = Clone(VSML(args)) if name == "clone" else Backprop(args)
         if name == "clone" and run.compiles:
-            learner.forward = torch.compile(learner.forward, dynamic=False)
-            learner.backward = torch.compile(learner.backward, dynamic=False)
+            learner.forward_part = torch.compile(learner.forward_part, dynamic=False)
+            learner.backward_part = torch.compile(learner.backward_part, dynamic=False)
     elif name == "vsml":
         learner = make_vsml(args, fast_cell(args, use) if run.compiles else None)
     else:

@@ -78,25 +78,17 @@ class Backprop(Learner):
         seen = []
         for layer in layers:
             seen.append(layer._replace(x=x))
-            parts = self.parts(layer, x)
-            x = torch.cat([self.forward(params, layer.wb, part) for part in parts], 1)
+            x = self.forward(params, layer.wb, x)
         return seen, x
 
     def learn(self, params: Params, layers: list[Weights], error: Tensor, label: Tensor) -> list[Weights]:
         """The layers in order K, ..., 1."""
         learned = []
         for layer in reversed(layers):
-            pairs = zip(self.parts(layer, layer.x), self.parts(layer, error), strict=True)
-            results = [self.backward(params, layer.wb, *pair) for pair in pairs]
-            below, wb = zip(*results, strict=True)
-            wb = sum(part.sum(1, keepdim=True) for part in wb) / error.shape[1]
-            learned.append(layer._replace(wb=wb, error=error))
-            error = torch.cat(below, 1)
+            below, wb = self.backward(params, layer.wb, layer.x, error)
+            learned.append(layer._replace(wb=wb.mean(1, keepdim=True), error=error))
+            error = below
         return learned[::-1]
-
-    def parts(self, layer: Weights, x: Tensor) -> tuple[Tensor, ...]:
-        """A batch in parts that fit the memory."""
-        return x.split(4096, 1)
 
 
 class Clone(Backprop):
@@ -119,44 +111,67 @@ class Clone(Backprop):
         return from_a, from_b
 
     def tick(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """h and c after one tick (lstm_cell in vsml.py)."""
+        """h and c after one tick (lstm_cell in vsml.py). A gate is the sum of what comes from input,
+        output and synapse. So its exponential is a product, of exponentials that many share."""
         n, m = self.args.state_size, self.args.message_size
         c = wb / 4
         h = c.tanh()[..., None]
         from_a, from_b = self.gates(params, x, error)
 
-        def gate(columns: slice) -> Tensor:
+        def exp(factor: int, columns: slice) -> Tensor:
+            """exp(factor * gate). Parts are clipped, far beyond where gates saturate, so that the
+            product stays finite."""
             recurrent = params["lstm.weight"][:, None, None, None, 2 * m : 2 * m + 2, columns]
             from_h = (h * recurrent).sum(-2)
-            return from_a[..., :, None, columns] + from_b[..., None, :, columns] + from_h
+            parts = from_a[..., :, None, columns], from_b[..., None, :, columns], from_h
+            of_a, of_b, of_h = ((factor * part).clamp(-29, 29).exp() for part in parts)
+            return of_a * of_b * of_h
 
-        i, j, o = (gate(slice(k * n, k * n + n)) for k in (0, 1, 3))
-        f = gate(slice(2 * n, 2 * n + 2))
-        c = i.sigmoid() * exp_tanh(j) + pad(f.sigmoid() * c, n)
-        return o.sigmoid() * exp_tanh(c), c
+        i, o = (exp(-1, slice(k * n, k * n + n)) for k in (0, 3))
+        j = exp(-2, slice(n, 2 * n))
+        f = exp(-1, slice(2 * n, 2 * n + 2))
+        c = (1 - j) / ((1 + i) * (1 + j)) + pad(c / (1 + f), n)  # sigmoid(i) tanh(j) + sigmoid(f) c
+        e = (-2 * c).exp()
+        return (1 - e) / ((1 + o) * (1 + e)), c  # sigmoid(o) tanh(c)
 
     def forward(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
+        sums = (part[1].shape[-1] * self.forward_part(params, *part) for part in self.parts(wb, x))
+        return sum(sums) / math.sqrt(x.shape[-1])
+
+    def forward_part(self, params: Params, wb: Tensor, x: Tensor) -> Tensor:
+        """The mean of the messages (p, s, b) from some of the inputs."""
         h, _ = self.tick(params, wb, x, x.new_zeros(*x.shape[:2], wb.shape[3]))
-        return self.vsml.message(params, "fwd_msg", h, -3)[..., 0] * math.sqrt(x.shape[-1])
+        return self.vsml.message(params, "fwd_msg", h, -3)[..., 0]
 
     def backward(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        results = [self.backward_part(params, *part, error) for part in self.parts(wb, x)]
+        below, wb = zip(*results, strict=True)
+        return torch.cat(below, 2) * error.shape[-1] / math.sqrt(x.shape[-1]), torch.cat(wb, 2)
+
+    def backward_part(self, params: Params, wb: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the messages (p, s, a) to some of the inputs, and their new wb (p, s, a, b, 2)."""
         h, c = self.tick(params, wb, x, error)
         below = self.vsml.message(params, "bwd_msg", h, -2)[..., 0]
-        below = below * error.shape[-1] / math.sqrt(x.shape[-1])
 
-        columns = (4, self.args.state_size)  # of the gates; two of each are read
-        names = ("lstm.weight", "lstm.bias")
-        two = {name: params[name].unflatten(-1, columns)[..., :2].flatten(-2) for name in names}
-        recurrent = two["lstm.weight"][:, 2 * self.args.message_size :]
-        _, c = self.vsml.cell(recurrent, *self.gates(two, x, error), h, c[..., :2])
-        return below, 4 * c.clamp(-4, 4)
+        first_two = {
+            name: params[name].unflatten(-1, (4, -1))[..., :3, :2].flatten(-2)  # of gates i, j and f
+            for name in ("lstm.weight", "lstm.bias")
+        }
+        from_a, from_b = self.gates(first_two, x, error)
+        recurrent = first_two["lstm.weight"][:, None, None, 2 * self.args.message_size :]
+        gates = recurrent.mT @ h.mT + from_a[..., None] + from_b.mT[:, :, None]  # (p, s, a, 6, b)
+        i, j, f = gates.chunk(3, 3)
+        c = f.sigmoid() * c[..., :2].mT + i.sigmoid() * exp_tanh(j)
+        return below, 4 * c.mT.clamp(-4, 4)
 
-    def parts(self, layer: Weights, x: Tensor) -> list[Tensor]:
-        """As many examples as keep the sub-RNNs in a CPU's cache, a power of two, always with the
+    def parts(self, wb: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """wb and x of as many inputs, a power of two, as keep the sub-RNNs in a CPU's cache, with the
         strides that the rules were compiled for."""
-        synapses = layer.wb[:, 0, ..., 0].numel()
-        few = 2 ** max(0, int(math.log2(2**15 / synapses))) if self.args.device == "cpu" else 4096
-        return [part.clone(memory_format=torch.contiguous_format) for part in x.split(few, 1)]
+        few = x.shape[2]
+        if self.args.device == "cpu":
+            few = 2 ** max(0, int(math.log2(2**13 / (x.shape[1] * wb.shape[3]))))
+        pairs = zip(wb.split(few, 2), x.split(few, 2), strict=True)
+        return [tuple(part.clone(memory_format=torch.contiguous_format) for part in pair) for pair in pairs]
 
 
 def gradient(

@@ -322,19 +322,27 @@ def test_backprop_rules_are_gradient_descent():
 
 
 def test_sub_rnns_hold_weights_and_compute_only_what_is_read():
-    """The pruned second tick of a cloned network is the whole tick of vsml_tick, of which two dimensions are kept."""
-    args = vsml.Args(**vsml.CLONE)
-    learner = vsml.make_vsml(args)
+    """The pruned ticks of a cloned network, of some inputs after the other, are whole ticks of slow_tick."""
+    args = vsml.Args(**vsml.CLONE, device="cpu")
+    learner = vsml.Clone(vsml.make_vsml(args))
     params = learner.params(learner.init(torch.Generator().manual_seed(0))[None] * 1.5)
-    wb, x, error = torch.randn(1, 1, 5, 3, 2), torch.randn(1, 4, 5), torch.randn(1, 4, 3)
-    below, new = vsml.Clone(learner).backward(params, wb, x, error)
+    wb, x, error = torch.randn(1, 1, 5, 3, 2), torch.randn(1, 600, 5), torch.randn(1, 600, 3)
+    assert [part[1].shape[2] for part in learner.parts(wb, x)] == [4, 1]
+    y, (below, new) = learner.forward(params, wb, x), learner.backward(params, wb, x, error)
+
     pad = [F.pad(v[..., None], (0, 7)) for v in (x, error)]
     start, once = F.pad(wb[0, 0] / 4, (0, 62)), replace(args, micro_ticks=1)
-    for s in range(4):
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+    for s in (0, 1, 598, 599):
+        _, _, ahead, _ = slow_tick(params, once, start.tanh(), start, pad[0][0, s], 0 * pad[1][0, s])
         h, c, _, back = slow_tick(params, once, start.tanh(), start, pad[0][0, s], pad[1][0, s])
         _, c, _, _ = slow_tick(params, once, h, c, pad[0][0, s], pad[1][0, s])
-        torch.testing.assert_close(new[0, s], 4 * c[..., :2].clamp(-4, 4), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(below[0, s], back[:, 0] * 3 / math.sqrt(5), atol=1e-5, rtol=1e-4)
+        close(y[0, s], ahead[:, 0] * math.sqrt(5))
+        close(new[0, s], 4 * c[..., :2].clamp(-4, 4))
+        close(below[0, s], back[:, 0] * 3 / math.sqrt(5))
+
+    large = learner.backward({name: 1000 * value for name, value in params.items()}, wb, x, error)
+    assert all(value.isfinite().all() for value in large)
 
 
 def test_persistent_rollouts_are_long_ones_in_pieces():
