@@ -48,7 +48,7 @@ from common import checkpoints, envs, machine
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
-from common.figures import plot, pyplot, save
+from common.figures import plot
 from common.flags import Count, FlagError, Seed, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
@@ -57,6 +57,7 @@ from common.results import MetricsLog, result_row, table, to_json
 # Args
 # ======================================================================================================================
 Name = Literal["fme", "no_reward", "hill_climbing"]
+Input = Literal["obs", "reward", "action"]
 Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
@@ -88,10 +89,9 @@ class Args:
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
-    """fme; no_reward, FME whose networks do not have the reward as an input; hill_climbing, Gaussian noise in place of
-    self-modification."""
+    """fme; no_reward, FME without the reward among its --inputs; hill_climbing, Gaussian noise in place of self-modification."""
     baselines: tuple[Name, ...] = ("hill_climbing", "no_reward")
-    """Learners run beside the first one, with as many executions. no_reward only where rewards are informative."""
+    """Learners run beside the first one, with as many executions."""
 
     envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
     """Environments (section 7.4), one after the other."""
@@ -111,19 +111,18 @@ class Args:
     """m, equal intervals of performance (Appendix E.1)."""
     bucket_size: Size = 100
     """Most recent solutions that a bucket holds (Appendix E.1)."""
-    selection: Annotated[float, (0, 700)] = 20.0
-    """The best bucket is e to this power as likely as the worst (Appendix E.1)."""
-    greedy: bool = False
-    """Always execute the best solution (the special case in section 7.3)."""
+    selection: Annotated[float, (0, 1e6)] = 20.0
+    """The best bucket is e to this power as likely as the worst (Appendix E.1; 1e6: always the best bucket, section 7.3)."""
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
+    inputs: tuple[Input, ...] = ("obs", "reward")
+    """What networks are given beside a constant 1: observation, last reward (section 7.4; whether 7.3 has it is open), and last
+    action, which the thesis does not name: with it and the reward, networks with frozen weights solve the swapping bandit."""
     hidden: Annotated[int, (1, 2**12)] = 32
     """Units of a layer (Appendix E.1)."""
     layers: Annotated[int, (1, 100)] = 3
     """Self-referential layers (Appendix E.1)."""
-    noise_inputs: Annotated[int, (0, 2**12)] = 0
-    """Inputs of standard normal noise (Appendix E.1: of no use)."""
 
     test_seeds: Size = 25
     """Fresh executions of each solution results."""
@@ -149,21 +148,21 @@ SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what coun
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
     """Apply a layer and let it change all of its weights, for p networks at once.
 
     w (p, a, b + 2a + 4), from inputs to outputs y (b), key k (a), query q (a) and learning rates beta (4), in this order;
-    x (p, a). Returns y (p, b), the new w, and the four learning rates sigma(beta) (p, 4).
+    x (p, a). Returns y (p, b) and the new w.
     """
     a = x.shape[-1]
     parts = (num_outputs, a, a, 4)
     y, k, q, beta = apply(w, x).split(parts, -1)  # Eq. 7.1
     v_bar = apply(w, k)  # Eq. 7.2
     v = apply(w, q)  # Eq. 7.3
-    rates = beta.sigmoid()
-    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates.split(1, -1), parts, strict=True)], -1)
+    rates = beta.sigmoid().split(1, -1)
+    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates, parts, strict=True)], -1)
     change = rate * (v.tanh() - v_bar.tanh())
-    return y, w + k.tanh()[:, :, None] * change[:, None, :], rates  # Eq. 7.4
+    return y, w + k.tanh()[:, :, None] * change[:, None, :]  # Eq. 7.4
 
 
 def apply(w: Tensor, x: Tensor) -> Tensor:
@@ -173,9 +172,10 @@ def apply(w: Tensor, x: Tensor) -> Tensor:
 
 
 def sizes(args: Args, env: Env) -> list[tuple[int, int]]:
-    """Inputs and outputs of each layer. Inputs of the first: 1, last action as one-hot, last reward, noise, observation."""
-    widths = [1 + env.num_actions + 1 + args.noise_inputs + env.obs_size, *[args.hidden] * (args.layers - 1), env.num_actions]
-    return list(pairwise(widths))
+    """Inputs and outputs of each layer. The first has a constant 1 and what --inputs names as inputs."""
+    width = {"obs": env.obs_size, "reward": 1, "action": env.num_actions}
+    inputs = 1 + sum(width[name] for name in args.inputs)
+    return list(pairwise([inputs, *[args.hidden] * (args.layers - 1), env.num_actions]))
 
 
 def unpack(phi: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -208,46 +208,50 @@ class Carry(NamedTuple):
     layers: list[Tensor]  # weights, each (p, a, c)
     state: envs.State
     obs: Tensor  # (p, o)
-    action: Tensor  # (p,)
-    reward: Tensor  # (p,), the last one
+    reward: Tensor  # (p,), of the last action; at first 0
+    action: Tensor  # (p,), the last one; at first -1, none
     total: Tensor  # (p,), R so far
     episodes: Tensor  # (p,), ended so far
-    rates: Tensor  # (p, k, 4), learning rates summed over the steps so far
+    ended: Tensor  # (p,), whether one ended with this step
 
 
 def act(
-    args: Args, env: Env, frozen: bool, reward_input: bool, layers: list[Tensor], obs: Tensor, last: tuple[Tensor, Tensor],
-    draws: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """phi, y <- g_phi(x), and an action drawn from softmax(y). last: action (p,) and its reward (p,); draws (p, 1 + noise),
-    uniform; frozen: do not change the weights; reward_input: feed the reward, otherwise zero. Returns actions (p,), the new
-    weights, and the learning rates of each layer (p, 4)."""
-    action_draw, noise = draws.split((1, args.noise_inputs), -1)
-    last_action = (last[0][:, None] == torch.arange(env.num_actions, device=draws.device)).float()
-    obs = obs / torch.tensor(env.obs_scale, device=draws.device)
-    noise = torch.special.ndtri(noise)
-    x = torch.cat([torch.ones_like(action_draw), last_action, last[1][:, None] * reward_input, noise, obs], -1)
-    changed, rates = [], []
+    args: Args, env: Env, frozen: bool, layers: list[Tensor], obs: Tensor, reward: Tensor, action: Tensor, draw: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """phi, y <- g_phi(x), and an action drawn from softmax(y).
+
+    reward, action: the last ones (p,); draw (p, 1), uniform; frozen: do not change the weights. Returns actions (p,) and
+    the new weights.
+    """
+    one_hot = action[:, None] == torch.arange(env.num_actions, device=action.device)
+    inputs = {"obs": obs, "reward": reward[:, None], "action": one_hot.float()}
+    x = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
+
+    changed = []
     for w, (_, num_outputs) in zip(layers, sizes(args, env), strict=True):
         if frozen:
             x = apply(w, x)[:, :num_outputs]
         else:
-            x, w, rate = self_referential_layer(w, x, num_outputs)
-            rates.append(rate)
+            x, w = self_referential_layer(w, x, num_outputs)
         changed.append(w)
-    return (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed, rates
+    return (draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed
 
 
-def one_step(args: Args, env: Env, frozen: bool, reward_input: bool, carry: Carry, draws: Tensor) -> tuple[Carry, Tensor]:
-    """An action and a step of the environment. Returns also whether an episode ended (p,). draws (p, d), uniform; see act."""
-    own_draws, env_draws = draws.split((1 + args.noise_inputs, env.num_draws), -1)
-    last = carry.action, carry.reward
-    action, layers, rates = act(args, env, frozen, reward_input, carry.layers, carry.obs, last, own_draws)
-    state, step = env.step(carry.state, action, env_draws)
+def one_step(args: Args, env: Env, frozen: bool, carry: Carry, draws: Tensor) -> Carry:
+    """An action and a step of the environment. draws (p, 1 + d), uniform, for the action and for the environment."""
+    action, layers = act(args, env, frozen, carry.layers, carry.obs, carry.reward, carry.action, draws[:, :1])
+    state, step = env.step(carry.state, action, draws[:, 1:])
     ended = step.terminated | step.truncated
     total, episodes = carry.total + step.reward, carry.episodes + ended
-    rates = carry.rates if frozen else carry.rates + torch.stack(rates, 1)
-    return Carry(layers, state, step.obs, action, step.reward, total, episodes, rates), ended
+    return Carry(layers, state, step.obs, step.reward, action, total, episodes, ended)
+
+
+def start(args: Args, env: Env, phi: Tensor, draws: Tensor) -> Carry:
+    """Before the first step of p solutions phi (p, n), each in an environment of its own. draws (p, d), uniform."""
+    state, obs = env.reset(draws)
+    zeros = torch.zeros(len(phi), device=phi.device)
+    no_action = torch.full_like(zeros, -1, dtype=torch.int64)
+    return Carry(unpack(phi, sizes(args, env)), state, obs, zeros, no_action, zeros, zeros, zeros.bool())
 
 
 class Outcome(NamedTuple):
@@ -255,29 +259,23 @@ class Outcome(NamedTuple):
 
     phi: Tensor  # (p, n), the networks afterwards
     reward: Tensor  # (p,), R
-    achieved: Tensor  # (p,), steps per episode where there are episodes, else reward per step
-    rates: Tensor  # (p, 4 k), mean learning rates
+    episodes: Tensor  # (p,), the last one counts, cut off
     after_swap: Tensor  # (p, 10), mean reward at the first, second, ... pull after a swap, where arms swap; else (p, 0)
 
 
 def execute(args: Args, env: Env, step_fn: Any, phi: Tensor, draws: Tensor) -> Outcome:
-    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions, each in an environment of its own.
+    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions phi (p, n).
 
-    phi (p, n); draws (1 + t, p, d), uniform; step_fn: one_step with its first arguments given.
+    draws (1 + t, p, 1 + d), uniform; step_fn: one_step with its first arguments given.
     """
-    layers = unpack(phi, sizes(args, env))
-    state, obs = env.reset(draws[0, :, draws.shape[-1] - env.num_draws :])
-    zeros = partial(torch.zeros, len(phi), device=phi.device)
-    carry = Carry(layers, state, obs, zeros(dtype=torch.int64), zeros(), zeros(), zeros(), zeros(len(layers), 4))
+    carry = start(args, env, phi, draws[0, :, 1:])
     rewards, since = [], []
     for draw in draws[1:]:
         since.append(carry.state.get("since"))
-        carry, ended = step_fn(carry, draw)
+        carry = step_fn(carry, draw)
         rewards.append(carry.reward)
-    steps = len(rewards)
-    achieved = steps / (carry.episodes + ~ended) if env.episodic else carry.total / steps  # the last episode counts, cut off
-    after_swap = by_pulls_since_swap(rewards, since) if "since" in state else zeros(0)
-    return Outcome(pack(carry.layers), carry.total, achieved, carry.rates.flatten(1) / steps, after_swap)
+    after_swap = by_pulls_since_swap(rewards, since) if "since" in carry.state else carry.reward.new_zeros(len(phi), 0)
+    return Outcome(pack(carry.layers), carry.total, carry.episodes + ~carry.ended, after_swap)
 
 
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
@@ -326,13 +324,10 @@ class Solutions:
 
     def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         """phi ~ p(phi): solutions (p, s, n) and their ids (p, s). draws (p, s, 2), uniform, float64."""
-        if self.args.greedy:
-            phi, id = self.best()
-            return phi[:, None].expand(-1, draws.shape[1], -1), id[:, None].expand(-1, draws.shape[1])
         _, order, first, count = self.by_bucket()
         m = self.args.buckets
-        better = torch.arange(m, dtype=torch.float64, device=order.device) / m
-        total = ((self.args.selection * (better - 1)).exp() * (count[:, :m] > 0)).cumsum(1)
+        below = torch.arange(1 - m, 1, dtype=torch.float64, device=order.device) / m  # the best bucket has 0
+        total = ((self.args.selection * below).exp() * (count[:, :m] > 0)).cumsum(1)
         bucket = torch.searchsorted(total, draws[..., 0] * total[:, -1:], right=True).clamp(max=m - 1)
         nth = (draws[..., 1] * count.gather(1, bucket)).long()
         slot = order.gather(1, first.gather(1, bucket) + nth)
@@ -396,8 +391,7 @@ def empty_result(args: Args, env: Env) -> dict[str, Any]:
     floats = partial(torch.zeros, device=env.device)
     integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
     history = {name: floats(p, ids) for name in ("reward", "achieved")}
-    history |= {name: integers(p, ids) for name in ("parent", "root", "depth")}
-    history |= {"rates": floats(p, ids, 4 * args.layers), "moved": floats(p, ids, args.layers)}
+    history |= {name: integers(p, ids) for name in ("parent", "depth")}
     curve = floats(len(measured_rounds(args)), p)
     return {"phi": floats(p, n), "id": integers(p), "curve": curve, "dropped": integers(p), "history": history}
 
@@ -405,20 +399,20 @@ def empty_result(args: Args, env: Env) -> dict[str, Any]:
 class Population:
     """p populations of one learner in one environment: their solutions, and the history of all executions by id.
 
-    history: parent, root, depth (p, ids), how many executions the lineage has; reward (p, ids), of the whole lineage; of the
-    last execution achieved (p, ids) and rates (p, ids, 4 k); moved (p, ids, k), the distance of each layer from the root's.
+    history, each (p, ids): parent; depth, how many executions the lineage has; reward, of the whole lineage; achieved, in the
+    last execution steps per episode where there are episodes, else reward per step.
     """
 
     def __init__(self, args: Args, name: str, learner: str, run: "Run"):
+        args = for_learner(args, learner)
         self.args, self.name, self.learner, self.run = args, name, learner, run
         self.env = make_env(name, args.chunk, run.device)
-        self.step_fns = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
+        self.step_fns = {frozen: compiled(args, self.env, run, frozen) for frozen in (False, True)}
         self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
         self.solutions = Solutions(args, self.roots)
         self.result = empty_result(args, self.env)
         self.history = self.result["history"]
         self.history["parent"][:, : args.roots] = -1
-        self.history["root"][:, : args.roots] = torch.arange(args.roots, device=run.device)
         self.dropped = self.result["dropped"]
         self.curve = self.result["curve"]
 
@@ -452,11 +446,8 @@ class Population:
         history, (p, s) = self.history, parent.shape
         id = self.args.roots + number * s + torch.arange(s, device=parent.device).expand(p, s)
         total, executions = (history[name].gather(1, parent) for name in ("reward", "depth"))
-        total, executions, root = total + outcome.reward, executions + 1, history["root"].gather(1, parent)
-        difference = (outcome.phi - self.roots.gather(1, root[..., None].expand_as(outcome.phi))).nan_to_num()
-        moved = [w.flatten(1).norm(dim=1).view(p, s) for w in unpack(difference.flatten(0, 1), sizes(self.args, self.env))]
-        values = {"parent": parent, "root": root, "depth": executions, "reward": total, "achieved": outcome.achieved}
-        values |= {"rates": outcome.rates.nan_to_num(), "moved": torch.stack(moved, -1)}
+        total, executions = total + outcome.reward, executions + 1
+        values = {"parent": parent, "depth": executions, "reward": total, "achieved": self.achieved(outcome)}
         for name, value in values.items():
             history[name][:, id[0]] = value
         finite = outcome.phi.isfinite().all(-1)
@@ -467,22 +458,27 @@ class Population:
         """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
         args, (p, s, n) = self.args, phi.shape
         frozen = self.learner == "hill_climbing" if frozen is None else frozen
-        draws = self.draws((args.execution_steps + 1, s, 1 + args.noise_inputs + self.env.num_draws), *numbers)
+        draws = self.draws((args.execution_steps + 1, s, 1 + self.env.num_draws), *numbers)
         draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
-        widths = (n, 1, 1, 4 * args.layers, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
+        widths = (n, 1, 1, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
         outputs = torch.zeros(p * s, sum(widths), device=phi.device)
         for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
             parts = execute(args, self.env, self.step_fns[frozen], phi[own], draws[:, own])
             outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
         if dist.is_initialized():
             dist.all_reduce(outputs)  # each row was written by one process and is zero in the others
-        phi, reward, achieved, rates, after_swap = outputs.unflatten(0, (p, s)).split(widths, -1)
-        return Outcome(phi, reward[..., 0], achieved[..., 0], rates, after_swap)
+        phi, reward, episodes, after_swap = outputs.unflatten(0, (p, s)).split(widths, -1)
+        return Outcome(phi, reward[..., 0], episodes[..., 0], after_swap)
+
+    def achieved(self, outcome: Outcome) -> Tensor:
+        """Steps per episode (p, s) where there are episodes, else reward per step."""
+        steps = self.args.execution_steps
+        return steps / outcome.episodes if self.env.episodic else outcome.reward / steps
 
     def measure(self, *numbers: int) -> Tensor:
         """What the best solutions so far achieve in fresh executions (p, test_seeds), which change nothing."""
         phi, _ = self.solutions.best()
-        return self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers).achieved
+        return self.achieved(self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers))
 
 
 # ======================================================================================================================
@@ -519,8 +515,9 @@ def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[
     for frozen in (True,) if learner == "hill_climbing" else (False, True):
         outcome = population.execute(phi, TEST, frozen=frozen)
         label = learner + "_frozen" * (frozen and learner != "hill_climbing")
-        rows.append(result_row(label, name, "none", metric, last, outcome.achieved.mean(1)))
-        achieved[f"{name} {label}"] = outcome.achieved.mean(1).tolist()
+        of_each = population.achieved(outcome).mean(1)
+        rows.append(result_row(label, name, "none", metric, last, of_each))
+        achieved[f"{name} {label}"] = of_each.tolist()
         if outcome.after_swap.numel():
             after_swap[label] = outcome.after_swap.mean(1).cpu()
     return rows, achieved, after_swap
@@ -528,7 +525,6 @@ def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[
 
 LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
 COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "no_reward"))}
-PARTS = ("y", "k", "q", "beta")
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -547,46 +543,6 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
         for pull, values in enumerate(reward.unbind(1), 1):
             rows.append(result_row(label.removesuffix("_frozen"), panel, "none", "reward", pull, values))
     plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=COLOURS, ylim=(0, 1.02))
-
-
-def lineage(history: dict[str, Tensor], population: int, id: int) -> list[int]:
-    """Ids from a root to a solution."""
-    ids = [id]
-    while (id := int(history["parent"][population, id])) >= 0:
-        ids.append(id)
-    return ids[::-1]
-
-
-def draw_introspection(path: Path, results: dict[str, dict[str, Any]], args: Args) -> None:
-    """Distance of the layers of each population's best lineage from its root; lengths of lineages; and the learning rates beta
-    of the best lineage of all, mean over each of its executions."""
-    jobs = [job for job in results if job.split()[1] == "fme"] or list(results)[:1]
-    figure, axes = pyplot().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
-    for (moved, length, rates), job in zip(axes, jobs, strict=True):
-        history = {name: value.cpu() for name, value in results[job]["history"].items()}
-        roots = with_tuned(args, job.split()[0]).roots
-        executed = range(history["depth"].shape[1] - roots)
-        best = int(results[job]["curve"][-1].argmax())
-        for population, id in enumerate(results[job]["id"].tolist()):
-            ids, first = lineage(history, population, id), population == 0
-            for layer in range(args.layers):
-                label = f"layer {layer + 1}" if first else None
-                moved.plot(history["moved"][population, ids, layer], color=f"C{layer}", alpha=0.7, label=label)
-            depths = history["depth"][population, roots:]
-            length.plot(executed, depths.cummax(0).values, color="C3", alpha=0.7, label="longest so far" if first else None)
-            length.plot(executed, depths, ".", color="C7", markersize=1, label="each solution" if first else None)
-            if population == best:
-                for index, value in enumerate(history["rates"][population, ids[1:]].T):
-                    layer, part = divmod(index, 4)
-                    label, style = f"{PARTS[part]}, layer {layer + 1}", ("-", "--", ":", "-.")[part]
-                    rates.plot(range(1, len(ids)), value, style, color=f"C{layer}", label=label)
-        moved.set(title=f"{job.replace(' ', ', ')}: distance from the root", xlabel="executions in the best lineage")
-        length.set(title="length of lineages", xlabel="self-modifications of the population")
-        rates.set(title="learning rates, best population", xlabel="executions in the best lineage", ylim=(0, 1))
-        for axis in (moved, length, rates):
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=6, ncols=3 if axis is rates else 1)
-    save(figure, path)
 
 
 # ======================================================================================================================
@@ -611,11 +567,11 @@ class FME:
     """
 
     def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
-        self.args = args
+        self.args = for_learner(args, learner)
         self.env = env
         self.phi = phi  # (n,)
+        self.scale = getattr(env, "scale", 1.0)  # of its observations
         self.frozen = learner == "hill_climbing"
-        self.reward_input = learner != "no_reward"
         self.generator = torch.Generator(phi.device).manual_seed(seed)
         self.reset()
 
@@ -625,14 +581,15 @@ class FME:
     ) -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = with_tuned(Args(**saved["args"]), env) if saved["method"] == METHOD else None
+            args = with_tuned(Args(**saved["args"]), env)
             result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
-            phi, curve = (result[name].to(device) for name in ("phi", "curve"))
-        except (TypeError, KeyError):
-            args = None
-        if args is None:
-            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a solution of {learner} in {env}.")
-        return FME(args, make_env(env, 1, device), phi[curve[-1].argmax()], learner, seed)
+            best = result["curve"][-1].argmax()
+            agent = FME(args, make_env(env, 1, device), result["phi"][best].to(device), learner, seed)
+            agent.act(torch.zeros(agent.env.obs_size))  # fails for a network of another size
+        except (TypeError, KeyError, RuntimeError) as error:
+            sentence = f"{checkpoint} is not a checkpoint of this {METHOD}.py with a solution of {learner} in {env}."
+            raise UserError(sentence) from error
+        return FME(args, agent.env, agent.phi, learner, seed)
 
     def reset(self) -> None:
         """Undo all changes of the weights."""
@@ -649,14 +606,13 @@ class FME:
             raise ValueError(f"Rewards have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
         if self.layers is None:
             self.layers = unpack(self.phi.expand(len(several), -1), sizes(self.args, self.env))
-            self.action = torch.zeros(len(several), dtype=torch.int64, device=obs.device)
+            self.action = torch.full((len(several),), -1, device=obs.device)  # none
         if len(self.layers[0]) != len(several):
             raise ValueError(f"There have to be observations of {len(self.layers[0])} environments.")
 
-        last = self.action, reward.expand(len(several))
-        draws = torch.rand(len(several), 1 + self.args.noise_inputs, generator=self.generator, device=obs.device)
-        inputs = self.frozen, self.reward_input, self.layers, several, last, draws
-        self.action, self.layers, _ = act(self.args, self.env, *inputs)
+        draw = torch.rand(len(several), 1, generator=self.generator, device=obs.device)
+        inputs = self.layers, several / self.scale, reward.expand(len(several)), self.action, draw
+        self.action, self.layers = act(self.args, self.env, self.frozen, *inputs)
         return self.action if obs.ndim == 2 else int(self.action)
 
 
@@ -879,14 +835,21 @@ def with_tuned(args: Args, name: str) -> Args:
     return replace(args, roots=args.roots or args.num_parallel)
 
 
+def for_learner(args: Args, learner: str) -> Args:
+    """Args without the reward as an input for no_reward."""
+    without = tuple(name for name in args.inputs if name != "reward")
+    return replace(args, inputs=without) if learner == "no_reward" else args
+
+
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment whose reward per step differs between solutions, unlike CartPole's of 1 at each step."""
-    return envs.make(name, count, device, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
+    options = dict(sutton_barto_reward=True, scaled=True) if name == "cartpole" else {}
+    return envs.make(name, count, device, **options)
 
 
-def compiled(args: Args, env: Env, run: "Run", frozen: bool, reward_input: bool) -> Any:
+def compiled(args: Args, env: Env, run: "Run", frozen: bool) -> Any:
     """one_step with all arguments but the carry and the random numbers."""
-    step = partial(one_step, args, env, frozen, reward_input)
+    step = partial(one_step, args, env, frozen)
     return torch.compile(step, dynamic=False) if run.compiles else step
 
 
@@ -903,15 +866,15 @@ def check(args: Args) -> None:
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
-    if not jobs_of(args):
-        raise UserError("Rewards are not informative in these environments; --learner no_reward is for swapping_bandit.")
+    if len(set(args.inputs)) < len(args.inputs):
+        raise UserError("--inputs names something twice.")
+    if "no_reward" in (args.learner, *args.baselines) and "reward" not in args.inputs:
+        raise UserError("no_reward is FME without the reward among its --inputs, where it is missing; leave out no_reward.")
 
 
 def jobs_of(args: Args) -> list[str]:
-    """An environment and a learner each: all, but no_reward only where rewards are informative."""
-    learners = dict.fromkeys([args.learner, *args.baselines])
-    changing = {name: not make_env(name, 1).stationary for name in args.envs}
-    return [f"{name} {learner}" for name in changing for learner in learners if learner != "no_reward" or changing[name]]
+    """An environment and a learner each."""
+    return [f"{name} {learner}" for name in args.envs for learner in dict.fromkeys([args.learner, *args.baselines])]
 
 
 class Evolution:
@@ -996,7 +959,6 @@ def main() -> None:
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
-    draw_introspection(run.folder / "introspection.png", evolution.results, args)
     if after_swap:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
     solved = {job: solved_after(args, job, result["history"]["achieved"]) for job, result in evolution.results.items()}
