@@ -105,12 +105,14 @@ class Args:
     """L, environment steps of an execution (Appendix E.1)."""
     roots: Size | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
-    performance: Literal["lineage", "execution"] = "lineage"
-    """R/dt of a solution: over its lineage's whole lifetime (section 7.3), or over the last execution."""
+    fitness: Literal["failures", "steps"] = "failures"
+    """Where episodes fail, R/dt is minus the failures per step, or the steps per episode (a reward of 1 per step says nothing)."""
+    lifetime: Literal["lineage", "execution"] = "lineage"
+    """R/dt of a solution is over its lineage's whole lifetime (section 7.3), or over the last execution."""
     buckets: Size = 100
-    """m, equal intervals of performance (Appendix E.1)."""
+    """m, equal intervals of fitness (Appendix E.1)."""
     bucket_size: Size = 100
-    """Most recent solutions that a bucket holds (Appendix E.1)."""
+    """Most recently used solutions that a bucket holds (Appendix E.1)."""
     selection: Annotated[float, (0, 1e6)] = 20.0
     """The best bucket is e to this power as likely as the worst (Appendix E.1; 1e6: always the best bucket, section 7.3)."""
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
@@ -133,7 +135,7 @@ class Args:
 LAPTOP = dict(
     num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
     roots=None,  # from one random network, or a few, most populations stay poor (see its results page)
-    performance="execution",  # a lineage's past hides the effect of a rare good change
+    lifetime="execution",  # a lineage's past hides the effect of a rare good change
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
@@ -290,10 +292,11 @@ def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
 # ======================================================================================================================
 class Solutions:
     """Phi of Algorithm 12 for p populations, as the buffer of Appendix E.1: `buckets` equal intervals of the current range of
-    performance, each with its `bucket_size` most recent solutions. A bucket is drawn with a probability that grows
-    exponentially with its performance, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
+    fitness, each with its `bucket_size` most recently used solutions. A bucket is drawn with a probability that grows
+    exponentially with its fitness, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
 
-    The memory of all slots is allocated at first; ids grow with time, and are -1 in empty slots.
+    All slots are allocated at first. Ids grow with time and are -1 in empty slots. used: when a solution was last selected,
+    twice the id of the child that it got then; or when it was made, twice its own id plus 1.
     """
 
     def __init__(self, args: Args, roots: Tensor):
@@ -301,60 +304,58 @@ class Solutions:
         p, count, n = roots.shape
         slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
         self.phi = torch.zeros(p, slots, n, device=roots.device)
-        self.performance = torch.zeros(p, slots, device=roots.device)
+        self.fitness = torch.zeros(p, slots, device=roots.device)
         self.id = torch.full((p, slots), -1, device=roots.device)
+        self.used = torch.zeros_like(self.id)
 
-    def add_roots(self, roots: Tensor, performance: Tensor) -> None:
-        """Add the roots (p, r, n), with the mean performance (p, s) of their first executions."""
-        id = torch.arange(roots.shape[1], device=roots.device).expand(len(roots), -1)
-        self.add(roots, id, performance.unflatten(1, (-1, roots.shape[1])).mean(1))
+    def bucket(self) -> Tensor:
+        """The bucket of each solution (p, slots), from 0; m for empty slots."""
+        held, m = self.id >= 0, self.args.buckets
+        low = torch.where(held, self.fitness, torch.inf).amin(1, keepdim=True)
+        high = torch.where(held, self.fitness, -torch.inf).amax(1, keepdim=True)
+        share = (self.fitness - low) / (high - low).clamp(min=1e-12)
+        return torch.where(held, (share * m).long().clamp(0, m - 1), m)
 
-    def by_bucket(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """bucket (p, slots), m for empty slots; order (p, slots), slots from the worst to the best bucket, in each from the
-        most recent on; first and count (p, m + 1), the first slot of a bucket in this order, and its number of solutions."""
-        used, m = self.id >= 0, self.args.buckets
-        low = torch.where(used, self.performance, torch.inf).amin(1, keepdim=True)
-        high = torch.where(used, self.performance, -torch.inf).amax(1, keepdim=True)
-        share = (self.performance - low) / (high - low).clamp(min=1e-12)
-        bucket = torch.where(used, (share * m).long().clamp(0, m - 1), m)
-        order = (bucket * (self.id.max() + 2) - self.id).argsort(1)
-        count = torch.zeros(len(bucket), m + 1, dtype=torch.int64, device=bucket.device)
-        count.scatter_add_(1, bucket, torch.ones_like(bucket))
-        return bucket, order, count.cumsum(1) - count, count
+    def sample(self, draws: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
+        """phi ~ p(phi): solutions (p, s, n) and their ids (p, s), selected to have children of these ids (p, s).
+        draws (p, s), uniform, float64."""
+        bucket, m = self.bucket(), self.args.buckets
+        count = draws.new_zeros(len(bucket), m + 1).scatter_add_(1, bucket, torch.ones_like(bucket, dtype=draws.dtype))
+        weight = (self.args.selection / m * (bucket - (m - 1))).to(draws.dtype).exp() / count.gather(1, bucket)
+        total = weight.where(self.id >= 0, 0.0).cumsum(1)
+        slot = torch.searchsorted(total, draws * total[:, -1:], right=True)
 
-    def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """phi ~ p(phi): solutions (p, s, n) and their ids (p, s). draws (p, s, 2), uniform, float64."""
-        _, order, first, count = self.by_bucket()
-        m = self.args.buckets
-        below = torch.arange(1 - m, 1, dtype=torch.float64, device=order.device) / m  # the best bucket has 0
-        total = ((self.args.selection * below).exp() * (count[:, :m] > 0)).cumsum(1)
-        bucket = torch.searchsorted(total, draws[..., 0] * total[:, -1:], right=True).clamp(max=m - 1)
-        nth = (draws[..., 1] * count.gather(1, bucket)).long()
-        slot = order.gather(1, first.gather(1, bucket) + nth)
+        self.used.scatter_reduce_(1, slot, 2 * child, "amax")
         return self.at(slot), self.id.gather(1, slot)
 
-    def add(self, phi: Tensor, id: Tensor, performance: Tensor) -> None:
-        """Phi <- Phi + {phi}; a full bucket drops its oldest. phi (p, s, n); id, performance (p, s); id -1: leave it out."""
-        slot = (self.id >= 0).int().argsort(dim=1, stable=True)[:, : id.shape[1]]  # empty ones
+    def add(self, phi: Tensor, id: Tensor, fitness: Tensor) -> None:
+        """Phi <- Phi + {phi}. A full bucket drops its least recently used solution, but not the best of all.
+        phi (p, s, n); id, fitness (p, s); id -1: leave it out."""
+        slot = (self.id < 0).int().topk(id.shape[1]).indices  # empty ones
         self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
-        self.performance.scatter_(1, slot, performance)
-        self.id.scatter_(1, slot, id)
-        bucket, order, first, _ = self.by_bucket()
-        nth = torch.arange(order.shape[1], device=order.device) - first.gather(1, bucket.gather(1, order))
+        for mine, new in ((self.fitness, fitness), (self.id, id), (self.used, 2 * id + 1)):
+            mine.scatter_(1, slot, new)
+
+        now = self.used.max() + 1
+        age = (now - self.used).scatter(1, self.best_slot(), 0)
+        bucket = self.bucket()
+        order = (bucket * (now + 2) + age).argsort(1)
+        bucket = bucket.gather(1, order)
+        nth = torch.arange(bucket.shape[1], device=bucket.device) - torch.searchsorted(bucket, bucket)
         self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The solution of the highest performance in each population, (p, n), and its id (p,)."""
-        slot = torch.where(self.id >= 0, self.performance, -torch.inf).argmax(1, keepdim=True)
-        return self.at(slot)[:, 0], self.id.gather(1, slot)[:, 0]
+    def best_slot(self) -> Tensor:
+        """Of the solution of the highest fitness (p, 1)."""
+        return torch.where(self.id >= 0, self.fitness, -torch.inf).argmax(1, keepdim=True)
 
     def at(self, slot: Tensor) -> Tensor:
+        """The solutions (p, s, n) in slots (p, s)."""
         return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Without the slots that were never used."""
         used = int((self.id >= 0).any(0).nonzero().max()) + 1
-        return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "performance", "id")}
+        return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "fitness", "id", "used")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.id.fill_(-1)
@@ -364,43 +365,44 @@ class Solutions:
 
 def fitness_monotonic_execution(population: "Population", number: int) -> None:
     """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
-    args, solutions = population.args, population.solutions
+    args, solutions, id = population.args, population.solutions, population.ids(number)
+    climbs = population.learner == "hill_climbing"
     if number == 0:
-        phi, parent = population.all_roots()  # whose performance is not known yet
+        phi, parent = population.all_roots()  # whose fitness is not known yet
     else:
-        draws = population.draws((args.num_parallel, 2), number, 0, dtype=torch.float64)
-        phi, parent = solutions.sample(draws)  # phi ~ p(phi)
-    if population.learner == "hill_climbing":
-        phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
+        draws = population.draws((args.num_parallel,), number, 0, dtype=torch.float64)
+        phi, parent = solutions.sample(draws, id)  # phi ~ p(phi)
+        if climbs:
+            phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
+
     outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
-    id, total, executions = population.record(number, parent, outcome)
-    if args.performance == "execution":
-        total, executions = outcome.reward, torch.ones_like(outcome.reward)
-    performance = total / (executions * args.execution_steps)  # R(phi) / dt
-    if number == 0:
-        solutions.add_roots(population.roots, performance)
-    solutions.add(outcome.phi.nan_to_num(), id, performance)  # Phi <- Phi + {phi}
+    fitness = population.record(id, parent, outcome)  # R(phi) / dt
+    if number == 0 and not climbs:  # hill climbing has its roots unchanged as their first children
+        root = torch.arange(args.roots, device=id.device).expand(len(id), -1)
+        solutions.add(population.roots, root, fitness.unflatten(1, (-1, args.roots)).mean(1))
+    finite = outcome.phi.isfinite().all(-1)
+    solutions.add(outcome.phi.nan_to_num(), torch.where(finite, id, -1), fitness)  # Phi <- Phi + {phi}
 
 
 def empty_result(args: Args, env: Env) -> dict[str, Any]:
-    """The result of a job: phi (p, n) and id (p,) of the best solutions, the achieved means of fresh executions along the way
-    (points, p), how many solutions were dropped (p,), and the history of a Population. All zero."""
+    """The result of a job: phi (p, n) of the best solutions, the achieved means of fresh executions along the way
+    (points, p), and the history of a Population. All zero."""
     p = args.populations
     n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
     ids = args.roots + rounds(args) * args.num_parallel
     floats = partial(torch.zeros, device=env.device)
     integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
-    history = {name: floats(p, ids) for name in ("reward", "achieved")}
+    history = {name: floats(p, ids) for name in ("reward", "episodes", "achieved")}
     history |= {name: integers(p, ids) for name in ("parent", "depth")}
     curve = floats(len(measured_rounds(args)), p)
-    return {"phi": floats(p, n), "id": integers(p), "curve": curve, "dropped": integers(p), "history": history}
+    return {"phi": floats(p, n), "curve": curve, "history": history}
 
 
 class Population:
     """p populations of one learner in one environment: their solutions, and the history of all executions by id.
 
-    history, each (p, ids): parent; depth, how many executions the lineage has; reward, of the whole lineage; achieved, in the
-    last execution steps per episode where there are episodes, else reward per step.
+    history, each (p, ids): parent; of the whole lineage depth, its number of executions, reward and episodes; and what was
+    achieved in the last execution.
     """
 
     def __init__(self, args: Args, name: str, learner: str, run: "Run"):
@@ -413,12 +415,11 @@ class Population:
         self.result = empty_result(args, self.env)
         self.history = self.result["history"]
         self.history["parent"][:, : args.roots] = -1
-        self.dropped = self.result["dropped"]
         self.curve = self.result["curve"]
 
     def keep(self) -> dict[str, Any]:
         """The state in a checkpoint of a job that is not finished."""
-        return {"solutions": self.solutions, "history": self.history, "dropped": self.dropped, "curve": self.curve}
+        return {"solutions": self.solutions, "history": self.history, "curve": self.curve}
 
     def generator(self, population: int, *numbers: int) -> torch.Generator:
         """Random numbers decided by the seed, the environment, the population and these numbers alone."""
@@ -440,19 +441,24 @@ class Population:
         id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
         return self.roots[:, id], id.expand(self.args.populations, -1)
 
-    def record(self, number: int, parent: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
-        """Write a round's executions into the history. Returns (p, s) the new ids, -1 where weights are no longer finite, and
-        of each lineage all reward and the number of executions."""
-        history, (p, s) = self.history, parent.shape
-        id = self.args.roots + number * s + torch.arange(s, device=parent.device).expand(p, s)
-        total, executions = (history[name].gather(1, parent) for name in ("reward", "depth"))
-        total, executions = total + outcome.reward, executions + 1
-        values = {"parent": parent, "depth": executions, "reward": total, "achieved": self.achieved(outcome)}
+    def ids(self, number: int) -> Tensor:
+        """Of the solutions that a round makes (p, s)."""
+        p, s = self.args.populations, self.args.num_parallel
+        return self.args.roots + number * s + torch.arange(s, device=self.run.device).expand(p, s)
+
+    def record(self, id: Tensor, parent: Tensor, outcome: Outcome) -> Tensor:
+        """Write a round's executions into the history. Returns R/dt of each (p, s)."""
+        last = {"reward": outcome.reward, "episodes": outcome.episodes, "depth": torch.ones_like(parent)}
+        lineage = {name: self.history[name].gather(1, parent) + value for name, value in last.items()}
+        values = lineage | {"parent": parent, "achieved": self.achieved(outcome)}
         for name, value in values.items():
-            history[name][:, id[0]] = value
-        finite = outcome.phi.isfinite().all(-1)
-        self.dropped += (~finite).sum(1)
-        return torch.where(finite, id, -1), total, executions
+            self.history[name][:, id[0]] = value
+
+        lifetime = lineage if self.args.lifetime == "lineage" else last
+        steps = lifetime["depth"] * self.args.execution_steps
+        if self.env.episodic and self.args.fitness == "steps":
+            return steps / lifetime["episodes"]
+        return lifetime["reward"] / steps
 
     def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
         """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
@@ -477,8 +483,8 @@ class Population:
 
     def measure(self, *numbers: int) -> Tensor:
         """What the best solutions so far achieve in fresh executions (p, test_seeds), which change nothing."""
-        phi, _ = self.solutions.best()
-        return self.achieved(self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers))
+        best = self.solutions.at(self.solutions.best_slot())
+        return self.achieved(self.execute(best.expand(-1, self.args.test_seeds, -1), *numbers))
 
 
 # ======================================================================================================================
@@ -905,21 +911,21 @@ class Evolution:
                 population.curve[measured.index(number)] = fresh.mean(1)
             log = self.summary(job, number)
             if number == rounds(population.args) - 1:
-                phi, id = population.solutions.best()
-                self.results[job] = population.result | {"phi": phi, "id": id}
+                best = population.solutions.at(population.solutions.best_slot())
+                self.results[job] = population.result | {"phi": best[:, 0]}
                 self.current = None
             self.run.log(step, log)
 
     def summary(self, job: str, number: int) -> dict[str, Tensor]:
         """A line of metrics.csv: the job by its number, executions so far, and over populations the mean of what
-        this round achieved, of the best achieved so far, of the longest lineage, and all solutions dropped."""
+        this round achieved, of the best achieved so far, and of the longest lineage."""
         population = self.current
         s, history = population.args.num_parallel, population.history
         last = population.args.roots + (number + 1) * s
         achieved = history["achieved"][:, population.args.roots : last]
         log = {"job": self.jobs.index(job), "executions": (number + 1) * s, "achieved": achieved[:, -s:].mean()}
-        log |= {"best_achieved": achieved.amax(1).mean(), "longest_lineage": history["depth"][:, :last].amax(1).float().mean()}
-        return log | {"dropped": population.dropped.sum()}
+        depth = history["depth"][:, :last].amax(1).float()
+        return log | {"best_achieved": achieved.amax(1).mean(), "longest_lineage": depth.mean()}
 
     def state_dict(self) -> dict[str, Any]:
         """Results of the finished jobs, and the state of a job that is not finished."""
@@ -970,7 +976,6 @@ def main() -> None:
         parameters=int(next(iter(evolution.results.values()))["phi"].shape[1]),
         achieved=achieved,
         solved_after=solved,
-        dropped={job: int(result["dropped"].sum()) for job, result in evolution.results.items()},
         longest_lineage={job: result["history"]["depth"].amax(1).tolist() for job, result in evolution.results.items()},
         after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
     )
