@@ -56,7 +56,8 @@ from common.results import MetricsLog, result_row, table, to_json
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["fme", "no_reward", "hill_climbing"]
+Name = Literal["fme", "no_reward", "hill_climbing", "hill_climbing_matched", "random_search"]
+CLIMBERS = ("hill_climbing", "hill_climbing_matched")  # whose weights do not change but by noise
 Input = Literal["obs", "reward", "action"]
 Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
@@ -89,14 +90,15 @@ class Args:
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
-    """fme; no_reward, FME without the reward among its --inputs; hill_climbing, Gaussian noise in place of self-modification."""
-    baselines: tuple[Name, ...] = ("hill_climbing", "no_reward")
+    """fme; no_reward, FME without the reward among its --inputs; hill_climbing, Gaussian noise in place of self-modification;
+    hill_climbing_matched, noise as long as the changes of FME, which runs before; random_search, new networks only."""
+    baselines: tuple[Name, ...] = ("no_reward", "hill_climbing", "hill_climbing_matched", "random_search")
     """Learners run beside the first one, with as many executions."""
 
     envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
     """Environments (section 7.4), one after the other."""
-    populations: Annotated[int, (1, 1000)] = 5
-    """Independent repetitions (Figure 7.3)."""
+    populations: Annotated[int, (1, 1000)] | None = 64
+    """Independent repetitions, a batch axis (Figure 7.3 has 5; None: see TUNED)."""
     executions: Size | None = None
     """Executions, each one self-modification, in a population (not in the thesis; default: see TUNED)."""
     num_parallel: Size | None = 1
@@ -133,16 +135,25 @@ class Args:
 
 
 LAPTOP = dict(
+    baselines=("no_reward", "hill_climbing", "random_search"),  # in five minutes
+    populations=None,  # as in TUNED
     num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
     roots=None,  # from one random network, or a few, most populations stay poor (see its results page)
     lifetime="execution",  # a lineage's past hides the effect of a rare good change
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
-TUNED = {  # for each environment, where a flag is not given: executions, how many at a time, hill climbing's noise
-    "bandit": dict(executions=200, num_parallel=25, sigma=0.3),
-    "cartpole": dict(executions=3200, num_parallel=400, sigma=0.1),
-    "swapping_bandit": dict(executions=4000, num_parallel=400, sigma=0.3),
+TUNED = {  # for each environment, where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on another seed
+    "thesis": {
+        "bandit": dict(executions=200, sigma=0.3),
+        "cartpole": dict(executions=3200, sigma=0.1),
+        "swapping_bandit": dict(executions=4000, sigma=0.3),
+    },
+    "laptop": {
+        "bandit": dict(populations=64, executions=100, num_parallel=25),
+        "cartpole": dict(populations=5, executions=1600, num_parallel=200),
+        "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
+    },
 }
 SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what counts as solved
 
@@ -331,7 +342,8 @@ class Solutions:
     def add(self, phi: Tensor, id: Tensor, fitness: Tensor) -> None:
         """Phi <- Phi + {phi}. A full bucket drops its least recently used solution, but not the best of all.
         phi (p, s, n); id, fitness (p, s); id -1: leave it out."""
-        slot = (self.id < 0).int().topk(id.shape[1]).indices  # empty ones
+        slots = torch.arange(self.id.shape[1], device=id.device)
+        slot = torch.where(self.id < 0, slots, slots + len(slots)).topk(id.shape[1], largest=False).indices  # the first empty ones
         self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
         for mine, new in ((self.fitness, fitness), (self.id, id), (self.used, 2 * id + 1)):
             mine.scatter_(1, slot, new)
@@ -366,17 +378,17 @@ class Solutions:
 def fitness_monotonic_execution(population: "Population", number: int) -> None:
     """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
     args, solutions, id = population.args, population.solutions, population.ids(number)
-    climbs = population.learner == "hill_climbing"
-    if number == 0:
-        phi, parent = population.all_roots()  # whose fitness is not known yet
+    climbs = population.learner in CLIMBERS
+    if number == 0 or population.learner == "random_search":
+        phi, parent = population.new_networks(number)  # whose fitness is not known yet
     else:
         draws = population.draws((args.num_parallel,), number, 0, dtype=torch.float64)
         phi, parent = solutions.sample(draws, id)  # phi ~ p(phi)
         if climbs:
-            phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
+            phi = phi + population.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
 
     outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
-    fitness = population.record(id, parent, outcome)  # R(phi) / dt
+    fitness = population.record(id, parent, phi, outcome)  # R(phi) / dt
     if number == 0 and not climbs:  # hill climbing has its roots unchanged as their first children
         root = torch.arange(args.roots, device=id.device).expand(len(id), -1)
         solutions.add(population.roots, root, fitness.unflatten(1, (-1, args.roots)).mean(1))
@@ -392,7 +404,7 @@ def empty_result(args: Args, env: Env) -> dict[str, Any]:
     ids = args.roots + rounds(args) * args.num_parallel
     floats = partial(torch.zeros, device=env.device)
     integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
-    history = {name: floats(p, ids) for name in ("reward", "episodes", "achieved")}
+    history = {name: floats(p, ids) for name in ("reward", "episodes", "achieved", "change")}
     history |= {name: integers(p, ids) for name in ("parent", "depth")}
     curve = floats(len(measured_rounds(args)), p)
     return {"phi": floats(p, n), "curve": curve, "history": history}
@@ -401,8 +413,8 @@ def empty_result(args: Args, env: Env) -> dict[str, Any]:
 class Population:
     """p populations of one learner in one environment: their solutions, and the history of all executions by id.
 
-    history, each (p, ids): parent; of the whole lineage depth, its number of executions, reward and episodes; and what was
-    achieved in the last execution.
+    history, each (p, ids): parent; of the whole lineage depth, its number of executions, reward and episodes; of the last
+    execution what was achieved, and the change that a weight underwent, root mean square.
     """
 
     def __init__(self, args: Args, name: str, learner: str, run: "Run"):
@@ -412,6 +424,7 @@ class Population:
         self.step_fns = {frozen: compiled(args, self.env, run, frozen) for frozen in (False, True)}
         self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
         self.solutions = Solutions(args, self.roots)
+        self.sigma: float | Tensor = args.sigma  # of hill climbing
         self.result = empty_result(args, self.env)
         self.history = self.result["history"]
         self.history["parent"][:, : args.roots] = -1
@@ -436,21 +449,26 @@ class Population:
         each = (self.generator(p, *numbers) for p in range(self.args.populations))
         return torch.stack([torch.randn(shape, generator=one, device=one.device) for one in each])
 
-    def all_roots(self) -> tuple[Tensor, Tensor]:
-        """All roots, (p, s, n), repeated as often as needed, and their ids (p, s)."""
-        id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
-        return self.roots[:, id], id.expand(self.args.populations, -1)
+    def new_networks(self, number: int) -> tuple[Tensor, Tensor]:
+        """In the first round all roots (p, s, n), repeated as often as needed, later other random networks; and the ids of
+        roots (p, s), which have no past."""
+        args = self.args
+        id = torch.arange(args.num_parallel, device=self.run.device) % args.roots
+        generators = [self.generator(p, number, 3) for p in range(args.populations)]
+        phi = torch.stack([initialise(args, self.env, args.num_parallel, one) for one in generators])
+        return phi if number else self.roots[:, id], id.expand(args.populations, -1)
 
     def ids(self, number: int) -> Tensor:
         """Of the solutions that a round makes (p, s)."""
         p, s = self.args.populations, self.args.num_parallel
         return self.args.roots + number * s + torch.arange(s, device=self.run.device).expand(p, s)
 
-    def record(self, id: Tensor, parent: Tensor, outcome: Outcome) -> Tensor:
-        """Write a round's executions into the history. Returns R/dt of each (p, s)."""
+    def record(self, id: Tensor, parent: Tensor, phi: Tensor, outcome: Outcome) -> Tensor:
+        """Write a round's executions of phi (p, s, n) into the history. Returns R/dt of each (p, s)."""
         last = {"reward": outcome.reward, "episodes": outcome.episodes, "depth": torch.ones_like(parent)}
         lineage = {name: self.history[name].gather(1, parent) + value for name, value in last.items()}
-        values = lineage | {"parent": parent, "achieved": self.achieved(outcome)}
+        change = (outcome.phi - phi).square().mean(-1).sqrt().nan_to_num()
+        values = lineage | {"parent": parent, "achieved": self.achieved(outcome), "change": change}
         for name, value in values.items():
             self.history[name][:, id[0]] = value
 
@@ -463,7 +481,7 @@ class Population:
     def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
         """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
         args, (p, s, n) = self.args, phi.shape
-        frozen = self.learner == "hill_climbing" if frozen is None else frozen
+        frozen = self.learner in CLIMBERS if frozen is None else frozen
         draws = self.draws((args.execution_steps + 1, s, 1 + self.env.num_draws), *numbers)
         draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
         widths = (n, 1, 1, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
@@ -518,9 +536,9 @@ def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[
     achieved, after_swap = {}, {}
     phi = result["phi"][:, None].expand(-1, args.test_seeds, -1)
     last = rounds(tuned) * tuned.num_parallel
-    for frozen in (True,) if learner == "hill_climbing" else (False, True):
+    for frozen in (True,) if learner in CLIMBERS else (False, True):
         outcome = population.execute(phi, TEST, frozen=frozen)
-        label = learner + "_frozen" * (frozen and learner != "hill_climbing")
+        label = learner + "_frozen" * (frozen and learner not in CLIMBERS)
         of_each = population.achieved(outcome).mean(1)
         rows.append(result_row(label, name, "none", metric, last, of_each))
         achieved[f"{name} {label}"] = of_each.tolist()
@@ -530,7 +548,8 @@ def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[
 
 
 LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
-COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "no_reward"))}
+LABELS |= {"hill_climbing_matched": "hill climbing, matched noise", "random_search": "random search"}
+COLOURS = {name: f"C{index}" for index, name in enumerate(LABELS)}
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -564,8 +583,8 @@ class FME:
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
-    env: an environment of the run, which decides the number of observations and of actions; learner: fme, no_reward or
-    hill_climbing, whose weights do not change; seed: decides the actions. Of all populations the best solution is taken.
+    env: an environment of the run, which decides the number of observations and of actions; learner: any of the run; the weights
+    of hill climbing do not change; seed: decides the actions. Of all populations the best solution is taken.
 
     obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
     network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
@@ -577,7 +596,7 @@ class FME:
         self.env = env
         self.phi = phi  # (n,)
         self.scale = getattr(env, "scale", 1.0)  # of its observations
-        self.frozen = learner == "hill_climbing"
+        self.frozen = learner in CLIMBERS
         self.generator = torch.Generator(phi.device).manual_seed(seed)
         self.reset()
 
@@ -837,7 +856,8 @@ def measured_rounds(args: Args) -> list[int]:
 
 def with_tuned(args: Args, name: str) -> Args:
     """Args with the values of TUNED where flags are not given."""
-    args = replace(args, **{flag: value for flag, value in TUNED[name].items() if getattr(args, flag) is None})
+    tuned = dict(populations=64, num_parallel=1) | TUNED["thesis"][name] | TUNED.get(args.preset, {}).get(name, {})
+    args = replace(args, **{flag: value for flag, value in tuned.items() if getattr(args, flag) is None})
     return replace(args, roots=args.roots or args.num_parallel)
 
 
@@ -864,14 +884,18 @@ def check(args: Args) -> None:
     if not args.envs:
         raise UserError("--envs needs at least one environment.")
     for name in args.envs:
-        choose = f"choose from {', '.join(TUNED)}."
-        if name not in TUNED and make_env(name, 1).num_actions is None:
+        choose = f"choose from {', '.join(SOLVED)}."
+        if name not in SOLVED and make_env(name, 1).num_actions is None:
             raise UserError(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
-        if name not in TUNED:
+        if name not in SOLVED:
             raise UserError(f"There is no setting for {name}, nor a measure of how well it was solved; {choose}")
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
+    before = [args.learner, *args.baselines]
+    before = before[: before.index("hill_climbing_matched")] if "hill_climbing_matched" in before else ["fme"]
+    if "fme" not in before:
+        raise UserError("hill_climbing_matched has noise as long as the changes of FME; name fme before it.")
     if len(set(args.inputs)) < len(args.inputs):
         raise UserError("--inputs names something twice.")
     if "no_reward" in (args.learner, *args.baselines) and "reward" not in args.inputs:
@@ -895,7 +919,11 @@ class Evolution:
     def start(self, job: str) -> Population:
         torch.compiler.reset()  # graphs of other jobs
         name, learner = job.split()
-        return Population(with_tuned(self.args, name), name, learner, self.run)
+        population = Population(with_tuned(self.args, name), name, learner, self.run)
+        if learner == "hill_climbing_matched":
+            change = self.results[f"{name} fme"]["history"]["change"][:, population.args.roots :]
+            population.sigma = change.median(1).values[:, None, None]
+        return population
 
     def evolve(self) -> None:
         """Algorithm 12 for all jobs."""

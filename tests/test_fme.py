@@ -135,7 +135,7 @@ def test_the_first_input_claims_no_action():
 
 def test_a_step_makes_no_tensor_of_python_numbers(monkeypatch):
     """On a GPU each would be a copy from the host, and keep steps out of a CUDA graph."""
-    for name in fme.TUNED:
+    for name in fme.SOLVED:
         them = population(name)
         carry = fme.start(ARGS, them.env, them.roots[0], torch.rand(2, them.env.num_draws))
         draws = torch.rand(2, 1 + them.env.num_draws)
@@ -272,6 +272,39 @@ def test_hill_climbing_adds_gaussian_noise_and_changes_nothing_else():
     assert all(torch.equal(phi[id], them.roots[0, id % 2]) for id in range(2, 6))
     change = torch.stack([phi[id] - phi[int(them.history["parent"][0, id])] for id in range(6, 10)])
     assert change.std() == pytest.approx(0.3, rel=0.05) and change.mean().abs() < 0.02
+
+
+def test_random_search_has_new_networks_only():
+    them = evolved(3, learner="random_search")
+    assert (them.history["depth"][:, 2:] == 1).all() and (them.history["depth"][:, :2] == 0).all()
+    held = them.solutions.phi[them.solutions.id >= 2]
+    assert len(held) == 2 * 12 == len({tuple(phi[:3]) for phi in held.tolist()})
+    first, second = (them.new_networks(number)[0] for number in (1, 2))
+    w = fme.unpack(first[0], fme.sizes(ARGS, them.env))[1]
+    assert w.std() == pytest.approx(0.88 * 5**-0.5, rel=0.05) and not (first == second).any()
+    assert torch.equal(them.new_networks(1)[0], first)
+
+
+def test_matched_noise_is_as_long_as_the_changes_of_fme(tmp_path):
+    """In the middle, for each population; a network of FME changes by what its history says."""
+    args = replace(ARGS, baselines=("hill_climbing_matched",), envs=("bandit",))
+    evolution = fme.Evolution(args, RUN)
+    ours = evolution.start("bandit fme")
+    for number in range(2):
+        fme.fitness_monotonic_execution(ours, number)
+    phi = dict(zip(ours.solutions.id[1].tolist(), ours.solutions.phi[1], strict=True))
+    for id in range(6, 10):
+        change = phi[id] - phi[int(ours.history["parent"][1, id])]
+        assert ours.history["change"][1, id] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-4)
+    evolution.results["bandit fme"] = ours.result
+    theirs = evolution.start("bandit hill_climbing_matched")
+    assert theirs.sigma.flatten().tolist() == ours.history["change"][:, 2:].median(1).values.tolist()
+    for number in range(2):
+        fme.fitness_monotonic_execution(theirs, number)
+    for p in range(2):
+        phi = dict(zip(theirs.solutions.id[p].tolist(), theirs.solutions.phi[p], strict=True))
+        change = torch.stack([phi[id] - phi[int(theirs.history["parent"][p, id])] for id in range(6, 10)])
+        assert change.std() == pytest.approx(theirs.sigma[p].item(), rel=0.05)
 
 
 def test_a_solution_that_is_not_finite_is_dropped():
@@ -421,7 +454,8 @@ def test_the_thesis_way_and_every_switch(tmp_path):
     done = command(tmp_path, "--learner no_reward --baselines --executions 4 --envs bandit --run-name no_reward")
     assert done.returncode == 0, done.stderr
     flags = "--selection 1e6 --inputs action obs --lifetime execution --fitness steps --layers 2 --buckets 5 --bucket-size 2"
-    done = command(tmp_path, f"{flags} --learner hill_climbing --baselines fme --envs cartpole --run-name all")
+    flags += " --baselines fme hill_climbing_matched random_search"
+    done = command(tmp_path, f"{flags} --learner hill_climbing --envs cartpole --run-name all")
     assert done.returncode == 0, done.stderr
     assert {row["metric"] for row in rows(tmp_path / "all")} == {"return"}
 
@@ -432,6 +466,7 @@ MISTAKES = {
     "--envs cartpol": "There is no environment cartpol; there are bandit",
     "--envs": "--envs needs at least one environment",
     "--inputs obs": "no_reward is FME without the reward among its --inputs, where it is missing",
+    "--baselines hill_climbing_matched fme --learner no_reward": "name fme before it",
     "--inputs reward reward": "--inputs names something twice",
     "--num-parallel 5": "--num-parallel 5 has to be a multiple of --roots 2",
     "--executions 0": "--executions has to be from 1 to",
