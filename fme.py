@@ -398,7 +398,7 @@ def fitness_monotonic_execution(population: "Population", number: int) -> None:
 
 def empty_result(args: Args, env: Env) -> dict[str, Any]:
     """The result of a job: phi (p, n) of the best solutions, the achieved means of fresh executions along the way
-    (points, p), and the history of a Population. All zero."""
+    (points, p), the pairs of Population.pairs, and the history of a Population. All zero."""
     p = args.populations
     n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
     ids = args.roots + rounds(args) * args.num_parallel
@@ -406,8 +406,8 @@ def empty_result(args: Args, env: Env) -> dict[str, Any]:
     integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
     history = {name: floats(p, ids) for name in ("reward", "episodes", "achieved", "change")}
     history |= {name: integers(p, ids) for name in ("parent", "depth")}
-    curve = floats(len(measured_rounds(args)), p)
-    return {"phi": floats(p, n), "curve": curve, "history": history}
+    curve, pairs = floats(len(measured_rounds(args)), p), floats(p, args.test_seeds, 3)
+    return {"phi": floats(p, n), "curve": curve, "pairs": pairs, "history": history}
 
 
 class Population:
@@ -504,6 +504,28 @@ class Population:
         best = self.solutions.at(self.solutions.best_slot())
         return self.achieved(self.execute(best.expand(-1, self.args.test_seeds, -1), *numbers))
 
+    def pairs(self) -> Tensor:
+        """Of random solutions that are held with their parents (p, test_seeds, 3): the depth of a solution, and what it and its
+        parent achieve in fresh executions. (Those that made them would not do: parents were selected by theirs.) Depth 0: none.
+        """
+        solutions, ids = self.solutions, self.history["parent"].shape[1]
+        held = solutions.id >= 0
+        slots = torch.arange(held.shape[1], device=held.device).expand_as(held)
+        slot_of = torch.full((len(held), ids + 1), -1, device=held.device)
+        slot_of = slot_of.scatter(1, torch.where(held, solutions.id, ids), slots)[:, :ids]
+        parent = self.history["parent"].gather(1, solutions.id.clamp(min=0))
+        parent_slot = torch.where(held & (parent >= 0), slot_of.gather(1, parent.clamp(min=0)), -1)
+        if self.learner == "random_search":
+            parent_slot = torch.full_like(parent_slot, -1)  # nobody's children
+
+        draws = torch.where(parent_slot >= 0, self.draws((held.shape[1],), PAIRS, 0), -1.0)
+        slot = draws.topk(min(self.args.test_seeds, held.shape[1])).indices
+        parent_slot = parent_slot.gather(1, slot)
+        depth = self.history["depth"].gather(1, solutions.id.gather(1, slot).clamp(min=0)) * (parent_slot >= 0)
+        both = solutions.at(torch.cat([slot, parent_slot.clamp(min=0)], 1))
+        child, parent = self.achieved(self.execute(both, PAIRS, 1)).chunk(2, 1)
+        return torch.stack([depth.float(), child, parent], -1)
+
 
 # ======================================================================================================================
 # Meta-test
@@ -544,7 +566,24 @@ def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[
         achieved[f"{name} {label}"] = of_each.tolist()
         if outcome.after_swap.numel():
             after_swap[label] = outcome.after_swap.mean(1).cpu()
-    return rows, achieved, after_swap
+    return rows + by_depth(learner, name, result["pairs"]), achieved, after_swap
+
+
+def difference(values: list[float], others: list[float]) -> dict[str, float]:
+    """Medians of two learners' populations, their difference, and its bootstrap interval of 95 % (Efron 1979), for which
+    populations are drawn in pairs: those of the same number share roots and environments."""
+    both = torch.tensor([values, others], dtype=torch.float64)
+    index = torch.randint(len(values), (10_000, len(values)), generator=torch.Generator().manual_seed(0))
+    of_all, of_drawn = both.quantile(0.5, 1), both[:, index].quantile(0.5, 2)
+    ends = (of_drawn[0] - of_drawn[1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    names = ("median", "other", "difference", "low", "high")
+    return dict(zip(names, [*of_all.tolist(), float(of_all[0] - of_all[1]), *ends.tolist()], strict=True))
+
+
+def differences(args: Args, values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Of --learner to all others. values: those of the populations by environment and learner."""
+    first = {name: values[f"{name} {args.learner}"] for name in args.envs}
+    return {job: difference(first[job.split()[0]], other) for job, other in values.items() if job.split()[1] != args.learner}
 
 
 LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
@@ -552,10 +591,33 @@ LABELS |= {"hill_climbing_matched": "hill climbing, matched noise", "random_sear
 COLOURS = {name: f"C{index}" for index, name in enumerate(LABELS)}
 
 
+def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
+    """Rows of "the claim itself", that better solutions also improve more (section 7.4): what a child achieves minus what its
+    parent does, and how often it is better, by the child's depth: 1, 2 to 3, 4 to 7, ... pairs: those of Population.pairs."""
+    rows = []
+    depth, child, parent = pairs.unbind(-1)
+    for least in (2**power for power in range(31)):
+        chosen = (depth >= least) & (depth < 2 * least)
+        some = chosen.any(1)
+        metrics = {"child_minus_parent": child - parent, "child_better": (child > parent) + 0.5 * (child == parent)}
+        for metric, values in metrics.items() if some.any() else ():
+            means = (values * chosen).sum(1)[some] / chosen.sum(1)[some]
+            rows.append(result_row(learner, name, "none", metric, least, means))
+    return rows
+
+
+def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
+    """By depth of the lineage, with the interval of the mean over populations."""
+    words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
+    rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
+    plot(rows, path, xlabel="executions in the lineage", labels=LABELS, styles=COLOURS, columns=2, confidence=True, xscale="log")
+
+
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
-    rows = sorted((row for row in rows if row["learner"] in COLOURS), key=lambda row: list(COLOURS).index(row["learner"]))
     units = {"return": "steps per episode", "reward_per_step": "reward per step"}
+    rows = [row for row in rows if row["learner"] in COLOURS and row["metric"] in units]
+    rows.sort(key=lambda row: list(COLOURS).index(row["learner"]))
     titles = {row["task"]: f"{row['task']}, {units[row['metric']]}" for row in rows}
     plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=COLOURS, ylim=(0, None))
 
@@ -840,7 +902,7 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-TEST = 2**31  # first number of the seeds of tests
+TEST, PAIRS = 2**31, 2**31 + 1  # first numbers of the seeds of tests
 
 
 def rounds(args: Args) -> int:
@@ -940,6 +1002,8 @@ class Evolution:
             log = self.summary(job, number)
             if number == rounds(population.args) - 1:
                 best = population.solutions.at(population.solutions.best_slot())
+                pairs = population.pairs()
+                population.result["pairs"][:, : pairs.shape[1]] = pairs
                 self.results[job] = population.result | {"phi": best[:, 0]}
                 self.current = None
             self.run.log(step, log)
@@ -993,27 +1057,34 @@ def main() -> None:
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
+    if any(row["metric"] == "child_better" for row in rows):
+        draw_improvement(run.folder / "improvement.png", rows)
     if after_swap:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
-    solved = {job: solved_after(args, job, result["history"]["achieved"]) for job, result in evolution.results.items()}
-    for job, executions in solved.items():
-        run.info(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
+    until_solved = {job: executions_until_solved(args, job, result) for job, result in evolution.results.items()}
+    compared = {"achieved": differences(args, achieved), "until_solved": differences(args, until_solved)}
+    run.info("\nMedians over populations, and the 95 % interval of their difference")
+    for what, others in compared.items():
+        for job, facts in others.items():
+            sentence = "{median:.3g} and {other:.3g}, difference {difference:.3g} ({low:.3g} to {high:.3g})".format(**facts)
+            run.info(f"{what.replace('_', ' ')}, {args.learner} and {job.split()[1]} on {job.split()[0]}: {sentence}")
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
         parameters=int(next(iter(evolution.results.values()))["phi"].shape[1]),
         achieved=achieved,
-        solved_after=solved,
+        until_solved=until_solved,
+        differences=compared,
         longest_lineage={job: result["history"]["depth"].amax(1).tolist() for job, result in evolution.results.items()},
         after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
     )
 
 
-def solved_after(args: Args, job: str, achieved: Tensor) -> list[int | None]:
-    """For each population the executions until the first one that achieved what SOLVED asks for. achieved (p, ids)."""
+def executions_until_solved(args: Args, job: str, result: dict[str, Any]) -> list[int]:
+    """For each population the executions until the first one that achieved what SOLVED asks for; 1 more than all, if none did."""
     name = job.split()[0]
-    good = achieved[:, with_tuned(args, name).roots :] >= SOLVED[name]
-    return [int(one.float().argmax()) + 1 if one.any() else None for one in good]
+    solved = result["history"]["achieved"][:, with_tuned(args, name).roots :] >= SOLVED[name]
+    return [int(one.float().argmax()) + 1 if one.any() else len(one) + 1 for one in solved]
 
 
 if __name__ == "__main__":
