@@ -2,7 +2,7 @@
 
 A self-referential network produces with every step a change of all of its own weights. Fitness monotonic execution adds the
 changed network to a set of solutions, and executes better ones more often. Nothing else is optimised: no gradient, no
-prescribed mutation. Solutions whose changes improve them are executed more often.
+prescribed mutation.
 
 Kirsch, "Automating AI Research" (2025), chapter 7 and appendix E; Kirsch and Schmidhuber, "Eliminating Meta Optimization
 Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021). Results:
@@ -11,10 +11,10 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     Eq. 7.1 to 7.4 -> self_referential_layer
     Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
     Appendix E.1   -> Solutions (the buffer), initialise (truncated normals)
-    Section 7.4    -> hill_climbing (the baseline), common/envs (the tasks)
+    Section 7.4    -> --learner hill_climbing (the baseline), common/envs (the tasks), by_depth (improving to improve)
 
-    python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
-    python fme.py --envs cartpole --num-parallel 64 --executions 6400
+    python fme.py                                                 # two bandits and CartPole: 5 minutes
+    python fme.py --preset thesis --envs bandit --executions 40   # Algorithm 12 to the letter, 64 populations at once
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
     agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
@@ -35,13 +35,14 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from common import checkpoints, envs, machine
@@ -51,14 +52,13 @@ from common.envs.bandits import SwappingBandit
 from common.figures import plot
 from common.flags import Count, FlagError, Seed, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, median_difference, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["fme", "no_reward", "hill_climbing", "hill_climbing_matched", "random_search"]
 CLIMBERS = ("hill_climbing", "hill_climbing_matched")  # whose weights do not change but by noise
-Input = Literal["obs", "reward", "action"]
 Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
@@ -86,7 +86,7 @@ class Args:
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: Count = 100
+    checkpoint_every: Count = 500
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
@@ -108,7 +108,7 @@ class Args:
     roots: Size | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
     fitness: Literal["failures", "steps"] = "failures"
-    """Where episodes fail, R/dt is minus the failures per step, or the steps per episode (a reward of 1 per step says nothing)."""
+    """Where there are episodes: R/dt with a reward of -1 for a failure (1 per step says nothing), or steps per episode."""
     lifetime: Literal["lineage", "execution"] = "lineage"
     """R/dt of a solution is over its lineage's whole lifetime (section 7.3), or over the last execution."""
     buckets: Size = 100
@@ -120,7 +120,7 @@ class Args:
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
-    inputs: tuple[Input, ...] = ("obs", "reward")
+    inputs: tuple[Literal["obs", "reward", "action"], ...] = ("obs", "reward")
     """What networks are given beside a constant 1: observation, last reward (section 7.4; whether 7.3 has it is open), and last
     action, which the thesis does not name: with it and the reward, networks with frozen weights solve the swapping bandit."""
     hidden: Annotated[int, (1, 2**12)] = 32
@@ -143,17 +143,15 @@ LAPTOP = dict(
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
-TUNED = {  # for each environment, where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on another seed
-    "thesis": {
-        "bandit": dict(executions=200, sigma=0.3),
-        "cartpole": dict(executions=3200, sigma=0.1),
-        "swapping_bandit": dict(executions=4000, sigma=0.3),
-    },
-    "laptop": {
-        "bandit": dict(populations=64, executions=100, num_parallel=25),
-        "cartpole": dict(populations=5, executions=1600, num_parallel=200),
-        "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
-    },
+TUNED = {  # where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on another seed
+    "bandit": dict(executions=200, sigma=0.3),
+    "cartpole": dict(executions=3200, sigma=0.1),
+    "swapping_bandit": dict(executions=4000, sigma=0.3),
+}
+TUNED_LAPTOP = {
+    "bandit": dict(populations=64, executions=100, num_parallel=25),
+    "cartpole": dict(populations=5, executions=1600, num_parallel=200),
+    "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
 }
 SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what counts as solved
 
@@ -231,23 +229,18 @@ class Carry(NamedTuple):
 def act(
     args: Args, env: Env, frozen: bool, layers: list[Tensor], obs: Tensor, reward: Tensor, action: Tensor, draw: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """phi, y <- g_phi(x), and an action drawn from softmax(y).
+    """phi, y <- g_phi(x): the action (p,), drawn from softmax(y), and the new weights, or where frozen the old ones.
 
-    reward, action: the last ones (p,); draw (p, 1), uniform; frozen: do not change the weights. Returns actions (p,) and
-    the new weights.
+    reward, action: the last ones (p,); draw (p, 1), uniform.
     """
     one_hot = action[:, None] == torch.arange(env.num_actions, device=action.device)
     inputs = {"obs": obs, "reward": reward[:, None], "action": one_hot.float()}
-    x = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
-
+    y = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
     changed = []
     for w, (_, num_outputs) in zip(layers, sizes(args, env), strict=True):
-        if frozen:
-            x = apply(w, x)[:, :num_outputs]
-        else:
-            x, w = self_referential_layer(w, x, num_outputs)
-        changed.append(w)
-    return (draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed
+        y, new = self_referential_layer(w, y, num_outputs)
+        changed.append(w if frozen else new)
+    return (draw > y.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed
 
 
 def one_step(args: Args, env: Env, frozen: bool, carry: Carry, draws: Tensor) -> Carry:
@@ -260,7 +253,7 @@ def one_step(args: Args, env: Env, frozen: bool, carry: Carry, draws: Tensor) ->
 
 
 def start(args: Args, env: Env, phi: Tensor, draws: Tensor) -> Carry:
-    """Before the first step of p solutions phi (p, n), each in an environment of its own. draws (p, d), uniform."""
+    """Before the first step of solutions phi (p, n), each in an environment of its own. draws (p, d), uniform."""
     state, obs = env.reset(draws)
     zeros = torch.zeros(len(phi), device=phi.device)
     no_action = torch.full_like(zeros, -1, dtype=torch.int64)
@@ -277,10 +270,8 @@ class Outcome(NamedTuple):
 
 
 def execute(args: Args, env: Env, step_fn: Any, phi: Tensor, draws: Tensor) -> Outcome:
-    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions phi (p, n).
-
-    draws (1 + t, p, 1 + d), uniform; step_fn: one_step with its first arguments given.
-    """
+    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for solutions phi (p, n). draws (1 + L, p, 1 + d), uniform; step_fn:
+    one_step with its first arguments given."""
     carry = start(args, env, phi, draws[0, :, 1:])
     rewards, since = [], []
     for draw in draws[1:]:
@@ -291,13 +282,6 @@ def execute(args: Args, env: Env, step_fn: Any, phi: Tensor, draws: Tensor) -> O
     return Outcome(pack(carry.layers), carry.total, carry.episodes + ~carry.ended, after_swap)
 
 
-def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
-    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
-    reward, since = torch.stack(rewards), torch.stack(since)
-    at = [since == pull for pull in range(SwappingBandit.shortest)]
-    return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
-
-
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
@@ -306,8 +290,7 @@ class Solutions:
     fitness, each with its `bucket_size` most recently used solutions. A bucket is drawn with a probability that grows
     exponentially with its fitness, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
 
-    All slots are allocated at first. Ids grow with time and are -1 in empty slots. used: when a solution was last selected,
-    twice the id of the child that it got then; or when it was made, twice its own id plus 1.
+    Ids grow with time and are -1 in empty slots. used: twice the id of the last child, or at first twice the own id plus 1.
     """
 
     def __init__(self, args: Args, roots: Tensor):
@@ -332,10 +315,9 @@ class Solutions:
         draws (p, s), uniform, float64."""
         bucket, m = self.bucket(), self.args.buckets
         count = draws.new_zeros(len(bucket), m + 1).scatter_add_(1, bucket, torch.ones_like(bucket, dtype=draws.dtype))
-        weight = (self.args.selection / m * (bucket - (m - 1))).to(draws.dtype).exp() / count.gather(1, bucket)
+        weight = (self.args.selection / m * (bucket.to(draws.dtype) - (m - 1))).exp() / count.gather(1, bucket)
         total = weight.where(self.id >= 0, 0.0).cumsum(1)
         slot = torch.searchsorted(total, draws * total[:, -1:], right=True)
-
         self.used.scatter_reduce_(1, slot, 2 * child, "amax")
         return self.at(slot), self.id.gather(1, slot)
 
@@ -343,17 +325,16 @@ class Solutions:
         """Phi <- Phi + {phi}. A full bucket drops its least recently used solution, but not the best of all.
         phi (p, s, n); id, fitness (p, s); id -1: leave it out."""
         slots = torch.arange(self.id.shape[1], device=id.device)
-        slot = torch.where(self.id < 0, slots, slots + len(slots)).topk(id.shape[1], largest=False).indices  # the first empty ones
+        slot = torch.where(self.id < 0, -slots, -len(slots)).topk(id.shape[1]).indices  # the first empty ones
         self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
         for mine, new in ((self.fitness, fitness), (self.id, id), (self.used, 2 * id + 1)):
             mine.scatter_(1, slot, new)
-
         now = self.used.max() + 1
         age = (now - self.used).scatter(1, self.best_slot(), 0)
         bucket = self.bucket()
         order = (bucket * (now + 2) + age).argsort(1)
         bucket = bucket.gather(1, order)
-        nth = torch.arange(bucket.shape[1], device=bucket.device) - torch.searchsorted(bucket, bucket)
+        nth = slots - torch.searchsorted(bucket, bucket)
         self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
 
     def best_slot(self) -> Tensor:
@@ -364,28 +345,18 @@ class Solutions:
         """The solutions (p, s, n) in slots (p, s)."""
         return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Without the slots that were never used."""
-        used = int((self.id >= 0).any(0).nonzero().max()) + 1
-        return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "fitness", "id", "used")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.id.fill_(-1)
-        for name, value in state.items():
-            getattr(self, name)[:, : value.shape[1]] = value
-
 
 def fitness_monotonic_execution(population: "Population", number: int) -> None:
     """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
     args, solutions, id = population.args, population.solutions, population.ids(number)
     climbs = population.learner in CLIMBERS
     if number == 0 or population.learner == "random_search":
-        phi, parent = population.new_networks(number)  # whose fitness is not known yet
+        phi, parent = population.without_past(number)  # whose fitness is not known yet
     else:
-        draws = population.draws((args.num_parallel,), number, 0, dtype=torch.float64)
+        draws = population.draws(id.shape[1:], number, 0, dtype=torch.float64)
         phi, parent = solutions.sample(draws, id)  # phi ~ p(phi)
-        if climbs:
-            phi = phi + population.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
+        if climbs:  # phi_{t+1} = phi_t + epsilon
+            phi = phi + population.sigma * population.draws(phi.shape[1:], number, 1, draw=torch.randn)
 
     outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
     fitness = population.record(id, parent, phi, outcome)  # R(phi) / dt
@@ -396,72 +367,64 @@ def fitness_monotonic_execution(population: "Population", number: int) -> None:
     solutions.add(outcome.phi.nan_to_num(), torch.where(finite, id, -1), fitness)  # Phi <- Phi + {phi}
 
 
-def empty_result(args: Args, env: Env) -> dict[str, Any]:
-    """The result of a job: phi (p, n) of the best solutions, the achieved means of fresh executions along the way
-    (points, p), the pairs of Population.pairs, and the history of a Population. All zero."""
-    p = args.populations
-    n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
-    ids = args.roots + rounds(args) * args.num_parallel
-    floats = partial(torch.zeros, device=env.device)
-    integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
-    history = {name: floats(p, ids) for name in ("reward", "episodes", "achieved", "change")}
-    history |= {name: integers(p, ids) for name in ("parent", "depth")}
-    curve, pairs = floats(len(measured_rounds(args)), p), floats(p, args.test_seeds, 3)
-    return {"phi": floats(p, n), "curve": curve, "pairs": pairs, "history": history}
-
-
+# ======================================================================================================================
+# Populations: random numbers, batches of executions, and their history
+# ======================================================================================================================
 class Population:
     """p populations of one learner in one environment: their solutions, and the history of all executions by id.
 
-    history, each (p, ids): parent; of the whole lineage depth, its number of executions, reward and episodes; of the last
-    execution what was achieved, and the change that a weight underwent, root mean square.
+    history, each (p, ids): parent, -1 for roots; of the whole lineage depth, its number of executions, reward and episodes; of
+    the last execution what was achieved, and the change that a weight underwent, root mean square.
     """
 
     def __init__(self, args: Args, name: str, learner: str, run: "Run"):
-        args = for_learner(args, learner)
-        self.args, self.name, self.learner, self.run = args, name, learner, run
+        self.args = args = for_learner(with_tuned(args, name), learner)
+        self.name, self.learner, self.run = name, learner, run
         self.env = make_env(name, args.chunk, run.device)
-        self.step_fns = {frozen: compiled(args, self.env, run, frozen) for frozen in (False, True)}
-        self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
+        self.step_fns = {frozen: partial(one_step, args, self.env, frozen) for frozen in (False, True)}
+        if run.compiles:
+            self.step_fns = {frozen: torch.compile(step, dynamic=False) for frozen, step in self.step_fns.items()}
+        self.roots = self.random_networks(args.roots)
         self.solutions = Solutions(args, self.roots)
         self.sigma: float | Tensor = args.sigma  # of hill climbing
-        self.result = empty_result(args, self.env)
-        self.history = self.result["history"]
-        self.history["parent"][:, : args.roots] = -1
-        self.curve = self.result["curve"]
 
-    def keep(self) -> dict[str, Any]:
-        """The state in a checkpoint of a job that is not finished."""
-        return {"solutions": self.solutions, "history": self.history, "curve": self.curve}
+        ids = args.roots + rounds(args) * args.num_parallel
+        zeros = partial(torch.zeros, args.populations, device=run.device)
+        self.history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
+        self.history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+        self.history["parent"][:, : args.roots] = -1
+        self.curve = zeros(len(measured_rounds(args)))  # what the best so far achieve in fresh executions
+
+    def keep(self, slots: int) -> dict[str, Any]:
+        """The state in a checkpoint of a job that is not finished, with the first slots of the solutions."""
+        solutions = {name: getattr(self.solutions, name)[:, :slots] for name in ("phi", "fitness", "id", "used")}
+        return {"solutions": solutions, "history": self.history, "curve": self.curve}
 
     def generator(self, population: int, *numbers: int) -> torch.Generator:
         """Random numbers decided by the seed, the environment, the population and these numbers alone."""
         words = np.random.SeedSequence([self.args.seed, *self.name.encode(), population, *numbers]).generate_state(2)
         return torch.Generator(self.run.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
-    def draws(self, shape: tuple[int, ...], *numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers (p, *shape)."""
+    def draws(self, shape: tuple[int, ...], *numbers: int, draw: Any = torch.rand, dtype: Any = torch.float32) -> Tensor:
+        """Uniform numbers (p, *shape), or with torch.randn standard normal ones."""
         each = (self.generator(p, *numbers) for p in range(self.args.populations))
-        return torch.stack([torch.rand(shape, generator=one, dtype=dtype, device=one.device) for one in each])
+        return torch.stack([draw(shape, generator=one, dtype=dtype, device=one.device) for one in each])
 
-    def normals(self, shape: tuple[int, ...], *numbers: int) -> Tensor:
-        """Standard normal numbers (p, *shape)."""
+    def random_networks(self, count: int, *numbers: int) -> Tensor:
+        """(p, count, n)."""
         each = (self.generator(p, *numbers) for p in range(self.args.populations))
-        return torch.stack([torch.randn(shape, generator=one, device=one.device) for one in each])
+        return torch.stack([initialise(self.args, self.env, count, one) for one in each])
 
-    def new_networks(self, number: int) -> tuple[Tensor, Tensor]:
-        """In the first round all roots (p, s, n), repeated as often as needed, later other random networks; and the ids of
-        roots (p, s), which have no past."""
-        args = self.args
-        id = torch.arange(args.num_parallel, device=self.run.device) % args.roots
-        generators = [self.generator(p, number, 3) for p in range(args.populations)]
-        phi = torch.stack([initialise(args, self.env, args.num_parallel, one) for one in generators])
-        return phi if number else self.roots[:, id], id.expand(args.populations, -1)
+    def without_past(self, number: int) -> tuple[Tensor, Tensor]:
+        """All roots in the first round, repeated to s, then other networks (p, s, n); and the ids of roots (p, s)."""
+        id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
+        phi = self.random_networks(len(id), number, 3) if number else self.roots[:, id]
+        return phi, id.expand(len(phi), -1)
 
     def ids(self, number: int) -> Tensor:
         """Of the solutions that a round makes (p, s)."""
-        p, s = self.args.populations, self.args.num_parallel
-        return self.args.roots + number * s + torch.arange(s, device=self.run.device).expand(p, s)
+        first = self.args.roots + number * self.args.num_parallel
+        return torch.arange(first, first + self.args.num_parallel, device=self.run.device).expand(self.args.populations, -1)
 
     def record(self, id: Tensor, parent: Tensor, phi: Tensor, outcome: Outcome) -> Tensor:
         """Write a round's executions of phi (p, s, n) into the history. Returns R/dt of each (p, s)."""
@@ -471,7 +434,6 @@ class Population:
         values = lineage | {"parent": parent, "achieved": self.achieved(outcome), "change": change}
         for name, value in values.items():
             self.history[name][:, id[0]] = value
-
         lifetime = lineage if self.args.lifetime == "lineage" else last
         steps = lifetime["depth"] * self.args.execution_steps
         if self.env.episodic and self.args.fitness == "steps":
@@ -499,31 +461,24 @@ class Population:
         steps = self.args.execution_steps
         return steps / outcome.episodes if self.env.episodic else outcome.reward / steps
 
-    def measure(self, *numbers: int) -> Tensor:
-        """What the best solutions so far achieve in fresh executions (p, test_seeds), which change nothing."""
-        best = self.solutions.at(self.solutions.best_slot())
-        return self.achieved(self.execute(best.expand(-1, self.args.test_seeds, -1), *numbers))
+    def best(self) -> Tensor:
+        """The solution of the highest fitness in each population (p, 1, n)."""
+        return self.solutions.at(self.solutions.best_slot())
 
     def pairs(self) -> Tensor:
-        """Of random solutions that are held with their parents (p, test_seeds, 3): the depth of a solution, and what it and its
-        parent achieve in fresh executions. (Those that made them would not do: parents were selected by theirs.) Depth 0: none.
-        """
-        solutions, ids = self.solutions, self.history["parent"].shape[1]
-        held = solutions.id >= 0
-        slots = torch.arange(held.shape[1], device=held.device).expand_as(held)
-        slot_of = torch.full((len(held), ids + 1), -1, device=held.device)
-        slot_of = slot_of.scatter(1, torch.where(held, solutions.id, ids), slots)[:, :ids]
-        parent = self.history["parent"].gather(1, solutions.id.clamp(min=0))
-        parent_slot = torch.where(held & (parent >= 0), slot_of.gather(1, parent.clamp(min=0)), -1)
-        if self.learner == "random_search":
-            parent_slot = torch.full_like(parent_slot, -1)  # nobody's children
+        """Of random solutions (p, test_seeds, 3) the depth, and what they and their parents achieve in fresh executions. (Those
+        that made them would not do: parents were selected by theirs.) Depth 0: no solution whose parent is held."""
+        id = self.solutions.id
+        parent = self.history["parent"].gather(1, id.clamp(min=0))
+        candidate = (id >= 0) & (parent >= 0) & (self.learner != "random_search")
+        draws = torch.where(candidate, self.draws(id.shape[1:], PAIRS, 0), -1.0)
+        slot = draws.topk(min(self.args.test_seeds, id.shape[1])).indices
 
-        draws = torch.where(parent_slot >= 0, self.draws((held.shape[1],), PAIRS, 0), -1.0)
-        slot = draws.topk(min(self.args.test_seeds, held.shape[1])).indices
-        parent_slot = parent_slot.gather(1, slot)
-        depth = self.history["depth"].gather(1, solutions.id.gather(1, slot).clamp(min=0)) * (parent_slot >= 0)
-        both = solutions.at(torch.cat([slot, parent_slot.clamp(min=0)], 1))
+        is_parent = parent.gather(1, slot)[:, :, None] == id[:, None]  # (p, k, slots)
+        known = is_parent.any(2) & candidate.gather(1, slot)
+        both = self.solutions.at(torch.cat([slot, is_parent.int().argmax(2)], 1))
         child, parent = self.achieved(self.execute(both, PAIRS, 1)).chunk(2, 1)
+        depth = self.history["depth"].gather(1, id.gather(1, slot).clamp(min=0)) * known
         return torch.stack([depth.float(), child, parent], -1)
 
 
@@ -531,64 +486,53 @@ class Population:
 # Meta-test
 # ======================================================================================================================
 def meta_test(args: Args, results: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
-    """Fresh executions of the best solutions, as they are and with frozen weights: a network whose inputs are its last action
-    and reward can adapt without changing a weight, so only the difference to the frozen one is due to self-modification.
-
-    Returns rows of results, what each population achieved, and mean rewards (p, 10) after a swap by learner.
-    """
+    """Rows of results; what each population achieved, by environment and learner; rewards (p, 10) after a swap, by learner."""
     rows, achieved, after_swap = [], {}, {}
     for job, result in results.items():
-        parts = run.once(job, partial(measured, args, job, result, run))
-        rows += parts[0]
-        achieved |= parts[1]
-        after_swap |= parts[2]
+        name, learner = job.split()
+        tuned = with_tuned(args, name)
+        steps = [(number + 1) * tuned.num_parallel for number in measured_rounds(tuned)]
+        metric = "return" if make_env(name, 1).episodic else "reward_per_step"
+        row = partial(result_row, task=name, novelty="none", metric=metric)
+        rows += [row(learner, step=step, values=values) for step, values in zip(steps[:-1], result["curve"].T, strict=False)]
+        for label, (values, pulls) in run.once(job, partial(test, args, job, result["phi"], run)).items():
+            rows.append(row(label, step=steps[-1], values=values))
+            achieved[f"{name} {label}"] = values.tolist()
+            after_swap |= {label: pulls} if pulls.numel() else {}
+        rows += by_depth(learner, name, result["pairs"])
     return rows, achieved, after_swap
 
 
-def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
-    """The three parts of meta_test for one job."""
+def test(args: Args, job: str, phi: Tensor, run: "Run") -> dict[str, tuple[Tensor, Tensor]]:
+    """What the best solutions phi (p, n) achieve (p,), and their rewards after a swap (p, 10), as they are and with frozen
+    weights: a network that sees its last action and reward can adapt without changing a weight, so that only the difference to
+    the frozen one is due to self-modification."""
     torch.compiler.reset()  # graphs of other jobs
     name, learner = job.split()
-    tuned = with_tuned(args, name)
-    population = Population(tuned, name, learner, run)
-    metric = "return" if population.env.episodic else "reward_per_step"
-    points = zip(measured_rounds(tuned)[:-1], result["curve"][:-1], strict=True)
-    rows = [result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values) for number, values in points]
-
-    achieved, after_swap = {}, {}
-    phi = result["phi"][:, None].expand(-1, args.test_seeds, -1)
-    last = rounds(tuned) * tuned.num_parallel
+    population = Population(args, name, learner, run)
+    tested = {}
     for frozen in (True,) if learner in CLIMBERS else (False, True):
-        outcome = population.execute(phi, TEST, frozen=frozen)
+        outcome = population.execute(phi[:, None].expand(-1, args.test_seeds, -1), TEST, frozen=frozen)
         label = learner + "_frozen" * (frozen and learner not in CLIMBERS)
-        of_each = population.achieved(outcome).mean(1)
-        rows.append(result_row(label, name, "none", metric, last, of_each))
-        achieved[f"{name} {label}"] = of_each.tolist()
-        if outcome.after_swap.numel():
-            after_swap[label] = outcome.after_swap.mean(1).cpu()
-    return rows + by_depth(learner, name, result["pairs"]), achieved, after_swap
+        tested[label] = population.achieved(outcome).mean(1).cpu(), outcome.after_swap.mean(1).cpu()
+    return tested
 
 
-def difference(values: list[float], others: list[float]) -> dict[str, float]:
-    """Medians of two learners' populations, their difference, and its bootstrap interval of 95 % (Efron 1979), for which
-    populations are drawn in pairs: those of the same number share roots and environments."""
-    both = torch.tensor([values, others], dtype=torch.float64)
-    index = torch.randint(len(values), (10_000, len(values)), generator=torch.Generator().manual_seed(0))
-    of_all, of_drawn = both.quantile(0.5, 1), both[:, index].quantile(0.5, 2)
-    ends = (of_drawn[0] - of_drawn[1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    names = ("median", "other", "difference", "low", "high")
-    return dict(zip(names, [*of_all.tolist(), float(of_all[0] - of_all[1]), *ends.tolist()], strict=True))
+def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
+    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
+    reward, since = torch.stack(rewards), torch.stack(since)
+    at = [since == pull for pull in range(SwappingBandit.shortest)]
+    return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
 
 
 def differences(args: Args, values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Of --learner to all others. values: those of the populations by environment and learner."""
-    first = {name: values[f"{name} {args.learner}"] for name in args.envs}
-    return {job: difference(first[job.split()[0]], other) for job, other in values.items() if job.split()[1] != args.learner}
+    """Of --learner and each other. values: of the populations, which share roots, by environment and learner."""
+    others = {job: values[f"{job.split()[0]} {args.learner}"] for job in values if job.split()[1] != args.learner}
+    return {job: median_difference(ours, values[job]) for job, ours in others.items()}
 
 
-LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
-LABELS |= {"hill_climbing_matched": "hill climbing, matched noise", "random_search": "random search"}
-COLOURS = {name: f"C{index}" for index, name in enumerate(LABELS)}
+LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing_matched": "hill climbing, matched noise"}
+COLOURS = {name: f"C{index}" for index, name in enumerate(get_args(Name))}
 
 
 def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
@@ -607,17 +551,17 @@ def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
 
 
 def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
-    """By depth of the lineage, with the interval of the mean over populations."""
+    """By depth, the executions in the lineage, with the interval of the mean over populations."""
     words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
     rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
-    plot(rows, path, xlabel="executions in the lineage", labels=LABELS, styles=COLOURS, columns=2, confidence=True, xscale="log")
+    if rows:
+        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=COLOURS, columns=2, confidence=True)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
     units = {"return": "steps per episode", "reward_per_step": "reward per step"}
     rows = [row for row in rows if row["learner"] in COLOURS and row["metric"] in units]
-    rows.sort(key=lambda row: list(COLOURS).index(row["learner"]))
     titles = {row["task"]: f"{row['task']}, {units[row['metric']]}" for row in rows}
     plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=COLOURS, ylim=(0, None))
 
@@ -627,8 +571,8 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
     rows = []
     for label, reward in after_swap.items():
         panel = "swapping_bandit" + ", then frozen" * label.endswith("_frozen")
-        for pull, values in enumerate(reward.unbind(1), 1):
-            rows.append(result_row(label.removesuffix("_frozen"), panel, "none", "reward", pull, values))
+        row = partial(result_row, label.removesuffix("_frozen"), panel, "none", "reward")
+        rows += [row(pull, values) for pull, values in enumerate(reward.unbind(1), 1)]
     plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=COLOURS, ylim=(0, 1.02))
 
 
@@ -636,8 +580,7 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
 # Use it
 # ======================================================================================================================
 class FME:
-    """A solution of FME that acts in your environment, and changes its own weights with each step: act(obs, reward, done) and
-    reset().
+    """A solution of FME that acts in your environment, and changes its own weights with each step.
 
         agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
         obs, _ = env.reset()
@@ -645,17 +588,15 @@ class FME:
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
-    env: an environment of the run, which decides the number of observations and of actions; learner: any of the run; the weights
-    of hill climbing do not change; seed: decides the actions. Of all populations the best solution is taken.
+    env, learner: of the run; where it is hill climbing, weights do not change. seed: decides the actions. The solution is that
+    of the best population.
 
     obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
     network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
-    for other shapes, and CheckpointError or UserError for what is no checkpoint of this script with that solution.
-    """
+    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution."""
 
     def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
-        self.args = for_learner(args, learner)
-        self.env = env
+        self.args, self.env = for_learner(args, learner), env
         self.phi = phi  # (n,)
         self.scale = getattr(env, "scale", 1.0)  # of its observations
         self.frozen = learner in CLIMBERS
@@ -663,20 +604,16 @@ class FME:
         self.reset()
 
     @staticmethod
-    def load(
-        checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: torch.device | str = "cpu"
-    ) -> "FME":
+    def load(checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: str = "cpu") -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
             args = with_tuned(Args(**saved["args"]), env)
             result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
-            best = result["curve"][-1].argmax()
-            agent = FME(args, make_env(env, 1, device), result["phi"][best].to(device), learner, seed)
-            agent.act(torch.zeros(agent.env.obs_size))  # fails for a network of another size
+            phi = result["phi"][result["curve"][:, -1].argmax()].to(device)
+            FME(args, make_env(env, 1, device), phi, learner).act(torch.zeros(make_env(env, 1).obs_size))  # of fitting sizes
         except (TypeError, KeyError, RuntimeError) as error:
-            sentence = f"{checkpoint} is not a checkpoint of this {METHOD}.py with a solution of {learner} in {env}."
-            raise UserError(sentence) from error
-        return FME(args, agent.env, agent.phi, learner, seed)
+            raise UserError(f"{checkpoint} has no solution of {learner} in {env} of this {METHOD}.py.") from error
+        return FME(args, make_env(env, 1, device), phi, learner, seed)
 
     def reset(self) -> None:
         """Undo all changes of the weights."""
@@ -709,7 +646,7 @@ class FME:
 METHOD = "fme"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
-KEPT = ("preset",)  # the flags that a meta-test cannot change
+KEPT = ("preset", "populations", "executions", "num_parallel", "roots", "inputs", "hidden", "layers")  # in a meta-test
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -918,7 +855,7 @@ def measured_rounds(args: Args) -> list[int]:
 
 def with_tuned(args: Args, name: str) -> Args:
     """Args with the values of TUNED where flags are not given."""
-    tuned = dict(populations=64, num_parallel=1) | TUNED["thesis"][name] | TUNED.get(args.preset, {}).get(name, {})
+    tuned = dict(populations=64, num_parallel=1) | TUNED[name] | (TUNED_LAPTOP[name] if args.preset == "laptop" else {})
     args = replace(args, **{flag: value for flag, value in tuned.items() if getattr(args, flag) is None})
     return replace(args, roots=args.roots or args.num_parallel)
 
@@ -931,14 +868,7 @@ def for_learner(args: Args, learner: str) -> Args:
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment whose reward per step differs between solutions, unlike CartPole's of 1 at each step."""
-    options = dict(sutton_barto_reward=True, scaled=True) if name == "cartpole" else {}
-    return envs.make(name, count, device, **options)
-
-
-def compiled(args: Args, env: Env, run: "Run", frozen: bool) -> Any:
-    """one_step with all arguments but the carry and the random numbers."""
-    step = partial(one_step, args, env, frozen)
-    return torch.compile(step, dynamic=False) if run.compiles else step
+    return envs.make(name, count, device, scaled=True, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
 
 
 def check(args: Args) -> None:
@@ -946,42 +876,34 @@ def check(args: Args) -> None:
     if not args.envs:
         raise UserError("--envs needs at least one environment.")
     for name in args.envs:
-        choose = f"choose from {', '.join(SOLVED)}."
-        if name not in SOLVED and make_env(name, 1).num_actions is None:
-            raise UserError(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
-        if name not in SOLVED:
-            raise UserError(f"There is no setting for {name}, nor a measure of how well it was solved; {choose}")
+        if name not in TUNED:
+            reason = "cannot have the continuous actions of" if make_env(name, 1).num_actions is None else "has no setting for"
+            raise UserError(f"FME {reason} {name}; choose from {', '.join(TUNED)}.")
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
-    before = [args.learner, *args.baselines]
-    before = before[: before.index("hill_climbing_matched")] if "hill_climbing_matched" in before else ["fme"]
-    if "fme" not in before:
+    learners = [args.learner, *args.baselines, "hill_climbing_matched"]
+    if args.learner == "hill_climbing_matched" or "fme" not in learners[: learners.index("hill_climbing_matched")]:
         raise UserError("hill_climbing_matched has noise as long as the changes of FME; name fme before it.")
     if len(set(args.inputs)) < len(args.inputs):
         raise UserError("--inputs names something twice.")
-    if "no_reward" in (args.learner, *args.baselines) and "reward" not in args.inputs:
+    if "no_reward" in learners and "reward" not in args.inputs:
         raise UserError("no_reward is FME without the reward among its --inputs, where it is missing; leave out no_reward.")
 
 
-def jobs_of(args: Args) -> list[str]:
-    """An environment and a learner each."""
-    return [f"{name} {learner}" for name in args.envs for learner in dict.fromkeys([args.learner, *args.baselines])]
-
-
 class Evolution:
-    """All populations of a run, one after the other: the results of the finished ones, and the current one."""
+    """All jobs of a run, an environment and a learner each, one after the other: results of the finished ones, and the current
+    one. A result: of the best solutions phi (p, n) and the curve (p, points) of what they achieved, pairs, and the history."""
 
     def __init__(self, args: Args, run: "Run"):
         self.args, self.run, self.results, self.current = args, run, {}, None
-        self.jobs = jobs_of(args)
-        lengths = [rounds(with_tuned(args, job.split()[0])) for job in self.jobs]
-        self.plan = [(job, number) for job, length in zip(self.jobs, lengths, strict=True) for number in range(length)]
+        self.jobs = [f"{name} {one}" for name in args.envs for one in dict.fromkeys([args.learner, *args.baselines])]
+        self.plan = [(job, number) for job in self.jobs for number in range(rounds(with_tuned(args, job.split()[0])))]
 
     def start(self, job: str) -> Population:
         torch.compiler.reset()  # graphs of other jobs
         name, learner = job.split()
-        population = Population(with_tuned(self.args, name), name, learner, self.run)
+        population = Population(self.args, name, learner, self.run)
         if learner == "hill_climbing_matched":
             change = self.results[f"{name} fme"]["history"]["change"][:, population.args.roots :]
             population.sigma = change.median(1).values[:, None, None]
@@ -993,47 +915,37 @@ class Evolution:
             job, number = self.plan[step]
             if number == 0:
                 self.current = self.start(job)
-            population = self.current
+            population, measured = self.current, measured_rounds(self.current.args)
             fitness_monotonic_execution(population, number)
-            measured = measured_rounds(population.args)
             if number in measured:
-                fresh = population.measure(population.args.num_parallel, TEST, number)
-                population.curve[measured.index(number)] = fresh.mean(1)
-            log = self.summary(job, number)
-            if number == rounds(population.args) - 1:
-                best = population.solutions.at(population.solutions.best_slot())
-                pairs = population.pairs()
-                population.result["pairs"][:, : pairs.shape[1]] = pairs
-                self.results[job] = population.result | {"phi": best[:, 0]}
+                best = population.best().expand(-1, self.args.test_seeds, -1)
+                fresh = population.achieved(population.execute(best, TEST, number + 1))
+                population.curve[:, measured.index(number)] = fresh.mean(1)
+
+            achieved = population.history["achieved"].gather(1, population.ids(number))
+            depth = population.history["depth"].amax(1).float()
+            log = {"job": self.jobs.index(job), "round": number, "achieved": achieved.mean(), "longest_lineage": depth.mean()}
+            if number == measured[-1]:
+                result = {"phi": population.best()[:, 0], "pairs": population.pairs()}
+                self.results[job] = result | {"curve": population.curve, "history": population.history}
                 self.current = None
             self.run.log(step, log)
 
-    def summary(self, job: str, number: int) -> dict[str, Tensor]:
-        """A line of metrics.csv: the job by its number, executions so far, and over populations the mean of what
-        this round achieved, of the best achieved so far, and of the longest lineage."""
-        population = self.current
-        s, history = population.args.num_parallel, population.history
-        last = population.args.roots + (number + 1) * s
-        achieved = history["achieved"][:, population.args.roots : last]
-        log = {"job": self.jobs.index(job), "executions": (number + 1) * s, "achieved": achieved[:, -s:].mean()}
-        depth = history["depth"][:, :last].amax(1).float()
-        return log | {"best_achieved": achieved.amax(1).mean(), "longest_lineage": depth.mean()}
-
     def state_dict(self) -> dict[str, Any]:
-        """Results of the finished jobs, and the state of a job that is not finished."""
-        current = {"at": checkpoints.state_of(self.current.keep())} if self.current else {}
-        return {"results": self.results} | current
+        """Results of the finished jobs, and the state of a job that is not finished, without slots that were never used."""
+        if self.current is None:
+            return {"results": self.results}
+        slots = int((self.current.solutions.id >= 0).any(0).nonzero().max()) + 1
+        state = checkpoints.state_of(self.current.keep(slots))
+        return {"results": self.results, "at": {name: part.clone() for name, part in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of the jobs that the flags name; one that is not finished only where it continues."""
-        for job in self.jobs:
-            if job in state["results"]:
-                name = job.split()[0]
-                self.results[job] = empty_result(with_tuned(self.args, name), make_env(name, 1, self.run.device))
-                checkpoints.restore(self.results[job], checkpoints.state_of(state["results"][job]))
+        to_device = partial(tree_map_only, Tensor, lambda part: part.to(self.run.device))
+        self.results = {job: to_device(state["results"][job]) for job in self.jobs if job in state["results"]}
         if self.args.resume and "at" in state:
             self.current = self.start(self.jobs[len(self.results)])
-            checkpoints.restore(self.current.keep(), state["at"])
+            checkpoints.restore(self.current.keep(state["at"]["['solutions']['id']"].shape[1]), state["at"])
 
 
 @torch.no_grad()
@@ -1057,17 +969,15 @@ def main() -> None:
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
-    if any(row["metric"] == "child_better" for row in rows):
-        draw_improvement(run.folder / "improvement.png", rows)
+    draw_improvement(run.folder / "improvement.png", rows)
     if after_swap:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
-    until_solved = {job: executions_until_solved(args, job, result) for job, result in evolution.results.items()}
+    until_solved = {job: executions_until_solved(args, job, result["history"]) for job, result in evolution.results.items()}
     compared = {"achieved": differences(args, achieved), "until_solved": differences(args, until_solved)}
-    run.info("\nMedians over populations, and the 95 % interval of their difference")
     for what, others in compared.items():
+        run.info(f"\n{what.replace('_', ' ')}, medians over populations: {args.learner}, the other, difference, 95 % interval")
         for job, facts in others.items():
-            sentence = "{median:.3g} and {other:.3g}, difference {difference:.3g} ({low:.3g} to {high:.3g})".format(**facts)
-            run.info(f"{what.replace('_', ' ')}, {args.learner} and {job.split()[1]} on {job.split()[0]}: {sentence}")
+            run.info(f"{job:40}" + "".join(f"{number:10.3f}" for number in facts.values()))
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
@@ -1075,15 +985,13 @@ def main() -> None:
         achieved=achieved,
         until_solved=until_solved,
         differences=compared,
-        longest_lineage={job: result["history"]["depth"].amax(1).tolist() for job, result in evolution.results.items()},
         after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
     )
 
 
-def executions_until_solved(args: Args, job: str, result: dict[str, Any]) -> list[int]:
-    """For each population the executions until the first one that achieved what SOLVED asks for; 1 more than all, if none did."""
-    name = job.split()[0]
-    solved = result["history"]["achieved"][:, with_tuned(args, name).roots :] >= SOLVED[name]
+def executions_until_solved(args: Args, job: str, history: dict[str, Tensor]) -> list[int]:
+    """For each population the executions until the first that achieved what SOLVED asks for; 1 more than all, if none did."""
+    solved = history["achieved"][:, with_tuned(args, job.split()[0]).roots :] >= SOLVED[job.split()[0]]
     return [int(one.float().argmax()) + 1 if one.any() else len(one) + 1 for one in solved]
 
 
