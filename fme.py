@@ -924,7 +924,7 @@ class Evolution:
 
             achieved = population.history["achieved"].gather(1, population.ids(number))
             depth = population.history["depth"].amax(1).float()
-            log = {"job": self.jobs.index(job), "round": number, "achieved": achieved.mean(), "longest_lineage": depth.mean()}
+            log = {"job": self.jobs.index(job), "achieved": achieved.mean(), "round": number, "longest_lineage": depth.mean()}
             if number == measured[-1]:
                 result = {"phi": population.best()[:, 0], "pairs": population.pairs()}
                 self.results[job] = result | {"curve": population.curve, "history": population.history}

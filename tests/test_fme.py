@@ -470,7 +470,7 @@ def test_what_a_run_leaves_behind(finished):
     with open(folder / "metrics.csv") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 * 3 and [float(line["job"]) for line in lines] == [job for job in range(6) for _ in range(3)]
-    assert "swapping_bandit" in done.stdout and "on bandit: " in done.stdout
+    assert "swapping_bandit" in done.stdout and "medians over populations" in done.stdout
 
 
 def test_an_agent_from_python(finished, tmp_path):
