@@ -297,7 +297,7 @@ class Solutions:
         self.args = args
         p, count, n = roots.shape
         slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
-        self.phi = torch.zeros(p, slots, n, device=roots.device)
+        self.phi = torch.empty(p, slots, n, device=roots.device)  # takes memory as it fills
         self.fitness = torch.zeros(p, slots, device=roots.device)
         self.id = torch.full((p, slots), -1, device=roots.device)
         self.used = torch.zeros_like(self.id)
@@ -882,8 +882,8 @@ def check(args: Args) -> None:
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
-    learners = [args.learner, *args.baselines, "hill_climbing_matched"]
-    if args.learner == "hill_climbing_matched" or "fme" not in learners[: learners.index("hill_climbing_matched")]:
+    learners, matched = [args.learner, *args.baselines], "hill_climbing_matched"
+    if matched in learners and "fme" not in learners[: learners.index(matched)]:
         raise UserError("hill_climbing_matched has noise as long as the changes of FME; name fme before it.")
     if len(set(args.inputs)) < len(args.inputs):
         raise UserError("--inputs names something twice.")

@@ -457,7 +457,8 @@ FME = {
     "F3": Row("Fig. 7.4", "adapts only with the reward as input", fme("swapping_bandit", " --populations 16"),
         [at("fme", "swapping_bandit") > 0.75,
          *(lead(other, "swapping_bandit", "low") > 0 for other in ("no_reward", "fme_frozen", "random_search")),
-         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05), lead("fme_frozen", "swapping_bandit", "low", ACTION) > 0],
+         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05),
+         lead("fme_frozen", "swapping_bandit", "low", ACTION) > 0],
         fme("swapping_bandit")),
 }
 ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME

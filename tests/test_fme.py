@@ -560,7 +560,7 @@ def test_the_thesis_way_and_every_switch(tmp_path):
     flags += " --baselines fme hill_climbing_matched random_search"
     done = command(tmp_path, f"{flags} --learner hill_climbing --envs cartpole --run-name all")
     assert done.returncode == 0, done.stderr
-    assert {row["metric"] for row in rows(tmp_path / "all")} == {"return"}
+    assert {row["metric"] for row in rows(tmp_path / "all")} == {"return", "child_minus_parent", "child_better"}
 
 
 MISTAKES = {
