@@ -527,12 +527,12 @@ def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
 
 def differences(args: Args, values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Of --learner and each other. values: of the populations, which share roots, by environment and learner."""
-    others = {job: values[f"{job.split()[0]} {args.learner}"] for job in values if job.split()[1] != args.learner}
-    return {job: median_difference(ours, values[job]) for job, ours in others.items()}
+    jobs = [job for job in values if job.split()[1] != args.learner]
+    return {job: median_difference(values[f"{job.split()[0]} {args.learner}"], values[job]) for job in jobs}
 
 
 LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing_matched": "hill climbing, matched noise"}
-COLOURS = {name: f"C{index}" for index, name in enumerate(get_args(Name))}
+STYLES = {name: f"C{index}.-" for index, name in enumerate(get_args(Name))}
 
 
 def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
@@ -551,19 +551,19 @@ def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
 
 
 def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
-    """By depth, the executions in the lineage, with the interval of the mean over populations."""
+    """By depth, the executions in the lineage."""
     words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
     rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
     if rows:
-        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=COLOURS, columns=2, confidence=True)
+        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=STYLES, columns=2, confidence=True)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
     units = {"return": "steps per episode", "reward_per_step": "reward per step"}
-    rows = [row for row in rows if row["learner"] in COLOURS and row["metric"] in units]
+    rows = [row for row in rows if row["learner"] in STYLES and row["metric"] in units]
     titles = {row["task"]: f"{row['task']}, {units[row['metric']]}" for row in rows}
-    plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=COLOURS, ylim=(0, None))
+    plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=STYLES, ylim=(0, None))
 
 
 def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
@@ -573,7 +573,7 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
         panel = "swapping_bandit" + ", then frozen" * label.endswith("_frozen")
         row = partial(result_row, label.removesuffix("_frozen"), panel, "none", "reward")
         rows += [row(pull, values) for pull, values in enumerate(reward.unbind(1), 1)]
-    plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=COLOURS, ylim=(0, 1.02))
+    plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=STYLES, ylim=(0, 1.02))
 
 
 # ======================================================================================================================
