@@ -2,7 +2,7 @@
 
 A self-referential network produces with every step a change of all of its own weights. Fitness monotonic execution adds the
 changed network to a set of solutions, and executes better ones more often. Nothing else is optimised: no gradient, no
-prescribed mutation. Solutions whose changes improve them are executed more often.
+prescribed mutation.
 
 Kirsch, "Automating AI Research" (2025), chapter 7 and appendix E; Kirsch and Schmidhuber, "Eliminating Meta Optimization
 Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie et al. (2021). Results:
@@ -11,10 +11,10 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     Eq. 7.1 to 7.4 -> self_referential_layer
     Algorithm 12   -> fitness_monotonic_execution (the loop), Solutions (the set and its probabilities)
     Appendix E.1   -> Solutions (the buffer), initialise (truncated normals)
-    Section 7.4    -> hill_climbing (the baseline), common/envs (the tasks)
+    Section 7.4    -> --learner hill_climbing (the baseline), common/envs (the tasks), by_depth (improving to improve)
 
-    python fme.py                                                 # two bandits and CartPole, five populations: 5 minutes
-    python fme.py --envs cartpole --num-parallel 64 --executions 6400
+    python fme.py                                                 # two bandits and CartPole: 5 minutes
+    python fme.py --preset thesis --envs bandit --executions 40   # Algorithm 12 to the letter, 64 populations at once
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
     agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
@@ -35,28 +35,30 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from common import checkpoints, envs, machine
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
-from common.figures import plot, pyplot, save
+from common.figures import plot
 from common.flags import Count, FlagError, Seed, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, median_difference, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["fme", "no_reward", "hill_climbing"]
+Name = Literal["fme", "no_reward", "hill_climbing", "hill_climbing_matched", "random_search"]
+CLIMBERS = ("hill_climbing", "hill_climbing_matched")  # whose weights do not change but by noise
 Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
 
 
@@ -84,19 +86,19 @@ class Args:
     """Name of the run folder (default: script-environments-learner-seed-time)."""
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
-    checkpoint_every: Count = 100
+    checkpoint_every: Count = 500
     """Rounds (of --num-parallel executions) between checkpoints."""
 
     learner: Name = "fme"
-    """fme; no_reward, FME whose networks do not have the reward as an input; hill_climbing, Gaussian noise in place of
-    self-modification."""
-    baselines: tuple[Name, ...] = ("hill_climbing", "no_reward")
-    """Learners run beside the first one, with as many executions. no_reward only where rewards are informative."""
+    """fme; no_reward, FME without the reward among its --inputs; hill_climbing, Gaussian noise in place of self-modification;
+    hill_climbing_matched, noise as long as the changes of FME, which runs before; random_search, new networks only."""
+    baselines: tuple[Name, ...] = ("no_reward", "hill_climbing", "hill_climbing_matched", "random_search")
+    """Learners run beside the first one, with as many executions."""
 
     envs: tuple[str, ...] = ("bandit", "cartpole", "swapping_bandit")
     """Environments (section 7.4), one after the other."""
-    populations: Annotated[int, (1, 1000)] = 5
-    """Independent repetitions (Figure 7.3)."""
+    populations: Annotated[int, (1, 1000)] | None = 64
+    """Independent repetitions, a batch axis (Figure 7.3 has 5; None: see TUNED)."""
     executions: Size | None = None
     """Executions, each one self-modification, in a population (not in the thesis; default: see TUNED)."""
     num_parallel: Size | None = 1
@@ -105,25 +107,26 @@ class Args:
     """L, environment steps of an execution (Appendix E.1)."""
     roots: Size | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
-    performance: Literal["lineage", "execution"] = "lineage"
-    """R/dt of a solution: over its lineage's whole lifetime (section 7.3), or over the last execution."""
+    fitness: Literal["failures", "steps"] = "failures"
+    """Where there are episodes: R/dt with a reward of -1 for a failure (1 per step says nothing), or steps per episode."""
+    lifetime: Literal["lineage", "execution"] = "lineage"
+    """R/dt of a solution is over its lineage's whole lifetime (section 7.3), or over the last execution."""
     buckets: Size = 100
-    """m, equal intervals of performance (Appendix E.1)."""
+    """m, equal intervals of fitness (Appendix E.1)."""
     bucket_size: Size = 100
-    """Most recent solutions that a bucket holds (Appendix E.1)."""
-    selection: Annotated[float, (0, 700)] = 20.0
-    """The best bucket is e to this power as likely as the worst (Appendix E.1)."""
-    greedy: bool = False
-    """Always execute the best solution (the special case in section 7.3)."""
+    """Most recently used solutions that a bucket holds (Appendix E.1)."""
+    selection: Annotated[float, (0, 1e6)] = 20.0
+    """The best bucket is e to this power as likely as the worst (Appendix E.1; 1e6: always the best bucket, section 7.3)."""
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
+    inputs: tuple[Literal["obs", "reward", "action"], ...] = ("obs", "reward")
+    """What networks are given beside a constant 1: observation, last reward (section 7.4; whether 7.3 has it is open), and last
+    action, which the thesis does not name: with it and the reward, networks with frozen weights solve the swapping bandit."""
     hidden: Annotated[int, (1, 2**12)] = 32
     """Units of a layer (Appendix E.1)."""
     layers: Annotated[int, (1, 100)] = 3
     """Self-referential layers (Appendix E.1)."""
-    noise_inputs: Annotated[int, (0, 2**12)] = 0
-    """Inputs of standard normal noise (Appendix E.1: of no use)."""
 
     test_seeds: Size = 25
     """Fresh executions of each solution results."""
@@ -132,16 +135,23 @@ class Args:
 
 
 LAPTOP = dict(
+    baselines=("no_reward", "hill_climbing", "random_search"),  # in five minutes
+    populations=None,  # as in TUNED
     num_parallel=None,  # as in TUNED: a batch is executed at 25 times the speed
     roots=None,  # from one random network, or a few, most populations stay poor (see its results page)
-    performance="execution",  # a lineage's past hides the effect of a rare good change
+    lifetime="execution",  # a lineage's past hides the effect of a rare good change
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
-TUNED = {  # for each environment, where a flag is not given: executions, how many at a time, hill climbing's noise
-    "bandit": dict(executions=200, num_parallel=25, sigma=0.3),
-    "cartpole": dict(executions=3200, num_parallel=400, sigma=0.1),
-    "swapping_bandit": dict(executions=4000, num_parallel=400, sigma=0.3),
+TUNED = {  # where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on another seed
+    "bandit": dict(executions=200, sigma=0.3),
+    "cartpole": dict(executions=3200, sigma=0.1),
+    "swapping_bandit": dict(executions=4000, sigma=0.3),
+}
+TUNED_LAPTOP = {
+    "bandit": dict(populations=64, executions=100, num_parallel=25),
+    "cartpole": dict(populations=5, executions=1600, num_parallel=200),
+    "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
 }
 SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what counts as solved
 
@@ -149,21 +159,21 @@ SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what coun
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
     """Apply a layer and let it change all of its weights, for p networks at once.
 
     w (p, a, b + 2a + 4), from inputs to outputs y (b), key k (a), query q (a) and learning rates beta (4), in this order;
-    x (p, a). Returns y (p, b), the new w, and the four learning rates sigma(beta) (p, 4).
+    x (p, a). Returns y (p, b) and the new w.
     """
     a = x.shape[-1]
     parts = (num_outputs, a, a, 4)
     y, k, q, beta = apply(w, x).split(parts, -1)  # Eq. 7.1
     v_bar = apply(w, k)  # Eq. 7.2
     v = apply(w, q)  # Eq. 7.3
-    rates = beta.sigmoid()
-    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates.split(1, -1), parts, strict=True)], -1)
+    rates = beta.sigmoid().split(1, -1)
+    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates, parts, strict=True)], -1)
     change = rate * (v.tanh() - v_bar.tanh())
-    return y, w + k.tanh()[:, :, None] * change[:, None, :], rates  # Eq. 7.4
+    return y, w + k.tanh()[:, :, None] * change[:, None, :]  # Eq. 7.4
 
 
 def apply(w: Tensor, x: Tensor) -> Tensor:
@@ -173,9 +183,10 @@ def apply(w: Tensor, x: Tensor) -> Tensor:
 
 
 def sizes(args: Args, env: Env) -> list[tuple[int, int]]:
-    """Inputs and outputs of each layer. Inputs of the first: 1, last action as one-hot, last reward, noise, observation."""
-    widths = [1 + env.num_actions + 1 + args.noise_inputs + env.obs_size, *[args.hidden] * (args.layers - 1), env.num_actions]
-    return list(pairwise(widths))
+    """Inputs and outputs of each layer. The first has a constant 1 and what --inputs names as inputs."""
+    width = {"obs": env.obs_size, "reward": 1, "action": env.num_actions}
+    inputs = 1 + sum(width[name] for name in args.inputs)
+    return list(pairwise([inputs, *[args.hidden] * (args.layers - 1), env.num_actions]))
 
 
 def unpack(phi: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -208,46 +219,45 @@ class Carry(NamedTuple):
     layers: list[Tensor]  # weights, each (p, a, c)
     state: envs.State
     obs: Tensor  # (p, o)
-    action: Tensor  # (p,)
-    reward: Tensor  # (p,), the last one
+    reward: Tensor  # (p,), of the last action; at first 0
+    action: Tensor  # (p,), the last one; at first -1, none
     total: Tensor  # (p,), R so far
     episodes: Tensor  # (p,), ended so far
-    rates: Tensor  # (p, k, 4), learning rates summed over the steps so far
+    ended: Tensor  # (p,), whether one ended with this step
 
 
 def act(
-    args: Args, env: Env, frozen: bool, reward_input: bool, layers: list[Tensor], obs: Tensor, last: tuple[Tensor, Tensor],
-    draws: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """phi, y <- g_phi(x), and an action drawn from softmax(y). last: action (p,) and its reward (p,); draws (p, 1 + noise),
-    uniform; frozen: do not change the weights; reward_input: feed the reward, otherwise zero. Returns actions (p,), the new
-    weights, and the learning rates of each layer (p, 4)."""
-    action_draw, noise = draws.split((1, args.noise_inputs), -1)
-    last_action = (last[0][:, None] == torch.arange(env.num_actions, device=draws.device)).float()
-    obs = obs / torch.tensor(env.obs_scale, device=draws.device)
-    noise = torch.special.ndtri(noise)
-    x = torch.cat([torch.ones_like(action_draw), last_action, last[1][:, None] * reward_input, noise, obs], -1)
-    changed, rates = [], []
+    args: Args, env: Env, frozen: bool, layers: list[Tensor], obs: Tensor, reward: Tensor, action: Tensor, draw: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """phi, y <- g_phi(x): the action (p,), drawn from softmax(y), and the new weights, or where frozen the old ones.
+
+    reward, action: the last ones (p,); draw (p, 1), uniform.
+    """
+    one_hot = action[:, None] == torch.arange(env.num_actions, device=action.device)
+    inputs = {"obs": obs, "reward": reward[:, None], "action": one_hot.float()}
+    y = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
+    changed = []
     for w, (_, num_outputs) in zip(layers, sizes(args, env), strict=True):
-        if frozen:
-            x = apply(w, x)[:, :num_outputs]
-        else:
-            x, w, rate = self_referential_layer(w, x, num_outputs)
-            rates.append(rate)
-        changed.append(w)
-    return (action_draw > x.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed, rates
+        y, new = self_referential_layer(w, y, num_outputs)
+        changed.append(w if frozen else new)
+    return (draw > y.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed
 
 
-def one_step(args: Args, env: Env, frozen: bool, reward_input: bool, carry: Carry, draws: Tensor) -> tuple[Carry, Tensor]:
-    """An action and a step of the environment. Returns also whether an episode ended (p,). draws (p, d), uniform; see act."""
-    own_draws, env_draws = draws.split((1 + args.noise_inputs, env.num_draws), -1)
-    last = carry.action, carry.reward
-    action, layers, rates = act(args, env, frozen, reward_input, carry.layers, carry.obs, last, own_draws)
-    state, step = env.step(carry.state, action, env_draws)
+def one_step(args: Args, env: Env, frozen: bool, carry: Carry, draws: Tensor) -> Carry:
+    """An action and a step of the environment. draws (p, 1 + d), uniform, for the action and for the environment."""
+    action, layers = act(args, env, frozen, carry.layers, carry.obs, carry.reward, carry.action, draws[:, :1])
+    state, step = env.step(carry.state, action, draws[:, 1:])
     ended = step.terminated | step.truncated
     total, episodes = carry.total + step.reward, carry.episodes + ended
-    rates = carry.rates if frozen else carry.rates + torch.stack(rates, 1)
-    return Carry(layers, state, step.obs, action, step.reward, total, episodes, rates), ended
+    return Carry(layers, state, step.obs, step.reward, action, total, episodes, ended)
+
+
+def start(args: Args, env: Env, phi: Tensor, draws: Tensor) -> Carry:
+    """Before the first step of solutions phi (p, n), each in an environment of its own. draws (p, d), uniform."""
+    state, obs = env.reset(draws)
+    zeros = torch.zeros(len(phi), device=phi.device)
+    no_action = torch.full_like(zeros, -1, dtype=torch.int64)
+    return Carry(unpack(phi, sizes(args, env)), state, obs, zeros, no_action, zeros, zeros, zeros.bool())
 
 
 class Outcome(NamedTuple):
@@ -255,29 +265,257 @@ class Outcome(NamedTuple):
 
     phi: Tensor  # (p, n), the networks afterwards
     reward: Tensor  # (p,), R
-    achieved: Tensor  # (p,), steps per episode where there are episodes, else reward per step
-    rates: Tensor  # (p, 4 k), mean learning rates
+    episodes: Tensor  # (p,), the last one counts, cut off
     after_swap: Tensor  # (p, 10), mean reward at the first, second, ... pull after a swap, where arms swap; else (p, 0)
 
 
 def execute(args: Args, env: Env, step_fn: Any, phi: Tensor, draws: Tensor) -> Outcome:
-    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for p solutions, each in an environment of its own.
-
-    phi (p, n); draws (1 + t, p, d), uniform; step_fn: one_step with its first arguments given.
-    """
-    layers = unpack(phi, sizes(args, env))
-    state, obs = env.reset(draws[0, :, draws.shape[-1] - env.num_draws :])
-    zeros = partial(torch.zeros, len(phi), device=phi.device)
-    carry = Carry(layers, state, obs, zeros(dtype=torch.int64), zeros(), zeros(), zeros(), zeros(len(layers), 4))
+    """phi, y_{1:L} <- g^L_phi(x_{1:L}) (Algorithm 12) for solutions phi (p, n). draws (1 + L, p, 1 + d), uniform; step_fn:
+    one_step with its first arguments given."""
+    carry = start(args, env, phi, draws[0, :, 1:])
     rewards, since = [], []
     for draw in draws[1:]:
         since.append(carry.state.get("since"))
-        carry, ended = step_fn(carry, draw)
+        carry = step_fn(carry, draw)
         rewards.append(carry.reward)
-    steps = len(rewards)
-    achieved = steps / (carry.episodes + ~ended) if env.episodic else carry.total / steps  # the last episode counts, cut off
-    after_swap = by_pulls_since_swap(rewards, since) if "since" in state else zeros(0)
-    return Outcome(pack(carry.layers), carry.total, achieved, carry.rates.flatten(1) / steps, after_swap)
+    after_swap = by_pulls_since_swap(rewards, since) if "since" in carry.state else carry.reward.new_zeros(len(phi), 0)
+    return Outcome(pack(carry.layers), carry.total, carry.episodes + ~carry.ended, after_swap)
+
+
+# ======================================================================================================================
+# The outer loop
+# ======================================================================================================================
+class Solutions:
+    """Phi of Algorithm 12 for p populations, as the buffer of Appendix E.1: `buckets` equal intervals of the current range of
+    fitness, each with its `bucket_size` most recently used solutions. A bucket is drawn with a probability that grows
+    exponentially with its fitness, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
+
+    Ids grow with time and are -1 in empty slots. used: twice the id of the last child, or at first twice the own id plus 1.
+    """
+
+    def __init__(self, args: Args, roots: Tensor):
+        self.args = args
+        p, count, n = roots.shape
+        slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
+        self.phi = torch.empty(p, slots, n, device=roots.device)  # takes memory as it fills
+        self.fitness = torch.zeros(p, slots, device=roots.device)
+        self.id = torch.full((p, slots), -1, device=roots.device)
+        self.used = torch.zeros_like(self.id)
+
+    def bucket(self) -> Tensor:
+        """The bucket of each solution (p, slots), from 0; m for empty slots."""
+        held, m = self.id >= 0, self.args.buckets
+        low = torch.where(held, self.fitness, torch.inf).amin(1, keepdim=True)
+        high = torch.where(held, self.fitness, -torch.inf).amax(1, keepdim=True)
+        share = (self.fitness - low) / (high - low).clamp(min=1e-12)
+        return torch.where(held, (share * m).long().clamp(0, m - 1), m)
+
+    def sample(self, draws: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
+        """phi ~ p(phi): solutions (p, s, n) and their ids (p, s), selected to have children of these ids (p, s).
+        draws (p, s), uniform, float64."""
+        bucket, m = self.bucket(), self.args.buckets
+        count = draws.new_zeros(len(bucket), m + 1).scatter_add_(1, bucket, torch.ones_like(bucket, dtype=draws.dtype))
+        weight = (self.args.selection / m * (bucket.to(draws.dtype) - (m - 1))).exp() / count.gather(1, bucket)
+        total = weight.where(self.id >= 0, 0.0).cumsum(1)
+        slot = torch.searchsorted(total, draws * total[:, -1:], right=True)
+        self.used.scatter_reduce_(1, slot, 2 * child, "amax")
+        return self.at(slot), self.id.gather(1, slot)
+
+    def add(self, phi: Tensor, id: Tensor, fitness: Tensor) -> None:
+        """Phi <- Phi + {phi}. A full bucket drops its least recently used solution, but not the best of all.
+        phi (p, s, n); id, fitness (p, s); id -1: leave it out."""
+        slots = torch.arange(self.id.shape[1], device=id.device)
+        slot = torch.where(self.id < 0, -slots, -len(slots)).topk(id.shape[1]).indices  # the first empty ones
+        self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
+        for mine, new in ((self.fitness, fitness), (self.id, id), (self.used, 2 * id + 1)):
+            mine.scatter_(1, slot, new)
+        now = self.used.max() + 1
+        age = (now - self.used).scatter(1, self.best_slot(), 0)
+        bucket = self.bucket()
+        order = (bucket * (now + 2) + age).argsort(1)
+        bucket = bucket.gather(1, order)
+        nth = slots - torch.searchsorted(bucket, bucket)
+        self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
+
+    def best_slot(self) -> Tensor:
+        """Of the solution of the highest fitness (p, 1)."""
+        return torch.where(self.id >= 0, self.fitness, -torch.inf).argmax(1, keepdim=True)
+
+    def at(self, slot: Tensor) -> Tensor:
+        """The solutions (p, s, n) in slots (p, s)."""
+        return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
+
+
+def fitness_monotonic_execution(population: "Population", number: int) -> None:
+    """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
+    args, solutions, id = population.args, population.solutions, population.ids(number)
+    climbs = population.learner in CLIMBERS
+    if number == 0 or population.learner == "random_search":
+        phi, parent = population.without_past(number)  # whose fitness is not known yet
+    else:
+        draws = population.draws(id.shape[1:], number, 0, dtype=torch.float64)
+        phi, parent = solutions.sample(draws, id)  # phi ~ p(phi)
+        if climbs:  # phi_{t+1} = phi_t + epsilon
+            phi = phi + population.sigma * population.draws(phi.shape[1:], number, 1, draw=torch.randn)
+
+    outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
+    fitness = population.record(id, parent, phi, outcome)  # R(phi) / dt
+    if number == 0 and not climbs:  # hill climbing has its roots unchanged as their first children
+        root = torch.arange(args.roots, device=id.device).expand(len(id), -1)
+        solutions.add(population.roots, root, fitness.unflatten(1, (-1, args.roots)).mean(1))
+    finite = outcome.phi.isfinite().all(-1)
+    solutions.add(outcome.phi.nan_to_num(), torch.where(finite, id, -1), fitness)  # Phi <- Phi + {phi}
+
+
+# ======================================================================================================================
+# Populations: random numbers, batches of executions, and their history
+# ======================================================================================================================
+class Population:
+    """p populations of one learner in one environment: their solutions, and the history of all executions by id.
+
+    history, each (p, ids): parent, -1 for roots; of the whole lineage depth, its number of executions, reward and episodes; of
+    the last execution what was achieved, and the change that a weight underwent, root mean square.
+    """
+
+    def __init__(self, args: Args, name: str, learner: str, run: "Run"):
+        self.args = args = for_learner(with_tuned(args, name), learner)
+        self.name, self.learner, self.run = name, learner, run
+        self.env = make_env(name, args.chunk, run.device)
+        self.step_fns = {frozen: partial(one_step, args, self.env, frozen) for frozen in (False, True)}
+        if run.compiles:
+            self.step_fns = {frozen: torch.compile(step, dynamic=False) for frozen, step in self.step_fns.items()}
+        self.roots = self.random_networks(args.roots)
+        self.solutions = Solutions(args, self.roots)
+        self.sigma: float | Tensor = args.sigma  # of hill climbing
+
+        ids = args.roots + rounds(args) * args.num_parallel
+        zeros = partial(torch.zeros, args.populations, device=run.device)
+        self.history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
+        self.history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+        self.history["parent"][:, : args.roots] = -1
+        self.curve = zeros(len(measured_rounds(args)))  # what the best so far achieve in fresh executions
+
+    def keep(self, slots: int) -> dict[str, Any]:
+        """The state in a checkpoint of a job that is not finished, with the first slots of the solutions."""
+        solutions = {name: getattr(self.solutions, name)[:, :slots] for name in ("phi", "fitness", "id", "used")}
+        return {"solutions": solutions, "history": self.history, "curve": self.curve}
+
+    def generator(self, population: int, *numbers: int) -> torch.Generator:
+        """Random numbers decided by the seed, the environment, the population and these numbers alone."""
+        words = np.random.SeedSequence([self.args.seed, *self.name.encode(), population, *numbers]).generate_state(2)
+        return torch.Generator(self.run.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+    def draws(self, shape: tuple[int, ...], *numbers: int, draw: Any = torch.rand, dtype: Any = torch.float32) -> Tensor:
+        """Uniform numbers (p, *shape), or with torch.randn standard normal ones."""
+        each = (self.generator(p, *numbers) for p in range(self.args.populations))
+        return torch.stack([draw(shape, generator=one, dtype=dtype, device=one.device) for one in each])
+
+    def random_networks(self, count: int, *numbers: int) -> Tensor:
+        """(p, count, n)."""
+        each = (self.generator(p, *numbers) for p in range(self.args.populations))
+        return torch.stack([initialise(self.args, self.env, count, one) for one in each])
+
+    def without_past(self, number: int) -> tuple[Tensor, Tensor]:
+        """All roots in the first round, repeated to s, then other networks (p, s, n); and the ids of roots (p, s)."""
+        id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
+        phi = self.random_networks(len(id), number, 3) if number else self.roots[:, id]
+        return phi, id.expand(len(phi), -1)
+
+    def ids(self, number: int) -> Tensor:
+        """Of the solutions that a round makes (p, s)."""
+        first = self.args.roots + number * self.args.num_parallel
+        return torch.arange(first, first + self.args.num_parallel, device=self.run.device).expand(self.args.populations, -1)
+
+    def record(self, id: Tensor, parent: Tensor, phi: Tensor, outcome: Outcome) -> Tensor:
+        """Write a round's executions of phi (p, s, n) into the history. Returns R/dt of each (p, s)."""
+        last = {"reward": outcome.reward, "episodes": outcome.episodes, "depth": torch.ones_like(parent)}
+        lineage = {name: self.history[name].gather(1, parent) + value for name, value in last.items()}
+        change = (outcome.phi - phi).square().mean(-1).sqrt().nan_to_num()
+        values = lineage | {"parent": parent, "achieved": self.achieved(outcome), "change": change}
+        for name, value in values.items():
+            self.history[name][:, id[0]] = value
+        lifetime = lineage if self.args.lifetime == "lineage" else last
+        steps = lifetime["depth"] * self.args.execution_steps
+        if self.env.episodic and self.args.fitness == "steps":
+            return steps / lifetime["episodes"]
+        return lifetime["reward"] / steps
+
+    def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
+        """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
+        args, (p, s, n) = self.args, phi.shape
+        frozen = self.learner in CLIMBERS if frozen is None else frozen
+        draws = self.draws((args.execution_steps + 1, s, 1 + self.env.num_draws), *numbers)
+        draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
+        widths = (n, 1, 1, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
+        outputs = torch.zeros(p * s, sum(widths), device=phi.device)
+        for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
+            parts = execute(args, self.env, self.step_fns[frozen], phi[own], draws[:, own])
+            outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
+        if dist.is_initialized():
+            dist.all_reduce(outputs)  # each row was written by one process and is zero in the others
+        phi, reward, episodes, after_swap = outputs.unflatten(0, (p, s)).split(widths, -1)
+        return Outcome(phi, reward[..., 0], episodes[..., 0], after_swap)
+
+    def achieved(self, outcome: Outcome) -> Tensor:
+        """Steps per episode (p, s) where there are episodes, else reward per step."""
+        steps = self.args.execution_steps
+        return steps / outcome.episodes if self.env.episodic else outcome.reward / steps
+
+    def best(self) -> Tensor:
+        """The solution of the highest fitness in each population (p, 1, n)."""
+        return self.solutions.at(self.solutions.best_slot())
+
+    def pairs(self) -> Tensor:
+        """Of random solutions (p, test_seeds, 3) the depth, and what they and their parents achieve in fresh executions. (Those
+        that made them would not do: parents were selected by theirs.) Depth 0: no solution whose parent is held."""
+        id = self.solutions.id
+        parent = self.history["parent"].gather(1, id.clamp(min=0))
+        candidate = (id >= 0) & (parent >= 0) & (self.learner != "random_search")
+        draws = torch.where(candidate, self.draws(id.shape[1:], PAIRS, 0), -1.0)
+        slot = draws.topk(min(self.args.test_seeds, id.shape[1])).indices
+
+        is_parent = parent.gather(1, slot)[:, :, None] == id[:, None]  # (p, k, slots)
+        known = is_parent.any(2) & candidate.gather(1, slot)
+        both = self.solutions.at(torch.cat([slot, is_parent.int().argmax(2)], 1))
+        child, parent = self.achieved(self.execute(both, PAIRS, 1)).chunk(2, 1)
+        depth = self.history["depth"].gather(1, id.gather(1, slot).clamp(min=0)) * known
+        return torch.stack([depth.float(), child, parent], -1)
+
+
+# ======================================================================================================================
+# Meta-test
+# ======================================================================================================================
+def meta_test(args: Args, results: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
+    """Rows of results; what each population achieved, by environment and learner; rewards (p, 10) after a swap, by learner."""
+    rows, achieved, after_swap = [], {}, {}
+    for job, result in results.items():
+        name, learner = job.split()
+        tuned = with_tuned(args, name)
+        steps = [(number + 1) * tuned.num_parallel for number in measured_rounds(tuned)]
+        metric = "return" if make_env(name, 1).episodic else "reward_per_step"
+        row = partial(result_row, task=name, novelty="none", metric=metric)
+        rows += [row(learner, step=step, values=values) for step, values in zip(steps[:-1], result["curve"].T, strict=False)]
+        for label, (values, pulls) in run.once(job, partial(test, args, job, result["phi"], run)).items():
+            rows.append(row(label, step=steps[-1], values=values))
+            achieved[f"{name} {label}"] = values.tolist()
+            after_swap |= {label: pulls} if pulls.numel() else {}
+        rows += by_depth(learner, name, result["pairs"])
+    return rows, achieved, after_swap
+
+
+def test(args: Args, job: str, phi: Tensor, run: "Run") -> dict[str, tuple[Tensor, Tensor]]:
+    """What the best solutions phi (p, n) achieve (p,), and their rewards after a swap (p, 10), as they are and with frozen
+    weights: a network that sees its last action and reward can adapt without changing a weight, so that only the difference to
+    the frozen one is due to self-modification."""
+    torch.compiler.reset()  # graphs of other jobs
+    name, learner = job.split()
+    population = Population(args, name, learner, run)
+    tested = {}
+    for frozen in (True,) if learner in CLIMBERS else (False, True):
+        outcome = population.execute(phi[:, None].expand(-1, args.test_seeds, -1), TEST, frozen=frozen)
+        label = learner + "_frozen" * (frozen and learner not in CLIMBERS)
+        tested[label] = population.achieved(outcome).mean(1).cpu(), outcome.after_swap.mean(1).cpu()
+    return tested
 
 
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
@@ -287,256 +525,45 @@ def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
     return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
 
 
-# ======================================================================================================================
-# The outer loop
-# ======================================================================================================================
-class Solutions:
-    """Phi of Algorithm 12 for p populations, as the buffer of Appendix E.1: `buckets` equal intervals of the current range of
-    performance, each with its `bucket_size` most recent solutions. A bucket is drawn with a probability that grows
-    exponentially with its performance, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
-
-    The memory of all slots is allocated at first; ids grow with time, and are -1 in empty slots.
-    """
-
-    def __init__(self, args: Args, roots: Tensor):
-        self.args = args
-        p, count, n = roots.shape
-        slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
-        self.phi = torch.zeros(p, slots, n, device=roots.device)
-        self.performance = torch.zeros(p, slots, device=roots.device)
-        self.id = torch.full((p, slots), -1, device=roots.device)
-
-    def add_roots(self, roots: Tensor, performance: Tensor) -> None:
-        """Add the roots (p, r, n), with the mean performance (p, s) of their first executions."""
-        id = torch.arange(roots.shape[1], device=roots.device).expand(len(roots), -1)
-        self.add(roots, id, performance.unflatten(1, (-1, roots.shape[1])).mean(1))
-
-    def by_bucket(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """bucket (p, slots), m for empty slots; order (p, slots), slots from the worst to the best bucket, in each from the
-        most recent on; first and count (p, m + 1), the first slot of a bucket in this order, and its number of solutions."""
-        used, m = self.id >= 0, self.args.buckets
-        low = torch.where(used, self.performance, torch.inf).amin(1, keepdim=True)
-        high = torch.where(used, self.performance, -torch.inf).amax(1, keepdim=True)
-        share = (self.performance - low) / (high - low).clamp(min=1e-12)
-        bucket = torch.where(used, (share * m).long().clamp(0, m - 1), m)
-        order = (bucket * (self.id.max() + 2) - self.id).argsort(1)
-        count = torch.zeros(len(bucket), m + 1, dtype=torch.int64, device=bucket.device)
-        count.scatter_add_(1, bucket, torch.ones_like(bucket))
-        return bucket, order, count.cumsum(1) - count, count
-
-    def sample(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """phi ~ p(phi): solutions (p, s, n) and their ids (p, s). draws (p, s, 2), uniform, float64."""
-        if self.args.greedy:
-            phi, id = self.best()
-            return phi[:, None].expand(-1, draws.shape[1], -1), id[:, None].expand(-1, draws.shape[1])
-        _, order, first, count = self.by_bucket()
-        m = self.args.buckets
-        better = torch.arange(m, dtype=torch.float64, device=order.device) / m
-        total = ((self.args.selection * (better - 1)).exp() * (count[:, :m] > 0)).cumsum(1)
-        bucket = torch.searchsorted(total, draws[..., 0] * total[:, -1:], right=True).clamp(max=m - 1)
-        nth = (draws[..., 1] * count.gather(1, bucket)).long()
-        slot = order.gather(1, first.gather(1, bucket) + nth)
-        return self.at(slot), self.id.gather(1, slot)
-
-    def add(self, phi: Tensor, id: Tensor, performance: Tensor) -> None:
-        """Phi <- Phi + {phi}; a full bucket drops its oldest. phi (p, s, n); id, performance (p, s); id -1: leave it out."""
-        slot = (self.id >= 0).int().argsort(dim=1, stable=True)[:, : id.shape[1]]  # empty ones
-        self.phi.scatter_(1, slot[..., None].expand_as(phi), phi)
-        self.performance.scatter_(1, slot, performance)
-        self.id.scatter_(1, slot, id)
-        bucket, order, first, _ = self.by_bucket()
-        nth = torch.arange(order.shape[1], device=order.device) - first.gather(1, bucket.gather(1, order))
-        self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The solution of the highest performance in each population, (p, n), and its id (p,)."""
-        slot = torch.where(self.id >= 0, self.performance, -torch.inf).argmax(1, keepdim=True)
-        return self.at(slot)[:, 0], self.id.gather(1, slot)[:, 0]
-
-    def at(self, slot: Tensor) -> Tensor:
-        return self.phi.gather(1, slot[..., None].expand(-1, -1, self.phi.shape[-1]))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Without the slots that were never used."""
-        used = int((self.id >= 0).any(0).nonzero().max()) + 1
-        return {name: getattr(self, name)[:, :used].clone() for name in ("phi", "performance", "id")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.id.fill_(-1)
-        for name, value in state.items():
-            getattr(self, name)[:, : value.shape[1]] = value
+def differences(args: Args, values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Of --learner and each other. values: of the populations, which share roots, by environment and learner."""
+    jobs = [job for job in values if job.split()[1] != args.learner]
+    return {job: median_difference(values[f"{job.split()[0]} {args.learner}"], values[job]) for job in jobs}
 
 
-def fitness_monotonic_execution(population: "Population", number: int) -> None:
-    """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
-    args, solutions = population.args, population.solutions
-    if number == 0:
-        phi, parent = population.all_roots()  # whose performance is not known yet
-    else:
-        draws = population.draws((args.num_parallel, 2), number, 0, dtype=torch.float64)
-        phi, parent = solutions.sample(draws)  # phi ~ p(phi)
-    if population.learner == "hill_climbing":
-        phi = phi + args.sigma * population.normals(phi.shape[1:], number, 1)  # phi_{t+1} = phi_t + epsilon
-    outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
-    id, total, executions = population.record(number, parent, outcome)
-    if args.performance == "execution":
-        total, executions = outcome.reward, torch.ones_like(outcome.reward)
-    performance = total / (executions * args.execution_steps)  # R(phi) / dt
-    if number == 0:
-        solutions.add_roots(population.roots, performance)
-    solutions.add(outcome.phi.nan_to_num(), id, performance)  # Phi <- Phi + {phi}
+LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing_matched": "hill climbing, matched noise"}
+STYLES = {name: f"C{index}.-" for index, name in enumerate(get_args(Name))}
 
 
-def empty_result(args: Args, env: Env) -> dict[str, Any]:
-    """The result of a job: phi (p, n) and id (p,) of the best solutions, the achieved means of fresh executions along the way
-    (points, p), how many solutions were dropped (p,), and the history of a Population. All zero."""
-    p = args.populations
-    n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, env))
-    ids = args.roots + rounds(args) * args.num_parallel
-    floats = partial(torch.zeros, device=env.device)
-    integers = partial(torch.zeros, dtype=torch.int64, device=env.device)
-    history = {name: floats(p, ids) for name in ("reward", "achieved")}
-    history |= {name: integers(p, ids) for name in ("parent", "root", "depth")}
-    history |= {"rates": floats(p, ids, 4 * args.layers), "moved": floats(p, ids, args.layers)}
-    curve = floats(len(measured_rounds(args)), p)
-    return {"phi": floats(p, n), "id": integers(p), "curve": curve, "dropped": integers(p), "history": history}
+def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
+    """Rows of "the claim itself", that better solutions also improve more (section 7.4): what a child achieves minus what its
+    parent does, and how often it is better, by the child's depth: 1, 2 to 3, 4 to 7, ... pairs: those of Population.pairs."""
+    rows = []
+    depth, child, parent = pairs.unbind(-1)
+    for least in (2**power for power in range(31)):
+        chosen = (depth >= least) & (depth < 2 * least)
+        some = chosen.any(1)
+        metrics = {"child_minus_parent": child - parent, "child_better": (child > parent) + 0.5 * (child == parent)}
+        for metric, values in metrics.items() if some.any() else ():
+            means = (values * chosen).sum(1)[some] / chosen.sum(1)[some]
+            rows.append(result_row(learner, name, "none", metric, least, means))
+    return rows
 
 
-class Population:
-    """p populations of one learner in one environment: their solutions, and the history of all executions by id.
-
-    history: parent, root, depth (p, ids), how many executions the lineage has; reward (p, ids), of the whole lineage; of the
-    last execution achieved (p, ids) and rates (p, ids, 4 k); moved (p, ids, k), the distance of each layer from the root's.
-    """
-
-    def __init__(self, args: Args, name: str, learner: str, run: "Run"):
-        self.args, self.name, self.learner, self.run = args, name, learner, run
-        self.env = make_env(name, args.chunk, run.device)
-        self.step_fns = {frozen: compiled(args, self.env, run, frozen, learner != "no_reward") for frozen in (False, True)}
-        self.roots = torch.stack([initialise(args, self.env, args.roots, self.generator(p)) for p in range(args.populations)])
-        self.solutions = Solutions(args, self.roots)
-        self.result = empty_result(args, self.env)
-        self.history = self.result["history"]
-        self.history["parent"][:, : args.roots] = -1
-        self.history["root"][:, : args.roots] = torch.arange(args.roots, device=run.device)
-        self.dropped = self.result["dropped"]
-        self.curve = self.result["curve"]
-
-    def keep(self) -> dict[str, Any]:
-        """The state in a checkpoint of a job that is not finished."""
-        return {"solutions": self.solutions, "history": self.history, "dropped": self.dropped, "curve": self.curve}
-
-    def generator(self, population: int, *numbers: int) -> torch.Generator:
-        """Random numbers decided by the seed, the environment, the population and these numbers alone."""
-        words = np.random.SeedSequence([self.args.seed, *self.name.encode(), population, *numbers]).generate_state(2)
-        return torch.Generator(self.run.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-
-    def draws(self, shape: tuple[int, ...], *numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers (p, *shape)."""
-        each = (self.generator(p, *numbers) for p in range(self.args.populations))
-        return torch.stack([torch.rand(shape, generator=one, dtype=dtype, device=one.device) for one in each])
-
-    def normals(self, shape: tuple[int, ...], *numbers: int) -> Tensor:
-        """Standard normal numbers (p, *shape)."""
-        each = (self.generator(p, *numbers) for p in range(self.args.populations))
-        return torch.stack([torch.randn(shape, generator=one, device=one.device) for one in each])
-
-    def all_roots(self) -> tuple[Tensor, Tensor]:
-        """All roots, (p, s, n), repeated as often as needed, and their ids (p, s)."""
-        id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
-        return self.roots[:, id], id.expand(self.args.populations, -1)
-
-    def record(self, number: int, parent: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
-        """Write a round's executions into the history. Returns (p, s) the new ids, -1 where weights are no longer finite, and
-        of each lineage all reward and the number of executions."""
-        history, (p, s) = self.history, parent.shape
-        id = self.args.roots + number * s + torch.arange(s, device=parent.device).expand(p, s)
-        total, executions = (history[name].gather(1, parent) for name in ("reward", "depth"))
-        total, executions, root = total + outcome.reward, executions + 1, history["root"].gather(1, parent)
-        difference = (outcome.phi - self.roots.gather(1, root[..., None].expand_as(outcome.phi))).nan_to_num()
-        moved = [w.flatten(1).norm(dim=1).view(p, s) for w in unpack(difference.flatten(0, 1), sizes(self.args, self.env))]
-        values = {"parent": parent, "root": root, "depth": executions, "reward": total, "achieved": outcome.achieved}
-        values |= {"rates": outcome.rates.nan_to_num(), "moved": torch.stack(moved, -1)}
-        for name, value in values.items():
-            history[name][:, id[0]] = value
-        finite = outcome.phi.isfinite().all(-1)
-        self.dropped += (~finite).sum(1)
-        return torch.where(finite, id, -1), total, executions
-
-    def execute(self, phi: Tensor, *numbers: int, frozen: bool | None = None) -> Outcome:
-        """Execute solutions (p, s, n), in chunks, each process its share. All parts of the Outcome are (p, s, ...)."""
-        args, (p, s, n) = self.args, phi.shape
-        frozen = self.learner == "hill_climbing" if frozen is None else frozen
-        draws = self.draws((args.execution_steps + 1, s, 1 + args.noise_inputs + self.env.num_draws), *numbers)
-        draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
-        widths = (n, 1, 1, 4 * args.layers, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
-        outputs = torch.zeros(p * s, sum(widths), device=phi.device)
-        for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
-            parts = execute(args, self.env, self.step_fns[frozen], phi[own], draws[:, own])
-            outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
-        if dist.is_initialized():
-            dist.all_reduce(outputs)  # each row was written by one process and is zero in the others
-        phi, reward, achieved, rates, after_swap = outputs.unflatten(0, (p, s)).split(widths, -1)
-        return Outcome(phi, reward[..., 0], achieved[..., 0], rates, after_swap)
-
-    def measure(self, *numbers: int) -> Tensor:
-        """What the best solutions so far achieve in fresh executions (p, test_seeds), which change nothing."""
-        phi, _ = self.solutions.best()
-        return self.execute(phi[:, None].expand(-1, self.args.test_seeds, -1), *numbers).achieved
-
-
-# ======================================================================================================================
-# Meta-test
-# ======================================================================================================================
-def meta_test(args: Args, results: dict[str, dict[str, Any]], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
-    """Fresh executions of the best solutions, as they are and with frozen weights: a network whose inputs are its last action
-    and reward can adapt without changing a weight, so only the difference to the frozen one is due to self-modification.
-
-    Returns rows of results, what each population achieved, and mean rewards (p, 10) after a swap by learner.
-    """
-    rows, achieved, after_swap = [], {}, {}
-    for job, result in results.items():
-        parts = run.once(job, partial(measured, args, job, result, run))
-        rows += parts[0]
-        achieved |= parts[1]
-        after_swap |= parts[2]
-    return rows, achieved, after_swap
-
-
-def measured(args: Args, job: str, result: dict[str, Any], run: "Run") -> tuple[list[dict[str, Any]], dict, dict]:
-    """The three parts of meta_test for one job."""
-    torch.compiler.reset()  # graphs of other jobs
-    name, learner = job.split()
-    tuned = with_tuned(args, name)
-    population = Population(tuned, name, learner, run)
-    metric = "return" if population.env.episodic else "reward_per_step"
-    points = zip(measured_rounds(tuned)[:-1], result["curve"][:-1], strict=True)
-    rows = [result_row(learner, name, "none", metric, (number + 1) * tuned.num_parallel, values) for number, values in points]
-
-    achieved, after_swap = {}, {}
-    phi = result["phi"][:, None].expand(-1, args.test_seeds, -1)
-    last = rounds(tuned) * tuned.num_parallel
-    for frozen in (True,) if learner == "hill_climbing" else (False, True):
-        outcome = population.execute(phi, TEST, frozen=frozen)
-        label = learner + "_frozen" * (frozen and learner != "hill_climbing")
-        rows.append(result_row(label, name, "none", metric, last, outcome.achieved.mean(1)))
-        achieved[f"{name} {label}"] = outcome.achieved.mean(1).tolist()
-        if outcome.after_swap.numel():
-            after_swap[label] = outcome.after_swap.mean(1).cpu()
-    return rows, achieved, after_swap
-
-
-LABELS = {"fme": "FME", "no_reward": "FME without reward input", "hill_climbing": "hill climbing"}
-COLOURS = {name: f"C{index}" for index, name in enumerate(("fme", "hill_climbing", "no_reward"))}
-PARTS = ("y", "k", "q", "beta")
+def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
+    """By depth, the executions in the lineage."""
+    words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
+    rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
+    if rows:
+        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=STYLES, columns=2, confidence=True)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Figure 7.3 (and 7.4): fresh executions of the best solution so far, mean and standard deviation over populations."""
-    rows = sorted((row for row in rows if row["learner"] in COLOURS), key=lambda row: list(COLOURS).index(row["learner"]))
     units = {"return": "steps per episode", "reward_per_step": "reward per step"}
+    rows = [row for row in rows if row["learner"] in STYLES and row["metric"] in units]
     titles = {row["task"]: f"{row['task']}, {units[row['metric']]}" for row in rows}
-    plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=COLOURS, ylim=(0, None))
+    plot(rows, path, xlabel="self-modifications", labels=LABELS, titles=titles, styles=STYLES, ylim=(0, None))
 
 
 def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
@@ -544,57 +571,16 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
     rows = []
     for label, reward in after_swap.items():
         panel = "swapping_bandit" + ", then frozen" * label.endswith("_frozen")
-        for pull, values in enumerate(reward.unbind(1), 1):
-            rows.append(result_row(label.removesuffix("_frozen"), panel, "none", "reward", pull, values))
-    plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=COLOURS, ylim=(0, 1.02))
-
-
-def lineage(history: dict[str, Tensor], population: int, id: int) -> list[int]:
-    """Ids from a root to a solution."""
-    ids = [id]
-    while (id := int(history["parent"][population, id])) >= 0:
-        ids.append(id)
-    return ids[::-1]
-
-
-def draw_introspection(path: Path, results: dict[str, dict[str, Any]], args: Args) -> None:
-    """Distance of the layers of each population's best lineage from its root; lengths of lineages; and the learning rates beta
-    of the best lineage of all, mean over each of its executions."""
-    jobs = [job for job in results if job.split()[1] == "fme"] or list(results)[:1]
-    figure, axes = pyplot().subplots(len(jobs), 3, figsize=(15, 3.3 * len(jobs)), squeeze=False, layout="constrained")
-    for (moved, length, rates), job in zip(axes, jobs, strict=True):
-        history = {name: value.cpu() for name, value in results[job]["history"].items()}
-        roots = with_tuned(args, job.split()[0]).roots
-        executed = range(history["depth"].shape[1] - roots)
-        best = int(results[job]["curve"][-1].argmax())
-        for population, id in enumerate(results[job]["id"].tolist()):
-            ids, first = lineage(history, population, id), population == 0
-            for layer in range(args.layers):
-                label = f"layer {layer + 1}" if first else None
-                moved.plot(history["moved"][population, ids, layer], color=f"C{layer}", alpha=0.7, label=label)
-            depths = history["depth"][population, roots:]
-            length.plot(executed, depths.cummax(0).values, color="C3", alpha=0.7, label="longest so far" if first else None)
-            length.plot(executed, depths, ".", color="C7", markersize=1, label="each solution" if first else None)
-            if population == best:
-                for index, value in enumerate(history["rates"][population, ids[1:]].T):
-                    layer, part = divmod(index, 4)
-                    label, style = f"{PARTS[part]}, layer {layer + 1}", ("-", "--", ":", "-.")[part]
-                    rates.plot(range(1, len(ids)), value, style, color=f"C{layer}", label=label)
-        moved.set(title=f"{job.replace(' ', ', ')}: distance from the root", xlabel="executions in the best lineage")
-        length.set(title="length of lineages", xlabel="self-modifications of the population")
-        rates.set(title="learning rates, best population", xlabel="executions in the best lineage", ylim=(0, 1))
-        for axis in (moved, length, rates):
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=6, ncols=3 if axis is rates else 1)
-    save(figure, path)
+        row = partial(result_row, label.removesuffix("_frozen"), panel, "none", "reward")
+        rows += [row(pull, values) for pull, values in enumerate(reward.unbind(1), 1)]
+    plot(rows, path, xlabel="pull after a swap", ylabel="reward", labels=LABELS, styles=STYLES, ylim=(0, 1.02))
 
 
 # ======================================================================================================================
 # Use it
 # ======================================================================================================================
 class FME:
-    """A solution of FME that acts in your environment, and changes its own weights with each step: act(obs, reward, done) and
-    reset().
+    """A solution of FME that acts in your environment, and changes its own weights with each step.
 
         agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
         obs, _ = env.reset()
@@ -602,37 +588,32 @@ class FME:
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
-    env: an environment of the run, which decides the number of observations and of actions; learner: fme, no_reward or
-    hill_climbing, whose weights do not change; seed: decides the actions. Of all populations the best solution is taken.
+    env, learner: of the run; where it is hill climbing, weights do not change. seed: decides the actions. The solution is that
+    of the best population.
 
     obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
     network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
-    for other shapes, and CheckpointError or UserError for what is no checkpoint of this script with that solution.
-    """
+    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution."""
 
     def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
-        self.args = args
-        self.env = env
+        self.args, self.env = for_learner(args, learner), env
         self.phi = phi  # (n,)
-        self.frozen = learner == "hill_climbing"
-        self.reward_input = learner != "no_reward"
+        self.scale = getattr(env, "scale", 1.0)  # of its observations
+        self.frozen = learner in CLIMBERS
         self.generator = torch.Generator(phi.device).manual_seed(seed)
         self.reset()
 
     @staticmethod
-    def load(
-        checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: torch.device | str = "cpu"
-    ) -> "FME":
+    def load(checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: str = "cpu") -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = with_tuned(Args(**saved["args"]), env) if saved["method"] == METHOD else None
+            args = with_tuned(Args(**saved["args"]), env)
             result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
-            phi, curve = (result[name].to(device) for name in ("phi", "curve"))
-        except (TypeError, KeyError):
-            args = None
-        if args is None:
-            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a solution of {learner} in {env}.")
-        return FME(args, make_env(env, 1, device), phi[curve[-1].argmax()], learner, seed)
+            phi = result["phi"][result["curve"][:, -1].argmax()].to(device)
+            FME(args, make_env(env, 1, device), phi, learner).act(torch.zeros(make_env(env, 1).obs_size))  # of fitting sizes
+        except (TypeError, KeyError, RuntimeError) as error:
+            raise UserError(f"{checkpoint} has no solution of {learner} in {env} of this {METHOD}.py.") from error
+        return FME(args, make_env(env, 1, device), phi, learner, seed)
 
     def reset(self) -> None:
         """Undo all changes of the weights."""
@@ -649,14 +630,13 @@ class FME:
             raise ValueError(f"Rewards have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
         if self.layers is None:
             self.layers = unpack(self.phi.expand(len(several), -1), sizes(self.args, self.env))
-            self.action = torch.zeros(len(several), dtype=torch.int64, device=obs.device)
+            self.action = torch.full((len(several),), -1, device=obs.device)  # none
         if len(self.layers[0]) != len(several):
             raise ValueError(f"There have to be observations of {len(self.layers[0])} environments.")
 
-        last = self.action, reward.expand(len(several))
-        draws = torch.rand(len(several), 1 + self.args.noise_inputs, generator=self.generator, device=obs.device)
-        inputs = self.frozen, self.reward_input, self.layers, several, last, draws
-        self.action, self.layers, _ = act(self.args, self.env, *inputs)
+        draw = torch.rand(len(several), 1, generator=self.generator, device=obs.device)
+        inputs = self.layers, several / self.scale, reward.expand(len(several)), self.action, draw
+        self.action, self.layers = act(self.args, self.env, self.frozen, *inputs)
         return self.action if obs.ndim == 2 else int(self.action)
 
 
@@ -666,7 +646,7 @@ class FME:
 METHOD = "fme"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
-KEPT = ("preset",)  # the flags that a meta-test cannot change
+KEPT = ("preset", "populations", "executions", "num_parallel", "roots", "inputs", "hidden", "layers")  # in a meta-test
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -859,7 +839,7 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-TEST = 2**31  # first number of the seeds of tests
+TEST, PAIRS = 2**31, 2**31 + 1  # first numbers of the seeds of tests
 
 
 def rounds(args: Args) -> int:
@@ -875,19 +855,20 @@ def measured_rounds(args: Args) -> list[int]:
 
 def with_tuned(args: Args, name: str) -> Args:
     """Args with the values of TUNED where flags are not given."""
-    args = replace(args, **{flag: value for flag, value in TUNED[name].items() if getattr(args, flag) is None})
+    tuned = dict(populations=64, num_parallel=1) | TUNED[name] | (TUNED_LAPTOP[name] if args.preset == "laptop" else {})
+    args = replace(args, **{flag: value for flag, value in tuned.items() if getattr(args, flag) is None})
     return replace(args, roots=args.roots or args.num_parallel)
+
+
+def for_learner(args: Args, learner: str) -> Args:
+    """Args without the reward as an input for no_reward."""
+    without = tuple(name for name in args.inputs if name != "reward")
+    return replace(args, inputs=without) if learner == "no_reward" else args
 
 
 def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment whose reward per step differs between solutions, unlike CartPole's of 1 at each step."""
-    return envs.make(name, count, device, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
-
-
-def compiled(args: Args, env: Env, run: "Run", frozen: bool, reward_input: bool) -> Any:
-    """one_step with all arguments but the carry and the random numbers."""
-    step = partial(one_step, args, env, frozen, reward_input)
-    return torch.compile(step, dynamic=False) if run.compiles else step
+    return envs.make(name, count, device, scaled=True, **(dict(sutton_barto_reward=True) if name == "cartpole" else {}))
 
 
 def check(args: Args) -> None:
@@ -895,38 +876,38 @@ def check(args: Args) -> None:
     if not args.envs:
         raise UserError("--envs needs at least one environment.")
     for name in args.envs:
-        choose = f"choose from {', '.join(TUNED)}."
-        if name not in TUNED and make_env(name, 1).num_actions is None:
-            raise UserError(f"FME's networks choose among actions, and those of {name} are continuous; {choose}")
         if name not in TUNED:
-            raise UserError(f"There is no setting for {name}, nor a measure of how well it was solved; {choose}")
+            reason = "cannot have the continuous actions of" if make_env(name, 1).num_actions is None else "has no setting for"
+            raise UserError(f"FME {reason} {name}; choose from {', '.join(TUNED)}.")
         tuned = with_tuned(args, name)
         if tuned.num_parallel % tuned.roots:
             raise UserError(f"--num-parallel {tuned.num_parallel} has to be a multiple of --roots {tuned.roots}: all go first.")
-    if not jobs_of(args):
-        raise UserError("Rewards are not informative in these environments; --learner no_reward is for swapping_bandit.")
-
-
-def jobs_of(args: Args) -> list[str]:
-    """An environment and a learner each: all, but no_reward only where rewards are informative."""
-    learners = dict.fromkeys([args.learner, *args.baselines])
-    changing = {name: not make_env(name, 1).stationary for name in args.envs}
-    return [f"{name} {learner}" for name in changing for learner in learners if learner != "no_reward" or changing[name]]
+    learners, matched = [args.learner, *args.baselines], "hill_climbing_matched"
+    if matched in learners and "fme" not in learners[: learners.index(matched)]:
+        raise UserError("hill_climbing_matched has noise as long as the changes of FME; name fme before it.")
+    if len(set(args.inputs)) < len(args.inputs):
+        raise UserError("--inputs names something twice.")
+    if "no_reward" in learners and "reward" not in args.inputs:
+        raise UserError("no_reward is FME without the reward among its --inputs, where it is missing; leave out no_reward.")
 
 
 class Evolution:
-    """All populations of a run, one after the other: the results of the finished ones, and the current one."""
+    """All jobs of a run, an environment and a learner each, one after the other: results of the finished ones, and the current
+    one. A result: of the best solutions phi (p, n) and the curve (p, points) of what they achieved, pairs, and the history."""
 
     def __init__(self, args: Args, run: "Run"):
         self.args, self.run, self.results, self.current = args, run, {}, None
-        self.jobs = jobs_of(args)
-        lengths = [rounds(with_tuned(args, job.split()[0])) for job in self.jobs]
-        self.plan = [(job, number) for job, length in zip(self.jobs, lengths, strict=True) for number in range(length)]
+        self.jobs = [f"{name} {one}" for name in args.envs for one in dict.fromkeys([args.learner, *args.baselines])]
+        self.plan = [(job, number) for job in self.jobs for number in range(rounds(with_tuned(args, job.split()[0])))]
 
     def start(self, job: str) -> Population:
         torch.compiler.reset()  # graphs of other jobs
         name, learner = job.split()
-        return Population(with_tuned(self.args, name), name, learner, self.run)
+        population = Population(self.args, name, learner, self.run)
+        if learner == "hill_climbing_matched":
+            change = self.results[f"{name} fme"]["history"]["change"][:, population.args.roots :]
+            population.sigma = change.median(1).values[:, None, None]
+        return population
 
     def evolve(self) -> None:
         """Algorithm 12 for all jobs."""
@@ -934,45 +915,37 @@ class Evolution:
             job, number = self.plan[step]
             if number == 0:
                 self.current = self.start(job)
-            population = self.current
+            population, measured = self.current, measured_rounds(self.current.args)
             fitness_monotonic_execution(population, number)
-            measured = measured_rounds(population.args)
             if number in measured:
-                fresh = population.measure(population.args.num_parallel, TEST, number)
-                population.curve[measured.index(number)] = fresh.mean(1)
-            log = self.summary(job, number)
-            if number == rounds(population.args) - 1:
-                phi, id = population.solutions.best()
-                self.results[job] = population.result | {"phi": phi, "id": id}
+                best = population.best().expand(-1, self.args.test_seeds, -1)
+                fresh = population.achieved(population.execute(best, TEST, number + 1))
+                population.curve[:, measured.index(number)] = fresh.mean(1)
+
+            achieved = population.history["achieved"].gather(1, population.ids(number))
+            depth = population.history["depth"].amax(1).float()
+            log = {"job": self.jobs.index(job), "achieved": achieved.mean(), "round": number, "longest_lineage": depth.mean()}
+            if number == measured[-1]:
+                result = {"phi": population.best()[:, 0], "pairs": population.pairs()}
+                self.results[job] = result | {"curve": population.curve, "history": population.history}
                 self.current = None
             self.run.log(step, log)
 
-    def summary(self, job: str, number: int) -> dict[str, Tensor]:
-        """A line of metrics.csv: the job by its number, executions so far, and over populations the mean of what
-        this round achieved, of the best achieved so far, of the longest lineage, and all solutions dropped."""
-        population = self.current
-        s, history = population.args.num_parallel, population.history
-        last = population.args.roots + (number + 1) * s
-        achieved = history["achieved"][:, population.args.roots : last]
-        log = {"job": self.jobs.index(job), "executions": (number + 1) * s, "achieved": achieved[:, -s:].mean()}
-        log |= {"best_achieved": achieved.amax(1).mean(), "longest_lineage": history["depth"][:, :last].amax(1).float().mean()}
-        return log | {"dropped": population.dropped.sum()}
-
     def state_dict(self) -> dict[str, Any]:
-        """Results of the finished jobs, and the state of a job that is not finished."""
-        current = {"at": checkpoints.state_of(self.current.keep())} if self.current else {}
-        return {"results": self.results} | current
+        """Results of the finished jobs, and the state of a job that is not finished, without slots that were never used."""
+        if self.current is None:
+            return {"results": self.results}
+        slots = int((self.current.solutions.id >= 0).any(0).nonzero().max()) + 1
+        state = checkpoints.state_of(self.current.keep(slots))
+        return {"results": self.results, "at": {name: part.clone() for name, part in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of the jobs that the flags name; one that is not finished only where it continues."""
-        for job in self.jobs:
-            if job in state["results"]:
-                name = job.split()[0]
-                self.results[job] = empty_result(with_tuned(self.args, name), make_env(name, 1, self.run.device))
-                checkpoints.restore(self.results[job], checkpoints.state_of(state["results"][job]))
+        to_device = partial(tree_map_only, Tensor, lambda part: part.to(self.run.device))
+        self.results = {job: to_device(state["results"][job]) for job in self.jobs if job in state["results"]}
         if self.args.resume and "at" in state:
             self.current = self.start(self.jobs[len(self.results)])
-            checkpoints.restore(self.current.keep(), state["at"])
+            checkpoints.restore(self.current.keep(state["at"]["['solutions']['id']"].shape[1]), state["at"])
 
 
 @torch.no_grad()
@@ -996,29 +969,30 @@ def main() -> None:
     if run.rank > 0:
         return
     draw_curves(run.folder / "self_modifications.png", rows)
-    draw_introspection(run.folder / "introspection.png", evolution.results, args)
+    draw_improvement(run.folder / "improvement.png", rows)
     if after_swap:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
-    solved = {job: solved_after(args, job, result["history"]["achieved"]) for job, result in evolution.results.items()}
-    for job, executions in solved.items():
-        run.info(f"{job}: {SOLVED[job.split()[0]]} first achieved after {executions} executions (None: never).")
+    until_solved = {job: executions_until_solved(args, job, result["history"]) for job, result in evolution.results.items()}
+    compared = {"achieved": differences(args, achieved), "until_solved": differences(args, until_solved)}
+    for what, others in compared.items():
+        run.info(f"\n{what.replace('_', ' ')}, medians over populations: {args.learner}, the other, difference, 95 % interval")
+        for job, facts in others.items():
+            run.info(f"{job:40}" + "".join(f"{number:10.3f}" for number in facts.values()))
     run.finish(
         rows,
         seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
         parameters=int(next(iter(evolution.results.values()))["phi"].shape[1]),
         achieved=achieved,
-        solved_after=solved,
-        dropped={job: int(result["dropped"].sum()) for job, result in evolution.results.items()},
-        longest_lineage={job: result["history"]["depth"].amax(1).tolist() for job, result in evolution.results.items()},
+        until_solved=until_solved,
+        differences=compared,
         after_swap={label: reward.mean(0).tolist() for label, reward in after_swap.items()},
     )
 
 
-def solved_after(args: Args, job: str, achieved: Tensor) -> list[int | None]:
-    """For each population the executions until the first one that achieved what SOLVED asks for. achieved (p, ids)."""
-    name = job.split()[0]
-    good = achieved[:, with_tuned(args, name).roots :] >= SOLVED[name]
-    return [int(one.float().argmax()) + 1 if one.any() else None for one in good]
+def executions_until_solved(args: Args, job: str, history: dict[str, Tensor]) -> list[int]:
+    """For each population the executions until the first that achieved what SOLVED asks for; 1 more than all, if none did."""
+    solved = history["achieved"][:, with_tuned(args, job.split()[0]).roots :] >= SOLVED[job.split()[0]]
+    return [int(one.float().argmax()) + 1 if one.any() else len(one) + 1 for one in solved]
 
 
 if __name__ == "__main__":

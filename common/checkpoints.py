@@ -30,18 +30,18 @@ def write(path: Path, value: Any) -> None:
     """Write text, or what torch.save makes of any other value. Raises OSError, and leaves what was
     there before."""
     if isinstance(value, str):
-        data = value.encode()
+        parts = [value.encode()]
     else:
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        # The last two bytes of a zip file are the length of its comment.
-        data = buffer.getvalue()[:-2] + b"\x08\x00"
-        data += checksum(data)
+        data = buffer.getbuffer()  # no copy: it can be larger than what else is in memory
+        data[-2:] = b"\x08\x00"  # the last two bytes of a zip file are the length of its comment
+        parts = [data, checksum(data)]
 
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -64,7 +64,7 @@ def read(path: Path, **parts: type) -> Any:
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-        intact = data[-8:] == checksum(data[:-8]) and all(x.isfinite().all() for x in tensors)
+        intact = data[-8:] == checksum(memoryview(data)[:-8]) and all(x.isfinite().all() for x in tensors)
         intact = intact and all(isinstance(value[name], kind) for name, kind in parts.items())
     except Exception as error:  # damaged bytes can lead the reader anywhere
         raise CheckpointError(f"{path} is damaged or not a checkpoint.") from error
@@ -99,7 +99,7 @@ def export(source: Path, target: Path, **flags: Any) -> None:
     write(target, saved | {"args": saved["args"] | flags, "state": state})
 
 
-def checksum(data: bytes) -> bytes:
+def checksum(data: bytes | memoryview) -> bytes:
     """Eight hexadecimal digits, different for any two files that differ in 32 neighbouring bits or
     fewer."""
     return b"%08x" % zlib.crc32(data)

@@ -327,17 +327,22 @@ def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], flo
     return Number(f"gradient norm in the plateau, {words}", of)
 
 
-def until_solved(learner: str, env: str) -> Number:
-    """FME: executions until a population's first good one, on average; of a population that has
-    none, all it had."""
+def until_solved(learner: str, env: str, run: str = "") -> Number:
+    """FME: executions until a population's first good one, in the median population."""
+    words = f"{learner}, {env}, {run}, executions until solved".replace(" ,", "")
+    return Number(
+        words, lambda seed: statistics.median(seed.fact(run, "until_solved")[f"{env} {learner}"])
+    )
 
-    def of(seed: Seed) -> float:
-        most = seed.row(learner, env, None, "", None, None)["step"]
-        return statistics.fmean(
-            most if n is None else n for n in seed.fact("", "solved_after")[f"{env} {learner}"]
-        )
 
-    return Number(f"{learner}, {env}, executions until solved", of)
+def lead(
+    other: str, env: str, end: str = "difference", run: str = "", what: str = "achieved"
+) -> Number:
+    """FME: its median over populations minus that of another learner, or an end, low or high, of
+    the interval of this difference over populations."""
+    ends = {"difference": "", "low": ", low end", "high": ", high end"}[end]
+    words = f"fme - {other}, {env}, {run}, {what.replace('_', ' ')}{ends}".replace(" ,", "")
+    return Number(words, lambda seed: seed.fact(run, "differences")[what][f"{env} {other}"][end])
 
 
 # ==================================================================================================

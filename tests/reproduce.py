@@ -28,8 +28,8 @@ from threading import Lock
 from typing import Any
 
 # isort: off
-from claims import ENOUGH_SEEDS, KEYS, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
-from claims import higher, learns, logged, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
+from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
+from claims import higher, lead, learns, logged, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
 from claims import without_worst
 from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
@@ -431,19 +431,40 @@ GLA = {
             at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
 }
 
+CONTROLS = "--baselines no_reward hill_climbing hill_climbing_matched random_search"
+ACTION = "with the last action"
+
+
+def fme(env: str, flags: str = "") -> dict[str, str]:
+    """With both sets of inputs."""
+    command = f"fme.py --envs {env} {CONTROLS}{flags}"
+    return {"": command, ACTION: f"{command} --inputs obs reward action"}
+
+
+def sooner(other: str, env: str) -> Claim:
+    """FME's executions until a solution are fewer, with the whole interval."""
+    return lead(other, env, "high", what="until_solved") < 0
+
+
 FME = {
-    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing",
-        "fme.py --envs bandit --baselines hill_climbing",
+    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing", fme("bandit"),
         [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
-         *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05)]),
-    "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing",
-        "fme.py --envs cartpole --baselines hill_climbing",
-        [at("fme", "cartpole") > 80, *higher("fme", ["hill_climbing"], ["cartpole"], 1600),
-         until_solved("fme", "cartpole") < until_solved("hill_climbing", "cartpole")]),
-    "F3": Row("Fig. 7.4", "adapts only with the reward as input",
-        "fme.py --envs swapping_bandit --baselines no_reward hill_climbing",
-        [at("fme", "swapping_bandit") > at("no_reward", "swapping_bandit") + 0.1, at("fme", "swapping_bandit") > 0.75,
-         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05)]),
+         *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05), sooner("random_search", "bandit"),
+         at("fme", "bandit", run=ACTION) > 0.95],
+        fme("bandit")),
+    "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing", fme("cartpole", " --populations 16"),
+        [at("fme", "cartpole") > 80, sooner("hill_climbing", "cartpole"), sooner("random_search", "cartpole"),
+         *(lead(other, "cartpole", "low") > 0 for other in ("hill_climbing", "hill_climbing_matched", "random_search")),
+         lead("hill_climbing", "cartpole", "low", ACTION) > 0,
+         at("fme", "cartpole", metric="child_better") > at("fme", "cartpole", 0, metric="child_better"),
+         at("fme", "cartpole", metric="child_better") > at("hill_climbing", "cartpole", metric="child_better")],
+        fme("cartpole")),
+    "F3": Row("Fig. 7.4", "adapts only with the reward as input", fme("swapping_bandit", " --populations 16"),
+        [at("fme", "swapping_bandit") > 0.75,
+         *(lead(other, "swapping_bandit", "low") > 0 for other in ("no_reward", "fme_frozen", "random_search")),
+         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05),
+         lead("fme_frozen", "swapping_bandit", "low", ACTION) > 0],
+        fme("swapping_bandit")),
 }
 ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME
 # fmt: on

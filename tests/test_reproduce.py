@@ -20,6 +20,7 @@ from claims import (
     exponent,
     higher,
     judge,
+    lead,
     mean,
     plateau,
     rises,
@@ -130,8 +131,10 @@ def test_numbers_that_are_made_of_more_than_a_row():
     assert correlation("state_size", labels, "mnist").of(Seed(runs)) == pytest.approx(1)
     assert correlation("parameters", labels, "mnist").of(Seed(runs)) == pytest.approx(-0.5)
 
-    solved = seed(row("fme", 200, 0.9, task="bandit"), solved_after={"bandit fme": [10, None]})
-    assert until_solved("fme", "bandit").of(solved) == 105
+    facts = {"achieved": {"bandit random_search": {"difference": 0.2, "low": -0.1, "high": 0.3}}}
+    solved = seed(until_solved={"bandit fme": [10, 201, 30]}, differences=facts)
+    assert until_solved("fme", "bandit").of(solved) == 30
+    assert lead("random_search", "bandit").of(solved) == 0.2 and lead("random_search", "bandit", "low").of(solved) == -0.1
     agents = Seed({"each": {"results": [row("metagenrl", 9, 5, values=[-100.0, 1.0, 3.0])]}})
     assert without_worst("mnist", "each").of(agents) == 1
 
@@ -192,8 +195,13 @@ class Named(Seed):
         curves |= {f"transformer {column}": [1.0, 1.0, 1.0] for column in logged}
         facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
-        facts["solved_after"] = {f"{env} {name}": [1] for env in ("bandit", "cartpole") for name in ("fme", "hill_climbing")}
         assert run in self.commands
+        if self.commands[run].startswith("fme.py"):
+            args = self.args[run]
+            learners = [args.learner, *args.baselines, "fme_frozen"]
+            jobs = [f"{env} {learner}" for env in args.envs for learner in learners]
+            facts["until_solved"] = {job: [1] for job in jobs}
+            facts["differences"] = {what: {job: dict(low=1, high=1) for job in jobs} for what in ("achieved", "until_solved")}
         return facts[name]
 
 
