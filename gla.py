@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -57,6 +57,43 @@ from common.results import MetricsLog, result_row, table, to_json
 # ======================================================================================================================
 Name = Literal["gla", "one-task", "ppo", "uniform"]
 Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
+
+
+@dataclass
+class PPO:
+    """PPO (Schulman et al. 2017), many agents at once. Nothing here is in the thesis. Defaults are CleanRL's for continuous
+    actions, but for rate, discount and lambda, with which HalfCheetah reaches 2,381 in 1 M steps, not 1,765."""
+
+    agents: Size = 16
+    """p, agents in each environment."""
+    num_envs: Size = 8
+    """e, copies of its environment that an agent acts in (CleanRL: 1, as many steps in all)."""
+    updates: Size = 488
+    """u, updates of each agent (CleanRL: as many, 1 M steps)."""
+    num_steps: Size = 256
+    """Steps of every copy between updates (CleanRL: 2,048)."""
+    update_epochs: Size = 10
+    """Passes through a rollout."""
+    num_minibatches: Count = 32
+    """Parts of a rollout, each for a step of Adam."""
+    lr: Positive = 1e-3
+    """Adam's learning rate (CleanRL: 3e-4); falls linearly to zero."""
+    gamma: Share = 0.98
+    """Discount (CleanRL: 0.99)."""
+    gae_lambda: Share = 0.92
+    """lambda of the generalised advantage estimate (CleanRL: 0.95)."""
+    clip_coef: Positive = 0.2
+    """How far probabilities may move."""
+    ent_coef: PositiveOrZero = 0.0
+    """Weight of the entropy."""
+    vf_coef: PositiveOrZero = 0.5
+    """Weight of the value's error."""
+    max_grad_norm: Positive = 0.5
+    """Largest norm of the gradient."""
+    normalised: bool = True
+    """Observations and rewards are divided by their deviations so far."""
+    hidden: Size = 64
+    """Units of both hidden layers of policy and value."""
 
 
 @dataclass
@@ -98,42 +135,15 @@ class Args:
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole")
     """Environments to meta-test in, beside --envs (Figure 6.5)."""
 
-    agents: Size = 16
-    """p, PPO agents in each environment (not in the thesis)."""
-    num_envs: Size = 16
-    """e, copies of its environment that an agent acts in (not in the thesis)."""
-    updates: Size = 500
-    """u, updates of each agent (not in the thesis)."""
-    num_steps: Size = 128
-    """Steps of every copy between updates (CleanRL: 128)."""
-    update_epochs: Size = 4
-    """PPO: passes through a rollout (CleanRL: 4)."""
-    num_minibatches: Count = 4
-    """PPO: parts of a rollout for a step each (CleanRL: 4)."""
-    ppo_lr: Positive = 2.5e-4
-    """PPO: Adam's learning rate (CleanRL); falls linearly to zero."""
-    gamma: Share = 0.99
-    """PPO: gamma (CleanRL)."""
-    gae_lambda: Share = 0.95
-    """PPO: lambda of the generalised advantage estimate (CleanRL)."""
-    clip_coef: Positive = 0.2
-    """PPO: how far probabilities may move (CleanRL)."""
-    ent_coef: PositiveOrZero = 0.01
-    """PPO: weight of the entropy (CleanRL: 0.01 for choices)."""
-    vf_coef: PositiveOrZero = 0.5
-    """PPO: weight of the value's error (CleanRL)."""
-    max_grad_norm: Positive = 0.5
-    """PPO: largest norm of the gradient (CleanRL)."""
-    normalised: bool = True
-    """PPO: observations and rewards are divided by their deviations so far (CleanRL, for continuous actions)."""
-    ppo_hidden: Size = 64
-    """PPO: units of both hidden layers of policy and value (CleanRL)."""
+    teacher: PPO = field(default_factory=PPO)
+    """Those whose learning is recorded."""
 
-    gaps: tuple[CountOrZero, ...] = (8, 1)
+    gaps: tuple[CountOrZero, ...] = (60, 0)
     """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
-    all targets are those of the last policy. one-task has the first."""
+    all targets are those of the last policy. one-task has the first. (Not in the thesis; 7 x 60 updates span the teacher's
+    learning.)"""
     chunk: Size = 128
-    """Steps of a chunk, at most --num-steps (not in the thesis)."""
+    """Steps of a chunk, at most --teacher.num-steps (not in the thesis)."""
     chunks: Size = 8
     """Chunks of a sequence, from updates 0, g, 2 g, … (not in the thesis)."""
     auxiliary: Literal["none", "gap", "return", "progress"] = "none"
@@ -168,20 +178,27 @@ class Args:
     test_steps: Count | None = None
     """Steps of a lifetime (default: as long as a sequence)."""
 
+    def __post_init__(self):
+        if isinstance(self.teacher, dict):  # of a checkpoint
+            self.teacher = PPO(**self.teacher)
+
 
 LAPTOP = dict(
     envs=tuple(f"hidden_goal:{goal}" for goal in (0, 2, 3, 4, 5, 6, 7)),
     test_envs=("hidden_goal:1", "hidden_goal:8"),  # a side and a corner
-    agents=128,
-    num_envs=6,  # learns in eight gaps what a student can distinguish (see the results page)
-    updates=64,
-    num_steps=16,
-    update_epochs=1,  # learns over all of eight gaps
-    num_minibatches=1,
-    ppo_lr=2e-2,  # small networks
-    ent_coef=0.0,
-    normalised=False,  # goals are one-hot, rewards 0 or 1
-    ppo_hidden=16,
+    teacher=PPO(
+        agents=128,
+        num_envs=6,  # learns in eight gaps what a student can distinguish (see the results page)
+        updates=64,
+        num_steps=16,
+        update_epochs=1,  # slow: learns over all of eight gaps
+        num_minibatches=1,
+        lr=2e-2,  # small networks
+        gamma=0.99,
+        gae_lambda=0.95,
+        normalised=False,  # goals are one-hot, rewards 0 or 1
+        hidden=16,
+    ),
     gaps=(0, 8, 1),
     chunk=16,
     width=64,
@@ -517,15 +534,15 @@ def meta_train(
 
 
 # ======================================================================================================================
-# The teacher: PPO
+# PPO, the teacher
 # ======================================================================================================================
-class Teacher:
+class ActorCritic:
     """Networks of p PPO agents, every parameter with p as its first axis: two hidden layers of tanh for the policy, two for the
     value (CleanRL)."""
 
-    def __init__(self, args: Args, env: Env, generator: torch.Generator):
+    def __init__(self, ppo: PPO, env: Env, generator: torch.Generator):
         self.discrete, self.b = env.num_actions is not None, env.num_actions or env.action_size
-        n, p = args.ppo_hidden, args.agents
+        n, p = ppo.hidden, ppo.agents
         self.obs_moments, self.return_moments = (init_moments(p, size, env.device) for size in (env.obs_size, 1))
         sizes = {"policy": ((env.obs_size, n, n, self.b), 0.01), "value": ((env.obs_size, n, n, 1), 1.0)}
         self.params = {}
@@ -576,25 +593,25 @@ def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
     return ((x - mean if centred else x) / (var + 1e-8).sqrt()).clamp(-10, 10)
 
 
-def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
+def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
     """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details.
 
     The trajectories of each agent's first copy are kept. With a `path` they are also written there, once a minute and at the
     end, and a collection that was cut off continues from there; an environment of gymnasium's is reset then.
     Raises UserError if what is at `path` is damaged, or if a number is not finite.
     """
-    p, e, t = args.agents, args.num_envs, args.num_steps
+    p, e, t = ppo.agents, ppo.num_envs, ppo.num_steps
     env = make_env(name, p * e, device)
-    teacher = Teacher(args, env, torch.default_generator)
-    adam = torch.optim.Adam(teacher.params.values(), args.ppo_lr, eps=1e-5)
+    nets = ActorCritic(ppo, env, torch.default_generator)
+    adam = torch.optim.Adam(nets.params.values(), ppo.lr, eps=1e-5)
     world, obs = env.reset(torch.rand(p * e, env.lifetime_draws, device=device))
     returns = torch.zeros(p, e, 1, device=device)
-    trajectories = empty_trajectories(args, name)
+    trajectories = empty_trajectories(ppo, name)
     keep = {
         "trajectories": trajectories,
-        "teacher": teacher.params,
+        "nets": nets.params,
         "adam": adam,
-        "moments": [teacher.obs_moments, teacher.return_moments],
+        "moments": [nets.obs_moments, nets.return_moments],
         "returns": returns,
     }
     if env.resumable:
@@ -602,58 +619,58 @@ def collect(args: Args, name: str, device: torch.device, bar: Callable, path: Pa
     first = restore_collection(path, keep)
     stored = time.time()
     bar(first)
-    for update in range(first, args.updates):
+    for update in range(first, ppo.updates):
         if path and time.time() - stored >= STORE_EVERY:
             keep |= {"world": world, "obs": obs} if "obs" in keep else {}
-            store_collection(args, name, path, keep, update)
+            store_collection(ppo, name, path, keep, update)
             stored = time.time()
-        adam.param_groups[0]["lr"] = args.ppo_lr * (1 - update / args.updates)
-        world, obs, data, before, raw = collect_rollout(args, teacher, env, world, obs, returns)
-        advantage, value = advantages(args, teacher, data)
+        adam.param_groups[0]["lr"] = ppo.lr * (1 - update / ppo.updates)
+        world, obs, data, before, raw = collect_rollout(ppo, nets, env, world, obs, returns)
+        advantage, value = advantages(ppo, nets, data)
         log_before = before.log_prob(data["action"])
         batch = [data["obs"], data["action"], log_before, advantage, value, value + advantage]
-        for _ in range(args.update_epochs):
-            for part in torch.randperm(e * t, device=device).chunk(args.num_minibatches):
-                ppo_step(args, teacher, adam, *(x.flatten(1, 2)[:, part] for x in batch))
-        action = F.one_hot(data["action"], teacher.b).float() if teacher.discrete else data["action"]
+        for _ in range(ppo.update_epochs):
+            for part in torch.randperm(e * t, device=device).chunk(ppo.num_minibatches):
+                ppo_step(ppo, nets, adam, *(x.flatten(1, 2)[:, part] for x in batch))
+        action = F.one_hot(data["action"], nets.b).float() if nets.discrete else data["action"]
         store_first(trajectories.steps, update, (raw["obs"], action, raw["reward"], data["ended"]))
         store_first((trajectories.mean, trajectories.log_std), update, before)
         trajectories.curve[:, update] = raw["reward"].mean((1, 2))
         bar(1)
-    for update in range(args.updates if first < args.updates else 0):
+    for update in range(ppo.updates if first < ppo.updates else 0):
         with torch.no_grad():
-            last = teacher.policy(normalised_obs(args, teacher, trajectories.steps.obs[:, update, None].to(device)))
+            last = nets.policy(normalised_obs(ppo, nets, trajectories.steps.obs[:, update, None].to(device)))
         store_first((trajectories.last_mean, trajectories.last_log_std), update, last)
-    if path and first < args.updates:
-        store_collection(args, name, path, keep, args.updates)
+    if path and first < ppo.updates:
+        store_collection(ppo, name, path, keep, ppo.updates)
     env.close()
     return trajectories
 
 
 @torch.no_grad()
 def collect_rollout(
-    args: Args, teacher: Teacher, env: Env, world: envs.State, obs: Tensor, returns: Tensor
+    ppo: PPO, nets: ActorCritic, env: Env, world: envs.State, obs: Tensor, returns: Tensor
 ) -> tuple[envs.State, Tensor, dict[str, Tensor], Policy, dict[str, Tensor]]:
     """Steps of every agent in all its environments until the next update. Returns their states, PPO's data (p, e, t, ...), the
     policies that acted, and observations and rewards without normalisation. Changes moments and returns (p, e, 1) in place."""
     data, policies, raw = [], [], []
-    for _ in range(args.num_steps):
-        native_obs = obs.unflatten(0, (args.agents, args.num_envs))
-        if args.normalised:
-            update_moments(teacher.obs_moments, native_obs)
-        normal_obs = normalised_obs(args, teacher, native_obs)
-        policy, shape = teacher.policy(normal_obs), normal_obs.shape[:2]
-        action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, teacher.b, device=obs.device))
+    for _ in range(ppo.num_steps):
+        native_obs = obs.unflatten(0, (ppo.agents, ppo.num_envs))
+        if ppo.normalised:
+            update_moments(nets.obs_moments, native_obs)
+        normal_obs = normalised_obs(ppo, nets, native_obs)
+        policy, shape = nets.policy(normal_obs), normal_obs.shape[:2]
+        action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, nets.b, device=obs.device))
         world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        final_obs = normalised_obs(args, teacher, step.final_obs.unflatten(0, shape))
+        final_obs = normalised_obs(ppo, nets, step.final_obs.unflatten(0, shape))
         ended = terminated + truncated
         obs = step.obs
         raw.append({"obs": native_obs, "reward": reward})
-        if args.normalised:
-            returns.copy_(args.gamma * returns + reward[..., None])
-            update_moments(teacher.return_moments, returns)
-            reward = standardise(teacher.return_moments, reward[..., None], centred=False)[..., 0]
+        if ppo.normalised:
+            returns.copy_(ppo.gamma * returns + reward[..., None])
+            update_moments(nets.return_moments, returns)
+            reward = standardise(nets.return_moments, reward[..., None], centred=False)[..., 0]
             returns *= 1 - ended[..., None]
         transition = {"obs": normal_obs, "action": action, "reward": reward, "terminated": terminated, "ended": ended}
         data.append(transition | {"final_obs": final_obs})
@@ -664,13 +681,13 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def advantages(args: Args, teacher: Teacher, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def advantages(ppo: PPO, nets: ActorCritic, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates (Schulman et al. 2016) and values (p, e, t). Time limits bootstrap."""
-    value, next_value = teacher.net("value", data["obs"])[..., 0], teacher.net("value", data["final_obs"])[..., 0]
-    delta = data["reward"] + args.gamma * (1 - data["terminated"]) * next_value - value
+    value, next_value = nets.net("value", data["obs"])[..., 0], nets.net("value", data["final_obs"])[..., 0]
+    delta = data["reward"] + ppo.gamma * (1 - data["terminated"]) * next_value - value
     advantage, after = torch.zeros_like(value), 0
-    for k in reversed(range(args.num_steps)):
-        after = delta[:, :, k] + args.gamma * args.gae_lambda * (1 - data["ended"][:, :, k]) * after
+    for k in reversed(range(ppo.num_steps)):
+        after = delta[:, :, k] + ppo.gamma * ppo.gae_lambda * (1 - data["ended"][:, :, k]) * after
         advantage[:, :, k] = after
     return advantage, value
 
@@ -683,28 +700,28 @@ def store_first(trajectories: Iterable[Tensor], update: int, data: Iterable[Tens
             kept[:, update] = x[:, 0]
 
 
-def normalised_obs(args: Args, teacher: Teacher, obs: Tensor) -> Tensor:
+def normalised_obs(ppo: PPO, nets: ActorCritic, obs: Tensor) -> Tensor:
     """PPO's observations (p, ..., a)."""
-    return standardise(teacher.obs_moments, obs, centred=True) if args.normalised else obs
+    return standardise(nets.obs_moments, obs, centred=True) if ppo.normalised else obs
 
 
 def ppo_step(
-    args: Args, teacher: Teacher, adam: torch.optim.Optimizer, obs: Tensor, action: Tensor, log_before: Tensor,
+    ppo: PPO, nets: ActorCritic, adam: torch.optim.Optimizer, obs: Tensor, action: Tensor, log_before: Tensor,
     advantage: Tensor, value: Tensor, target: Tensor,
 ) -> None:  # fmt: skip
     """A step of PPO on a minibatch (p, m, ...) of each agent."""
-    policy, new_value = teacher.policy(obs), teacher.net("value", obs)[..., 0]
+    policy, new_value = nets.policy(obs), nets.net("value", obs)[..., 0]
     ratio = (policy.log_prob(action) - log_before).exp()
     advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
-    near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    near_value = value + (new_value - value).clamp(-args.clip_coef, args.clip_coef)
+    near = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
+    near_value = value + (new_value - value).clamp(-ppo.clip_coef, ppo.clip_coef)
     error = torch.maximum((new_value - target) ** 2, (near_value - target) ** 2) / 2
-    loss = -torch.minimum(ratio * advantage, near * advantage) + args.vf_coef * error - args.ent_coef * policy.entropy()
+    loss = -torch.minimum(ratio * advantage, near * advantage) + ppo.vf_coef * error - ppo.ent_coef * policy.entropy()
     adam.zero_grad()
     loss.mean(1).sum().backward()
-    grads = [x.grad for x in teacher.params.values() if x.grad is not None]
+    grads = [x.grad for x in nets.params.values() if x.grad is not None]
     norm = sum((g**2).flatten(1).sum(1) for g in grads).sqrt()  # of each agent
-    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    scale = (ppo.max_grad_norm / (norm + 1e-6)).clamp(max=1)
     for g in grads:
         g *= scale[:, None, None]
     adam.step()
@@ -759,14 +776,14 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 def ppo_rows(
     args: Args, task: str, number: int, trajectories: Trajectories | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over --agents agents. No trajectories: they are collected now."""
+    """Reward per step at each update of PPO, over all agents. No trajectories: they are collected now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
     if trajectories is None:
-        with tqdm(total=args.updates, desc=f"PPO in {task}") as bar:
-            trajectories = collect(args, task, device, bar.update)
+        with tqdm(total=args.teacher.updates, desc=f"PPO in {task}") as bar:
+            trajectories = collect(args.teacher, task, device, bar.update)
     row = partial(result_row, "ppo", task, novelty(args, task), "reward_per_step")
-    steps = args.num_steps * args.num_envs
-    return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.updates)]
+    steps = args.teacher.num_steps * args.teacher.num_envs
+    return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.teacher.updates)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -1135,20 +1152,21 @@ def check(args: Args, world: int) -> None:
         raise UserError("--gaps needs at least one number, and each of them once.")
     if args.chunks * args.chunk == 1:
         raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
-    if args.chunk > args.num_steps:
-        raise UserError(f"--chunk {args.chunk} is longer than --num-steps {args.num_steps} between PPO's updates.")
-    steps = args.num_steps * args.num_envs
-    size = -(-steps // args.num_minibatches)
+    ppo = args.teacher
+    if args.chunk > ppo.num_steps:
+        raise UserError(f"--chunk {args.chunk} is longer than --teacher.num-steps {ppo.num_steps} between PPO's updates.")
+    steps = ppo.num_steps * ppo.num_envs
+    size = -(-steps // ppo.num_minibatches)
     if size < 2 or steps % size == 1:
-        raise UserError(f"--num-minibatches {args.num_minibatches} leaves one step of {steps} in one of them; choose fewer.")
+        raise UserError(f"--teacher.num-minibatches {ppo.num_minibatches} leaves one step of {steps} in one of them; choose fewer.")
     context = args.chunks * args.chunk
-    numbers = [args.agents * steps, args.agents * args.updates * args.num_steps, args.agents * args.ppo_hidden**2]
+    numbers = [ppo.agents * steps, ppo.agents * ppo.updates * ppo.num_steps, ppo.agents * ppo.hidden**2]
     numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
     if max(numbers) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
     last = (args.chunks - 1) * max(args.gaps)
-    if last >= args.updates:
-        raise UserError(f"A sequence would reach update {last} of {args.updates}; take fewer --chunks or smaller --gaps.")
+    if last >= ppo.updates:
+        raise UserError(f"A sequence would reach update {last} of {ppo.updates}; take fewer --chunks or smaller --gaps.")
     if args.width % args.heads:
         raise UserError(f"--width {args.width} cannot be divided into {args.heads} heads.")
     if args.batch < len(args.envs):
@@ -1173,14 +1191,12 @@ def share(count: int) -> Tensor:
 
 
 STORE_EVERY = 60  # seconds between files of a collection
-COLLECTED = ("agents", "num_envs", "updates", "num_steps", "update_epochs", "num_minibatches", "ppo_lr", "gamma", "gae_lambda")
-COLLECTED += ("clip_coef", "ent_coef", "vf_coef", "max_grad_norm", "ppo_hidden", "normalised")  # decide the trajectories
 
 
-def empty_trajectories(args: Args, name: str) -> Trajectories:
+def empty_trajectories(ppo: PPO, name: str) -> Trajectories:
     """Zeros for the trajectories in an environment, on the CPU."""
     env = make_env(name, 1)
-    steps = (args.agents, args.updates, args.num_steps)
+    steps = (ppo.agents, ppo.updates, ppo.num_steps)
     obs = torch.zeros(*steps, env.obs_size)
     action = [torch.zeros(*steps, env.num_actions or env.action_size) for _ in range(5)]
     return Trajectories(Steps(obs, action[0], torch.zeros(steps), torch.zeros(steps)), *action[1:], torch.zeros(steps[:2]))
@@ -1190,13 +1206,12 @@ def collection_file(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(':', '-').replace('/', '-')}.pt"
 
 
-def store_collection(args: Args, name: str, path: Path, keep: dict[str, Any], updates: int) -> None:
+def store_collection(ppo: PPO, name: str, path: Path, keep: dict[str, Any], updates: int) -> None:
     """Write the trajectories of so many updates, and everything that is needed to continue. Raises UserError at NaN."""
     state = checkpoints.state_of(keep)
     if part := checkpoints.first_not_finite(state):
-        raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --ppo-lr.")
-    flags = {flag: getattr(args, flag) for flag in COLLECTED}
-    checkpoints.write(path, {"flags": flags, "updates": updates, "state": state, "rng": checkpoints.rng_state()})
+        raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --teacher.lr.")
+    checkpoints.write(path, {"flags": asdict(ppo), "updates": updates, "state": state, "rng": checkpoints.rng_state()})
 
 
 def read_collection(path: Path) -> dict[str, Any]:
@@ -1224,13 +1239,13 @@ def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[st
         if not path.is_file():
             raise UserError(f"There is no {path}; give --trajectories the folder `trajectories` of a run with these --envs.")
         saved = read_collection(path)
-        for flag in COLLECTED:
-            if saved["flags"].get(flag) != getattr(args, flag):
-                words = f"--{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {getattr(args, flag)}"
+        for flag, value in asdict(args.teacher).items():
+            if saved["flags"].get(flag) != value:
+                words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
                 raise UserError(f"The trajectories in {path} were collected with {words}.")
-        if saved["updates"] != args.updates:
+        if saved["updates"] != args.teacher.updates:
             raise UserError(f"The trajectories in {path} are not complete; leave out --trajectories to collect them.")
-        trajectories = empty_trajectories(args, name)
+        trajectories = empty_trajectories(args.teacher, name)
         checkpoints.restore({"trajectories": trajectories}, saved["state"])
         read[name] = trajectories.to(device)
     return read
@@ -1240,13 +1255,13 @@ def collect_all(args: Args, run: Run) -> dict[str, Trajectories]:
     """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
     folder = run.folder / "trajectories"
     folder.mkdir(exist_ok=True)
-    run.info(f"Collecting trajectories of {args.agents} PPO agents in each of {len(set(args.envs))} environments")
+    run.info(f"Collecting trajectories of {args.teacher.agents} PPO agents in each of {len(set(args.envs))} environments")
     own = [number for number, name in enumerate(args.envs) if number % run.world == run.rank and name not in args.envs[:number]]
-    bar = tqdm(total=len(own) * args.updates, desc="collect", disable=run.rank > 0)
+    bar = tqdm(total=len(own) * args.teacher.updates, desc="collect", disable=run.rank > 0)
     for number in own:
         name = args.envs[number]
         torch.manual_seed(args.seed + 7919 * (number + 1))
-        collect(args, name, run.device, bar.update, collection_file(folder, name))
+        collect(args.teacher, name, run.device, bar.update, collection_file(folder, name))
     if run.world > 1:
         dist.barrier()
     return read_trajectories(args, folder, run.device)
