@@ -187,7 +187,7 @@ LAPTOP = dict(
     envs=tuple(f"hidden_goal:{goal}" for goal in (0, 2, 3, 4, 5, 6, 7)),
     test_envs=("hidden_goal:1", "hidden_goal:8"),  # a side and a corner
     teacher=PPO(
-        agents=128,
+        agents=64,
         num_envs=6,  # learns in eight gaps what a student can distinguish (see the results page)
         updates=64,
         num_steps=16,
@@ -364,18 +364,19 @@ class Steps(NamedTuple):
 
 
 class Trajectories(NamedTuple):
-    """Trajectories of PPO agents while they learn in an environment, of the first copy of each agent, by updates."""
+    """Trajectories of PPO agents while they learn in an environment, in all copies of it, by updates."""
 
-    steps: Steps  # (p, u, t, ...)
-    mean: Tensor  # (p, u, t, b), of the policy at the time
-    log_std: Tensor  # (p, u, t, b)
-    last_mean: Tensor  # (p, u, t, b), of the last policy, in the same states
-    last_log_std: Tensor  # (p, u, t, b)
+    steps: Steps  # (p e, u, t, ...)
+    mean: Tensor  # (p e, u, t, b), of the policy at the time
+    log_std: Tensor  # (p e, u, b)
+    last_mean: Tensor  # (p e, u, t, b), of the last policy, in the same states
+    last_log_std: Tensor  # (p e, u, b)
     curve: Tensor  # (p, u), reward per step of all copies
 
-    def policy(self, last: bool, discrete: bool, index: tuple[Tensor, ...]) -> Policy:
+    def policy(self, last: bool, discrete: bool, index: tuple[Tensor, Tensor, Tensor]) -> Policy:
         mean, log_std = (self.last_mean, self.last_log_std) if last else (self.mean, self.log_std)
-        return Policy(mean[index], None if discrete else log_std[index])
+        mean = mean[index]
+        return Policy(mean, None if discrete else log_std[index[:2]].expand_as(mean))
 
     def to(self, device: torch.device) -> "Trajectories":
         """A copy on another device."""
@@ -402,6 +403,11 @@ class Context:
         inputs = torch.stack(self.tokens, 1) if self.cache is None else token[:, None]
         output, log_std, self.cache = self.model(inputs, self.cache)
         return output[:, -1:], log_std[:, -1:]
+
+
+def executed(action: Tensor, discrete: bool) -> Tensor:
+    """An action as environments execute it: a choice, or numbers between their bounds."""
+    return action if discrete else action.clamp(-1, 1)
 
 
 class Transition(NamedTuple):
@@ -438,7 +444,7 @@ def rollout(
         eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
         policy = next_policy(context, projection, last, eta, discrete)
         normal = torch.randn(s, b, generator=generator, device=env.device)
-        chosen = policy.sample(draw(1), normal)
+        chosen = executed(policy.sample(draw(1), normal), discrete)
         world, result = env.step(world, chosen, draw(env.num_draws))
         action = F.one_hot(chosen, b).float() if discrete else chosen
         ended = (result.terminated | result.truncated).float()
@@ -462,33 +468,39 @@ def auxiliary(args: Args, gap: int, model: "GLA", progress: Tensor, reward: Tens
 # ======================================================================================================================
 def subsample(
     args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
-) -> tuple[Steps, Policy]:
-    """Algorithm 10, line 6: chunks from updates 0, g, 2 g, … of as many agents' trajectories, one after the other, and the
-    policies to be predicted; of them those that are this process' `own`. With gap 0 the updates are consecutive, and the policy
-    is the last one in all of them."""
-    p, u, t = trajectories.steps.reward.shape
-    agent = torch.randint(p, (count, 1, 1), device=trajectories.curve.device)[own]
-    start = torch.randint(t - args.chunk + 1, (count, args.chunks, 1), device=agent.device)[own]
-    update = (max(gap, 1) * torch.arange(args.chunks, device=agent.device)).clamp(max=u - 1)[None, :, None]
-    index = agent, update, start + torch.arange(args.chunk, device=agent.device)
+) -> tuple[Steps, Policy, Tensor]:
+    """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
+    for each; the policies to be predicted; and where they are, (s, t), as the untrained one is context alone. Of all this
+    those that are this process' `own`. With gap 0 the updates are consecutive, and the policy is the last one in all of them."""
+    h, u, t = trajectories.steps.reward.shape
+    draw = partial(torch.randint, device=trajectories.curve.device)
+    chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
+    trajectory = draw(h, (count, 1, 1))[own]
+    first = draw(u - max(gap, 1) * (args.chunks - 1), (count, 1, 1))[own]
+    update = first + max(gap, 1) * chunk[:, None]
+    start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
+
+    index = trajectory, update, start + place
     policy = trajectories.policy(gap == 0, discrete, index)
     steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
-    return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy))
+    predicted = ((update > 0) | (gap == 0)).expand_as(index[2]).flatten(1)
+    return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy)), predicted
 
 
-def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, Steps, Policy]]) -> Tensor:
-    """Minus J of Eq. 6.1, per step (t,): all chunks are predicted from those before. tasks: of each environment the projections
-    and sequences (s, t, ...), and the policies to be predicted."""
+def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, Steps, Policy, Tensor]]) -> Tensor:
+    """Minus J of Eq. 6.1, per step. tasks: of each environment the projections and sequences (s, t, ...), the policies to be
+    predicted, and where they are."""
     inputs = []
-    for projection, steps, _ in tasks:
+    for projection, steps, *_ in tasks:
         progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
         inputs.append(tokens(args, projection, steps, auxiliary(args, gap, model, progress, reward)))
 
     sizes = [len(token) for token in inputs]
     outputs = zip(*(x.split(sizes) for x in model(torch.cat(inputs))[:2]), tasks, strict=True)
-    losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p) in outputs]
-    return torch.cat(losses).mean(0)
+    losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
+    predicted = torch.cat([task[3] for task in tasks]).float()
+    return (torch.cat(losses) * predicted).sum() / predicted.sum().clamp(min=1)
 
 
 class Student(NamedTuple):
@@ -522,7 +534,7 @@ def meta_train(
                 batch = subsample(args, gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
                 tasks.append((projection, *batch))
 
-            loss = meta_loss(args, gap, fused[name], tasks).mean()
+            loss = meta_loss(args, gap, fused[name], tasks)
             adam[name].zero_grad()
             loss.backward()
             es.average_gradients(model.parameters())
@@ -596,8 +608,8 @@ def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
 def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
     """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details.
 
-    The trajectories of each agent's first copy are kept. With a `path` they are also written there, once a minute and at the
-    end, and a collection that was cut off continues from there; an environment of gymnasium's is reset then.
+    With a `path` the trajectories are also written there, every five minutes and at the end, and a collection that was cut off
+    continues from there; an environment of gymnasium's is reset then.
     Raises UserError if what is at `path` is damaged, or if a number is not finite.
     """
     p, e, t = ppo.agents, ppo.num_envs, ppo.num_steps
@@ -632,15 +644,15 @@ def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path
         for _ in range(ppo.update_epochs):
             for part in torch.randperm(e * t, device=device).chunk(ppo.num_minibatches):
                 ppo_step(ppo, nets, adam, *(x.flatten(1, 2)[:, part] for x in batch))
-        action = F.one_hot(data["action"], nets.b).float() if nets.discrete else data["action"]
-        store_first(trajectories.steps, update, (raw["obs"], action, raw["reward"], data["ended"]))
-        store_first((trajectories.mean, trajectories.log_std), update, before)
+        action = F.one_hot(data["action"], nets.b).float() if nets.discrete else executed(data["action"], False)
+        store(trajectories.steps, update, (raw["obs"], action, raw["reward"], data["ended"]))
+        store_policy(trajectories.mean, trajectories.log_std, update, before)
         trajectories.curve[:, update] = raw["reward"].mean((1, 2))
         bar(1)
     for update in range(ppo.updates if first < ppo.updates else 0):
         with torch.no_grad():
-            last = nets.policy(normalised_obs(ppo, nets, trajectories.steps.obs[:, update, None].to(device)))
-        store_first((trajectories.last_mean, trajectories.last_log_std), update, last)
+            last = nets.policy(normalised_obs(ppo, nets, trajectories.steps.obs[:, update].unflatten(0, (p, e)).to(device)))
+        store_policy(trajectories.last_mean, trajectories.last_log_std, update, last)
     if path and first < ppo.updates:
         store_collection(ppo, name, path, keep, ppo.updates)
     env.close()
@@ -661,7 +673,7 @@ def collect_rollout(
         normal_obs = normalised_obs(ppo, nets, native_obs)
         policy, shape = nets.policy(normal_obs), normal_obs.shape[:2]
         action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, nets.b, device=obs.device))
-        world, step = env.step(world, action.flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
+        world, step = env.step(world, executed(action, nets.discrete).flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
         final_obs = normalised_obs(ppo, nets, step.final_obs.unflatten(0, shape))
         ended = terminated + truncated
@@ -693,11 +705,16 @@ def advantages(ppo: PPO, nets: ActorCritic, data: dict[str, Tensor]) -> tuple[Te
 
 
 @torch.no_grad()
-def store_first(trajectories: Iterable[Tensor], update: int, data: Iterable[Tensor | None]) -> None:
-    """Store the first copy's part of data (p, e, t, ...), where there is any, in trajectories (p, u, t, ...)."""
+def store(trajectories: Iterable[Tensor], update: int, data: Iterable[Tensor]) -> None:
+    """Store data (p, e, ...) in trajectories (p e, u, ...)."""
     for kept, x in zip(trajectories, data, strict=True):
-        if x is not None:
-            kept[:, update] = x[:, 0]
+        kept[:, update] = x.flatten(0, 1)
+
+
+def store_policy(mean: Tensor, log_std: Tensor, update: int, policy: Policy) -> None:
+    store([mean], update, [policy.mean])
+    if policy.log_std is not None:
+        store([log_std], update, [policy.log_std[:, :, 0]])  # the same in all states
 
 
 def normalised_obs(ppo: PPO, nets: ActorCritic, obs: Tensor) -> Tensor:
@@ -898,7 +915,7 @@ class Agent:
         policy = next_policy(self.context, self.projection, self.last, eta, self.num_actions is not None)
         uniform = torch.rand(s, 1, generator=self.generator, device=self.device)
         normal = torch.randn(s, b, generator=self.generator, device=self.device)
-        chosen = policy.sample(uniform, normal)
+        chosen = executed(policy.sample(uniform, normal), self.num_actions is not None)
         self.last = self.last._replace(action=F.one_hot(chosen, b).float() if self.num_actions else chosen)
         if obs.ndim == 2:
             return chosen
@@ -1160,7 +1177,7 @@ def check(args: Args, world: int) -> None:
     if size < 2 or steps % size == 1:
         raise UserError(f"--teacher.num-minibatches {ppo.num_minibatches} leaves one step of {steps} in one of them; choose fewer.")
     context = args.chunks * args.chunk
-    numbers = [ppo.agents * steps, ppo.agents * ppo.updates * ppo.num_steps, ppo.agents * ppo.hidden**2]
+    numbers = [ppo.agents * ppo.updates * steps, ppo.agents * ppo.hidden**2]
     numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
     if max(numbers) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
@@ -1190,16 +1207,17 @@ def share(count: int) -> Tensor:
     return torch.arange(count)[rank::world]
 
 
-STORE_EVERY = 60  # seconds between files of a collection
+STORE_EVERY = 300  # seconds between files of a collection
 
 
 def empty_trajectories(ppo: PPO, name: str) -> Trajectories:
     """Zeros for the trajectories in an environment, on the CPU."""
     env = make_env(name, 1)
-    steps = (ppo.agents, ppo.updates, ppo.num_steps)
-    obs = torch.zeros(*steps, env.obs_size)
-    action = [torch.zeros(*steps, env.num_actions or env.action_size) for _ in range(5)]
-    return Trajectories(Steps(obs, action[0], torch.zeros(steps), torch.zeros(steps)), *action[1:], torch.zeros(steps[:2]))
+    b = env.num_actions or env.action_size
+    h, u, t = ppo.agents * ppo.num_envs, ppo.updates, ppo.num_steps
+    steps = Steps(torch.zeros(h, u, t, env.obs_size), torch.zeros(h, u, t, b), torch.zeros(h, u, t), torch.zeros(h, u, t))
+    policies = (torch.zeros(*sizes, b) for sizes in ((h, u, t), (h, u), (h, u, t), (h, u)))
+    return Trajectories(steps, *policies, torch.zeros(ppo.agents, u))
 
 
 def collection_file(folder: Path, name: str) -> Path:

@@ -113,23 +113,42 @@ def test_a_projected_policy_is_the_native_one():
 
 
 @pytest.mark.parametrize("gap", [0, 1, 2])
-def test_sequences_are_chunks_of_one_agents_life_a_gap_apart(gap):
-    """Observations tell agent, update and step; policies the same, the last ones with a sign."""
-    p, u, t = torch.meshgrid(torch.arange(3), torch.arange(6), torch.arange(5), indexing="ij")
-    code = (100 * p + 10 * u + t).float()
+def test_sequences_are_chunks_of_one_trajectory_a_gap_apart_from_any_update_on(gap):
+    """Observations tell trajectory, update and step; policies the same, the last ones with a sign. The policy from before the
+    first update is no target, but where targets are those of the last policy."""
+    h, u, t = torch.meshgrid(torch.arange(3), torch.arange(6), torch.arange(5), indexing="ij")
+    code = (100 * h + 10 * u + t).float()
     wide = code[..., None].expand(-1, -1, -1, 4)
-    trajectories = gla.Trajectories(gla.Steps(code[..., None], wide, code, code), wide, wide, -wide, -wide, code[:, :, 0])
-    steps, policy = gla.subsample(ARGS, gap, trajectories, True, 70, torch.arange(10, 60))
-    assert steps.reward.shape == (50, 12) and policy.log_std is None
-    agents, starts = set(), set()
-    for row in steps.reward.long():
-        agent, first = row[0] // 100, row[:: ARGS.chunk] % 10
-        expected = [100 * agent + 10 * max(gap, 1) * k + first[k] + i for k in range(3) for i in range(4)]
-        assert row.tolist() == [int(x) for x in expected]
-        agents.add(int(agent))
+    trajectories = gla.Trajectories(
+        gla.Steps(code[..., None], wide, code, code), wide, wide[:, :, 0], -wide, -wide[:, :, 0], code[:, :, 0]
+    )
+    steps, policy, predicted = gla.subsample(ARGS, gap, trajectories, True, 90, torch.arange(10, 90))
+    assert steps.reward.shape == (80, 12) and policy.log_std is None
+    seen, starts, firsts = set(), set(), set()
+    for row, mask in zip(steps.reward.long(), predicted, strict=True):
+        trajectory, update, first = row[0] // 100, row[0] // 10 % 10, row[:: ARGS.chunk] % 10
+        codes = [100 * trajectory + 10 * (update + max(gap, 1) * k) + first[k] + i for k in range(3) for i in range(4)]
+        assert row.tolist() == [int(x) for x in codes]
+        assert mask.tolist() == [gap == 0 or x // 10 % 10 > 0 for x in row.tolist()]
+        seen.add(int(trajectory))
+        firsts.add(int(update))
         starts |= set(first.tolist())
-    assert agents == {0, 1, 2} and starts == {0, 1}
+    assert seen == {0, 1, 2} and starts == {0, 1} and firsts == set(range(6 - 2 * max(gap, 1)))
     torch.testing.assert_close(policy.mean[..., 0], -steps.reward if gap == 0 else steps.reward)
+    _, forces, _ = gla.subsample(ARGS, gap, trajectories, False, 9, torch.arange(9))
+    assert torch.equal(forces.log_std.abs(), forces.mean.abs() // 10 * 10)  # of trajectory and update
+
+
+def test_only_what_is_predicted_is_in_the_loss():
+    net, env, steps = model(), gla.make_env("hidden_goal:3", 1), random_steps()
+    projection = gla.draw_projection(ARGS, env, torch.arange(4))
+    targets = torch.randn(2, 4, 12, 4, generator=DRAWS)
+    predicted = torch.arange(12).expand(4, -1) >= torch.tensor([0, 4, 12, 8])[:, None]
+    one, other = (gla.Policy(torch.where(predicted[..., None], targets[0], x), None) for x in targets)
+    losses = [gla.meta_loss(ARGS, 2, net, [(projection, steps, p, predicted)]) for p in (one, other)]
+    assert torch.equal(*losses)
+    tail = gla.meta_loss(ARGS, 2, net, [(projection, steps, one, torch.ones_like(predicted))])
+    assert not torch.equal(losses[0], tail)
 
 
 def test_what_the_transformer_is_told():
@@ -176,7 +195,7 @@ def test_teachers_learn_and_their_trajectories_are_whole():
     trajectories = gla.collect(ppo, "hidden_goal:8", CPU, lambda updates: None)
     assert trajectories.curve[:, :4].mean() < 0.12 and trajectories.curve[:, -4:].mean() > 0.3
     steps = trajectories.steps
-    assert steps.obs.shape == (8, 40, 16, 9) and (steps.obs.sum(-1) == 1).all() and (steps.action.sum(-1) == 1).all()
+    assert steps.obs.shape == (8 * 6, 40, 16, 9) and (steps.obs.sum(-1) == 1).all() and (steps.action.sum(-1) == 1).all()
     assert torch.equal(steps.reward, steps.ended) and not steps.obs[..., 8].any()
     inside = steps.ended[:, :, :-1] == 0  # an observation is where the action before led
     row, column = (steps.obs.argmax(-1) // 3, steps.obs.argmax(-1) % 3)
@@ -185,6 +204,7 @@ def test_teachers_learn_and_their_trajectories_are_whole():
     right = (column + (way == 3).long() - (way == 2).long()).clamp(0, 2)
     assert torch.equal((3 * down + right)[:, :, :-1][inside], steps.obs.argmax(-1)[:, :, 1:][inside])
     chances = trajectories.mean.softmax(-1)
+    torch.testing.assert_close(trajectories.curve, steps.reward.unflatten(0, (8, 6)).mean((1, 3)))
     assert (chances.amax(-1)[:, 0] < 0.3).all() and chances.amax(-1)[:, -1].mean() > 0.6
     torch.testing.assert_close(trajectories.last_mean[:, -1], trajectories.mean[:, -1], atol=1.0, rtol=0)
 
@@ -196,6 +216,7 @@ def test_the_thesis_presets_teacher_learns_continuous_control():
     trajectories = gla.collect(ppo, "heading:30", CPU, lambda updates: None)
     assert trajectories.curve[:, 0].mean() < 0.1 and trajectories.curve[:, -1].min() > 0.75
     assert trajectories.log_std[:, -1].max() < -0.3
+    assert trajectories.steps.action.abs().amax() == 1 and (trajectories.steps.action.abs() == 1).float().mean() > 0.05  # executed
 
 
 @pytest.mark.parametrize("preset", gla.PRESETS)
@@ -212,10 +233,11 @@ def test_a_compiled_transformer_has_the_same_loss_and_gradient(name):
         random_steps(4, 12, env.obs_size, 4 if env.num_actions else 2),
     )
     spread = None if env.num_actions else torch.zeros_like(steps.action)
-    tasks = [(look, steps, gla.Policy(torch.randn(steps.action.shape, generator=DRAWS), spread))]
+    targets = gla.Policy(torch.randn(steps.action.shape, generator=DRAWS), spread)
+    tasks = [(look, steps, targets, torch.ones(4, 12, dtype=torch.bool))]
     compiled = torch.compile(net, dynamic=False, fullgraph=True, backend="aot_eager")
     losses = [gla.meta_loss(ARGS, 2, one, tasks) for one in (compiled, net)]
-    gradients = [torch.autograd.grad(loss.mean(), list(net.parameters())) for loss in losses]
+    gradients = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
 
