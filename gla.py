@@ -55,7 +55,7 @@ from common.results import MetricsLog, result_row, table, to_json
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["gla", "one-task", "ppo", "uniform"]
+Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "uniform"]
 Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
 
 
@@ -124,9 +124,10 @@ class Args:
     """Meta-steps between checkpoints."""
 
     learner: Name = "gla"
-    """What learns at meta-test time. gla: a Transformer for each of --gaps; one-task: one that was distilled from the first of
-    --envs alone, as it is (Figure 6.4); ppo: new teachers; uniform: random actions."""
-    baselines: tuple[Name, ...] = ("one-task", "ppo", "uniform")
+    """What learns at meta-test time. gla: a Transformer for each of --gaps. Of the first gap, one-task: distilled from the first
+    of --envs alone (Figure 6.4; gla itself where there is but one); no-reward: with rewards masked, so that what rises is not
+    learned from them. cloning: the last policy without any history. teacher: new agents with PPO; uniform: random actions."""
+    baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "uniform")
     """What else is meta-trained and meta-tested."""
 
     envs: tuple[str, ...] = ("ant",)
@@ -199,7 +200,7 @@ LAPTOP = dict(
         normalised=False,  # goals are one-hot, rewards 0 or 1
         hidden=16,
     ),
-    gaps=(0, 8, 1),
+    gaps=(8, 0),
     chunk=16,
     width=64,
     layers=2,
@@ -346,14 +347,6 @@ def native(action: Tensor, log_std: Tensor, projection: Projection, discrete: bo
     return Policy(mean, None if discrete else log_std[..., None].expand_as(mean))
 
 
-def tokens(args: Args, projection: Projection, steps: "Steps", eta: Tensor) -> Tensor:
-    """The Transformer's inputs at each step (s, t, n). steps (s, t, ...): the last action and its reward are not among them."""
-    obs = steps.obs @ projection.obs
-    action = steps.action @ projection.action  # choices as one-hot vectors
-    before = torch.cat([obs, action, steps.reward[..., None], steps.ended[..., None]], -1)
-    return torch.cat([F.pad(before[:, :-1], (0, 0, 1, 0)), obs, eta[..., None]], -1)
-
-
 class Steps(NamedTuple):
     """Transitions in order (..., t, ...)."""
 
@@ -361,6 +354,55 @@ class Steps(NamedTuple):
     action: Tensor  # (..., t, b), one-hot where it was a choice
     reward: Tensor  # (..., t)
     ended: Tensor  # (..., t), whether the episode did
+
+
+class Transition(NamedTuple):
+    """What is known before an action (s, t, ...): the last transition, and the observation that it led to."""
+
+    last_obs: Tensor  # (s, t, a), zeros before the first transition, as the next three
+    action: Tensor  # (s, t, b), choices as one-hot vectors
+    reward: Tensor  # (s, t)
+    ended: Tensor  # (s, t)
+    obs: Tensor  # (s, t, a)
+
+
+def transitions(steps: Steps) -> Transition:
+    """What is known at each of the steps (s, t, ...) of a sequence."""
+    before = (F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0)) for x in steps)
+    return Transition(*before, steps.obs)
+
+
+def first_transition(obs: Tensor, b: int) -> Transition:
+    """What is known before any action. obs (s, a)."""
+    zeros = torch.zeros(len(obs), 1, device=obs.device)
+    return Transition(torch.zeros_like(obs)[:, None], zeros[..., None].expand(-1, -1, b), zeros, zeros, obs[:, None])
+
+
+def tokens(projection: Projection, known: Transition, eta: Tensor, masked: str = "") -> Tensor:
+    """The Transformer's inputs (s, t, n). eta (s, t); masked: what is zero to a control, "history" or "reward", and with
+    that the end of an episode, which can tell of it."""
+    feedback = torch.stack([known.reward, known.ended], -1) * (masked != "reward")
+    history = torch.cat([known.last_obs @ projection.obs, known.action @ projection.action, feedback], -1)
+    return torch.cat([history * (masked != "history"), known.obs @ projection.obs, eta[..., None]], -1)
+
+
+class Student(NamedTuple):
+    """A Transformer, its gap, the environments whose teachers it learns from, and what is masked in its inputs."""
+
+    args: Args
+    model: GLA
+    gap: int
+    envs: tuple[str, ...]
+    masked: str = ""
+
+    def eta(self, progress: Tensor, reward: Tensor | None = None) -> Tensor:
+        """The input that says how much better the policy should get (section 6.2). progress: from 0 to 1 in a sequence; reward:
+        per step of the chunk, in meta-training."""
+        if self.args.auxiliary == "progress":
+            return progress
+        if self.args.auxiliary == "return":
+            return self.model.best.expand_as(progress) if reward is None else reward.expand_as(progress)
+        return torch.full_like(progress, self.gap / 10 if self.args.auxiliary == "gap" else 0.0)
 
 
 class Trajectories(NamedTuple):
@@ -399,7 +441,7 @@ class Context:
         """token (s, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
         self.tokens.append(token)
         if len(self.tokens) > self.model.context:
-            self.tokens, self.cache = self.tokens[-(self.model.context // 2) :], None
+            self.tokens, self.cache = self.tokens[-max(1, self.model.context // 2) :], None
         inputs = torch.stack(self.tokens, 1) if self.cache is None else token[:, None]
         output, log_std, self.cache = self.model(inputs, self.cache)
         return output[:, -1:], log_std[:, -1:]
@@ -410,57 +452,34 @@ def executed(action: Tensor, discrete: bool) -> Tensor:
     return action if discrete else action.clamp(-1, 1)
 
 
-class Transition(NamedTuple):
-    """The last transition, and the observation that it led to; zeros before the first one."""
-
-    last_obs: Tensor  # (s, a)
-    action: Tensor  # (s, b), choices as one-hot vectors
-    reward: Tensor  # (s,)
-    ended: Tensor  # (s,)
-    obs: Tensor  # (s, a)
-
-
-def next_policy(context: Context, projection: Projection, last: Transition, eta: Tensor, discrete: bool) -> Policy:
-    """pi_theta of Eq. 6.1 after one more transition. eta (s, 1). Distributions of native actions (s, b)."""
-    before = torch.cat([(last.last_obs[:, None] @ projection.obs)[:, 0], (last.action[:, None] @ projection.action)[:, 0]], -1)
-    obs = (last.obs[:, None] @ projection.obs)[:, 0]
-    token = torch.cat([before, last.reward[:, None], last.ended[:, None], obs, eta], -1)
-    policy = native(*context.append(token), projection, discrete)
+def next_policy(
+    student: Student, context: Context, projection: Projection, last: Transition, progress: Tensor,
+    discrete: bool,
+) -> Policy:  # fmt: skip
+    """pi_theta of Eq. 6.1 after one more transition (s, 1, ...). progress (s, 1). Distributions of native actions (s, b)."""
+    token = tokens(projection, last, student.eta(progress), student.masked)
+    policy = native(*context.append(token[:, 0]), projection, discrete)
     return Policy(*(x[:, 0] if x is not None else None for x in policy))
 
 
-def rollout(
-    args: Args, gap: int, model: GLA, env: Env, projection: Projection, steps: int, generator: torch.Generator
-) -> Tensor:
+def rollout(student: Student, env: Env, projection: Projection, steps: int, generator: torch.Generator) -> Tensor:
     """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
     Returns rewards (s, t)."""
     s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
     draw = partial(torch.rand, s, generator=generator, device=env.device)
     world, obs = env.reset(draw(env.lifetime_draws))
-    zeros = torch.zeros(2, s, device=env.device)
-    last = Transition(torch.zeros_like(obs), torch.zeros(s, b, device=env.device), *zeros, obs)
-    context, rewards = Context(model), []
+    last = first_transition(obs, b)
+    context, rewards = Context(student.model), []
     for step in range(steps):
-        eta = auxiliary(args, gap, model, torch.full((s, 1), step / steps, device=env.device))
-        policy = next_policy(context, projection, last, eta, discrete)
+        policy = next_policy(student, context, projection, last, torch.full((s, 1), step / steps, device=env.device), discrete)
         normal = torch.randn(s, b, generator=generator, device=env.device)
         chosen = executed(policy.sample(draw(1), normal), discrete)
         world, result = env.step(world, chosen, draw(env.num_draws))
         action = F.one_hot(chosen, b).float() if discrete else chosen
         ended = (result.terminated | result.truncated).float()
-        last = Transition(last.obs, action, result.reward, ended, result.obs)
+        last = Transition(last.obs, *(x[:, None] for x in (action, result.reward, ended, result.obs)))
         rewards.append(result.reward)
     return torch.stack(rewards, 1)
-
-
-def auxiliary(args: Args, gap: int, model: "GLA", progress: Tensor, reward: Tensor | None = None) -> Tensor:
-    """eta (section 6.2), which says how much better the policy should get. progress: from 0 to 1 in a sequence; reward: per
-    step, of the chunk, in meta-training."""
-    if args.auxiliary == "progress":
-        return progress
-    if args.auxiliary == "return":
-        return model.best.expand_as(progress) if reward is None else reward.expand_as(progress)
-    return torch.full_like(progress, gap / 10 if args.auxiliary == "gap" else 0.0)
 
 
 # ======================================================================================================================
@@ -487,29 +506,21 @@ def subsample(
     return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy)), predicted
 
 
-def meta_loss(args: Args, gap: int, model: GLA, tasks: list[tuple[Projection, Steps, Policy, Tensor]]) -> Tensor:
+def meta_loss(student: Student, tasks: list[tuple[Projection, Steps, Policy, Tensor]]) -> Tensor:
     """Minus J of Eq. 6.1, per step. tasks: of each environment the projections and sequences (s, t, ...), the policies to be
-    predicted, and where they are."""
-    inputs = []
+    predicted, and where they are. The Transformer reads as many steps at once as it has positions, cloning one."""
+    args, inputs = student.args, []
     for projection, steps, *_ in tasks:
         progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
-        inputs.append(tokens(args, projection, steps, auxiliary(args, gap, model, progress, reward)))
+        inputs.append(tokens(projection, transitions(steps), student.eta(progress, reward), student.masked))
 
-    sizes = [len(token) for token in inputs]
-    outputs = zip(*(x.split(sizes) for x in model(torch.cat(inputs))[:2]), tasks, strict=True)
+    sequences = torch.cat(inputs).unflatten(1, (-1, student.model.context)).flatten(0, 1)
+    outputs = (x.view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in student.model(sequences)[:2])
+    outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
     losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
     predicted = torch.cat([task[3] for task in tasks]).float()
     return (torch.cat(losses) * predicted).sum() / predicted.sum().clamp(min=1)
-
-
-class Student(NamedTuple):
-    """A Transformer, its gap, the environments whose teachers it learns from, and flags of its own."""
-
-    model: GLA
-    gap: int
-    envs: tuple[str, ...]
-    args: Args
 
 
 def meta_train(
@@ -519,26 +530,26 @@ def meta_train(
     adam = keep["adam"]
     in_envs = {name: make_env(name, 1, run.device) for name in trajectories}
     fuse = partial(torch.compile, dynamic=False) if run.compiles and run.device.type == "cuda" else lambda model: model
-    fused = {name: fuse(student.model) for name, student in students.items()}
+    fused = {name: student._replace(model=fuse(student.model)) for name, student in students.items()}
     for step in run.steps(args.meta_steps, keep):
         metrics = {}
-        for name, (model, gap, names, own_args) in students.items():
+        for name, student in students.items():
             if step == 0:
-                model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in names))
+                student.model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in student.envs))
             tasks = []
             ids = args.batch * step + torch.arange(args.batch, device=run.device)
-            for env_name, env_ids in zip(names, ids.tensor_split(len(names)), strict=True):
+            for env_name, env_ids in zip(student.envs, ids.tensor_split(len(student.envs)), strict=True):
                 own = share(len(env_ids)).to(run.device)
-                projection = draw_projection(own_args, in_envs[env_name], env_ids[own])  # line 5
+                projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
-                batch = subsample(args, gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
+                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
                 tasks.append((projection, *batch))
 
-            loss = meta_loss(args, gap, fused[name], tasks)
+            loss = meta_loss(fused[name], tasks)
             adam[name].zero_grad()
             loss.backward()
-            es.average_gradients(model.parameters())
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            es.average_gradients(student.model.parameters())
+            nn.utils.clip_grad_norm_(student.model.parameters(), args.clip)
             adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
             adam[name].step()  # line 7
             metrics[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
@@ -753,12 +764,12 @@ def meta_test(
     """Result rows of every learner in every environment, and a figure of them."""
     rows = []
     tasks = dict.fromkeys([*args.envs, *args.test_envs])
-    learners = [*students, *(name for name in ("uniform", "ppo") if name in (args.learner, *args.baselines))]
+    learners = [*students, *(name for name in ("uniform", "teacher") if name in (args.learner, *args.baselines))]
     bar = tqdm(total=len(tasks) * len(learners), desc="meta-test", disable=run.rank > 0)
     for number, task in enumerate(tasks):
         env = make_env(task, args.test_seeds, run.device)
         for learner in learners:
-            if learner == "ppo":
+            if learner == "teacher":
                 measure = partial(ppo_rows, args, task, number, trajectories.get(task), run.device)
             else:
                 measure = partial(rollout_rows, args, task, number, learner, students.get(learner), env)
@@ -779,9 +790,9 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
     task, a part of the seed."""
     steps = args.test_steps or args.chunks * args.chunk
     if student:
-        projection = draw_projection(student.args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
+        projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
         generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
-        rewards = rollout(args, student.gap, student.model, env, projection, steps, generator)
+        rewards = rollout(student, env, projection, steps, generator)
     else:
         rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(number))
 
@@ -798,7 +809,7 @@ def ppo_rows(
     if trajectories is None:
         with tqdm(total=args.teacher.updates, desc=f"PPO in {task}") as bar:
             trajectories = collect(args.teacher, task, device, bar.update)
-    row = partial(result_row, "ppo", task, novelty(args, task), "reward_per_step")
+    row = partial(result_row, "teacher", task, novelty(args, task), "reward_per_step")
     steps = args.teacher.num_steps * args.teacher.num_envs
     return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.teacher.updates)]
 
@@ -807,7 +818,7 @@ def novelty(args: Args, task: str, student: Student | None = None) -> str:
     """How new a task is. It is known to a student only from teachers in it, and without projections."""
     if task not in args.envs:
         return "task" if base(task) in map(base, args.envs) else "domain"
-    return "task" if student and (student.args.projected or task not in student.envs) else "none"
+    return "task" if student and (args.projected or task not in student.envs) else "none"
 
 
 def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
@@ -830,7 +841,8 @@ def base(name: str) -> str:
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
     """Figures 6.3 to 6.6: one panel for each environment, a line for each learner."""
     known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
-    labels = {"ppo": "PPO", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
+    labels = {"teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
+    labels |= {"no-reward": "GLA, rewards masked", "cloning": "cloning, without history"}
     for number, gap in enumerate(args.gaps):
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
         labels["gla" + (f", g = {gap}" if number else "")] = label
@@ -841,7 +853,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         ylabel="reward per step",
         labels=labels,
         titles={task: f"{task} ({words})" for task, words in known.items()},
-        styles={"ppo": "k", "uniform": "0.6"},
+        styles={"teacher": "k", "uniform": "0.6"},
         confidence=True,
         columns=5,
         xscale="log",
@@ -894,8 +906,8 @@ class Agent:
         several = obs[None] if obs.ndim == 1 else obs
         if obs.ndim not in (1, 2) or not obs.numel() or not obs.isfinite().all():
             raise ValueError("Observations have to be finite numbers of shape (a,) or (s, a).")
-        if self.last and several.shape != self.last.obs.shape:
-            raise ValueError(f"Observations have to be of the shape {tuple(self.last.obs.shape)} that they had before.")
+        if self.last and several.shape != self.last.obs[:, 0].shape:
+            raise ValueError(f"Observations have to be of the shape {tuple(self.last.obs[:, 0].shape)} that they had before.")
         if not all(x.shape in ((), obs.shape[:-1]) and x.isfinite().all() for x in (reward, done)):
             raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
 
@@ -904,19 +916,18 @@ class Agent:
             shape = ActionsAndObservations(several.shape[1], self.num_actions, self.action_size)
             ids = UNSEEN + self.seed * 2**20 + torch.arange(s, device=self.device)
             self.projection = draw_projection(args, shape, ids)
-            zeros = torch.zeros(2, s, device=self.device)
-            self.last = Transition(torch.zeros_like(several), torch.zeros(s, b, device=self.device), *zeros, several)
+            self.last = first_transition(several, b)
         else:
-            action = self.last.action
-            self.last = Transition(self.last.obs, action, reward.expand(s), done.expand(s), several)
+            feedback = (x.expand(s)[:, None] for x in (reward, done))
+            self.last = Transition(self.last.obs, self.last.action, *feedback, several[:, None])
 
         progress = torch.full((s, 1), len(self.context.tokens) / self.student.model.context, device=self.device)
-        eta = auxiliary(args, self.student.gap, self.student.model, progress.clamp(max=1))
-        policy = next_policy(self.context, self.projection, self.last, eta, self.num_actions is not None)
+        discrete = self.num_actions is not None
+        policy = next_policy(self.student, self.context, self.projection, self.last, progress.clamp(max=1), discrete)
         uniform = torch.rand(s, 1, generator=self.generator, device=self.device)
         normal = torch.randn(s, b, generator=self.generator, device=self.device)
-        chosen = executed(policy.sample(uniform, normal), self.num_actions is not None)
-        self.last = self.last._replace(action=F.one_hot(chosen, b).float() if self.num_actions else chosen)
+        chosen = executed(policy.sample(uniform, normal), discrete)
+        self.last = self.last._replace(action=(F.one_hot(chosen, b).float() if discrete else chosen)[:, None])
         if obs.ndim == 2:
             return chosen
         return int(chosen) if self.num_actions else chosen[0]
@@ -1193,11 +1204,11 @@ def check(args: Args, world: int) -> None:
     learners = {args.learner, *args.baselines}
     for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
-        if not {"gla", "one-task"} & learners:
+        if not {"gla", "one-task", "no-reward", "cloning"} & learners:
             continue
         if (env.num_actions or env.action_size) > args.action_size:
             raise UserError(f"--action-size {args.action_size} is too small for {name}.")
-        if (not args.projected or "one-task" in learners) and env.obs_size > args.obs_size:
+        if not args.projected and env.obs_size > args.obs_size:
             raise UserError(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
 
 
@@ -1286,15 +1297,22 @@ def collect_all(args: Args, run: Run) -> dict[str, Trajectories]:
 
 
 def make_students(args: Args) -> dict[str, Student]:
-    """The Transformers that the flags ask for."""
+    """The Transformers that the flags ask for, equal at first."""
     learners = (args.learner, *args.baselines)
     students = {}
+
+    def add(name: str, gap: int, of: Args = args, **options: Any) -> None:
+        torch.manual_seed(args.seed)
+        students[name] = Student(args, GLA(of), gap, **{"envs": args.envs} | options)
+
     for number, gap in enumerate(args.gaps if "gla" in learners else ()):
-        torch.manual_seed(args.seed)
-        students["gla" + (f", g = {gap}" if number else "")] = Student(GLA(args), gap, args.envs, args)
-    if "one-task" in learners:
-        torch.manual_seed(args.seed)
-        students["one-task"] = Student(GLA(args), args.gaps[0], args.envs[:1], replace(args, projected=False))
+        add("gla" + (f", g = {gap}" if number else ""), gap)
+    if "one-task" in learners and len(set(args.envs)) > 1:
+        add("one-task", args.gaps[0], envs=args.envs[:1])
+    if "no-reward" in learners:
+        add("no-reward", args.gaps[0], masked="reward")
+    if "cloning" in learners:
+        add("cloning", 0, of=replace(args, chunks=1, chunk=1), masked="history")
     return students
 
 

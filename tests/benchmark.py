@@ -494,7 +494,7 @@ def measure_gla(bench: Bench) -> None:
 
     def loss(*task: Any) -> Tensor:
         adam.zero_grad()
-        return gla.meta_loss(args, 1, net, [task]).mean()
+        return gla.meta_loss(gla.Student(args, net, 1, (env_name,)), [task])
 
     def optimise() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -31,6 +31,10 @@ def model(args=ARGS):
     return made
 
 
+def student(net=None, gap=2, args=ARGS, **options):
+    return gla.Student(args, net or model(args), gap, ("hidden_goal:3",), **options)
+
+
 def random_steps(s=4, t=12, a=9, b=4, discrete=True):
     action = torch.randn(s, t, b, generator=DRAWS)
     action = torch.nn.functional.one_hot(action.argmax(-1), b).float() if discrete else action
@@ -47,7 +51,7 @@ def test_the_future_and_the_action_to_be_predicted_are_not_read(what):
     changed = {name: x.clone() for name, x in steps._asdict().items()}
     changed[what][:, 6] += 1
     place = torch.zeros(4, 12)
-    answers = [net(gla.tokens(ARGS, projection, x, place))[0] for x in (steps, gla.Steps(**changed))]
+    answers = [net(gla.tokens(projection, gla.transitions(x), place))[0] for x in (steps, gla.Steps(**changed))]
     differs = (answers[0] != answers[1]).any(-1).any(0).tolist()
     first = 6 if what == "obs" else 7
     assert differs == [False] * first + [True] * (12 - first)
@@ -56,7 +60,7 @@ def test_the_future_and_the_action_to_be_predicted_are_not_read(what):
 def test_a_cache_changes_nothing():
     net, steps = model(), random_steps()
     projection = gla.draw_projection(ARGS, gla.make_env("hidden_goal:3", 1), torch.arange(4))
-    tokens = gla.tokens(ARGS, projection, steps, torch.rand(4, 12, generator=DRAWS))
+    tokens = gla.tokens(projection, gla.transitions(steps), torch.rand(4, 12, generator=DRAWS))
     whole, spread, _ = net(tokens)
     cache, parts = None, []
     for t in range(12):
@@ -145,22 +149,63 @@ def test_only_what_is_predicted_is_in_the_loss():
     targets = torch.randn(2, 4, 12, 4, generator=DRAWS)
     predicted = torch.arange(12).expand(4, -1) >= torch.tensor([0, 4, 12, 8])[:, None]
     one, other = (gla.Policy(torch.where(predicted[..., None], targets[0], x), None) for x in targets)
-    losses = [gla.meta_loss(ARGS, 2, net, [(projection, steps, p, predicted)]) for p in (one, other)]
+    losses = [gla.meta_loss(student(net), [(projection, steps, p, predicted)]) for p in (one, other)]
     assert torch.equal(*losses)
-    tail = gla.meta_loss(ARGS, 2, net, [(projection, steps, one, torch.ones_like(predicted))])
+    tail = gla.meta_loss(student(net), [(projection, steps, one, torch.ones_like(predicted))])
     assert not torch.equal(losses[0], tail)
 
 
 def test_what_the_transformer_is_told():
-    net, place, reward = model(), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.4]])
-    net.best.fill_(0.9)
+    place, reward = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.4]])
     told = {
-        name: gla.auxiliary(replace(ARGS, auxiliary=name), 4, net, place, reward).tolist() for name in ("none", "gap", "progress")
+        name: student(gap=4, args=replace(ARGS, auxiliary=name)) for name in ("none", "gap", "progress", "return")
     }
-    assert told["none"] == [[0, 0]] and told["progress"] == [[0, 1]] and told["gap"] == [[pytest.approx(0.4)] * 2]
-    args = replace(ARGS, auxiliary="return")
-    assert torch.equal(gla.auxiliary(args, 4, net, place, reward), reward)
-    assert torch.equal(gla.auxiliary(args, 4, net, place), torch.full((1, 2), 0.9))
+    inputs = {name: one.eta(place, reward).tolist() for name, one in told.items()}
+    assert inputs["none"] == [[0, 0]] and inputs["progress"] == [[0, 1]] and inputs["gap"] == [[pytest.approx(0.4)] * 2]
+    assert torch.equal(told["return"].eta(place, reward), reward)
+    told["return"].model.best.fill_(0.9)
+    assert torch.equal(told["return"].eta(place), torch.full((1, 2), 0.9))
+
+
+@pytest.mark.parametrize("masked, read", [("", {"obs", "action", "reward", "ended"}), ("reward", {"obs", "action"}), ("history", {"obs"})])
+def test_what_controls_do_not_read(masked, read):
+    """In the loss and in a lifetime; who reads no history acts on the present observation alone."""
+    steps, env = random_steps(), gla.make_env("hidden_goal:3", 1)
+    projection = gla.draw_projection(ARGS, env, torch.arange(4))
+    args = replace(ARGS, chunks=1, chunk=1) if masked == "history" else ARGS
+    one = student(model(args), masked=masked)
+    targets = gla.Policy(torch.randn(4, 12, 4, generator=DRAWS), None), torch.ones(4, 12, dtype=torch.bool)
+    loss = gla.meta_loss(one, [(projection, steps, *targets)])
+    for what in ("obs", "action", "reward", "ended"):
+        changed = steps._replace(**{what: steps._asdict()[what].clone()})
+        changed._asdict()[what][:, :-1] += 1
+        assert (gla.meta_loss(one, [(projection, changed, *targets)]) != loss) == (what in read), what
+
+    known, context, policies = gla.transitions(steps), gla.Context(one.model), []
+    with torch.no_grad():
+        for t in range(12):
+            last = gla.Transition(*(x[:, t : t + 1] for x in known))
+            policies.append(gla.next_policy(one, context, projection, last, torch.zeros(4, 1), True).mean)
+        losses = gla.divergence(targets[0], gla.Policy(torch.stack(policies, 1), None))
+    torch.testing.assert_close(losses.mean(), loss.detach())
+
+
+def test_comparisons_change_one_thing():
+    """The flags of a control are gla's, but for what it is named after; all begin with the same weights."""
+    args = replace(ARGS, envs=("hidden_goal:3", "hidden_goal:4"), gaps=(2, 0))
+    made = gla.make_students(args)
+    assert list(made) == ["gla", "gla, g = 0", "one-task", "no-reward", "cloning"]
+    first = made["gla"]
+    assert made["one-task"]._replace(model=first.model) == first._replace(envs=("hidden_goal:3",))
+    assert made["no-reward"]._replace(model=first.model) == first._replace(masked="reward")
+    assert made["gla, g = 0"]._replace(model=first.model) == first._replace(gap=0)
+    assert made["cloning"]._replace(model=first.model) == first._replace(gap=0, masked="history")
+    assert made["cloning"].model.context == 1
+    for one in list(made.values())[1:-1]:
+        assert all(torch.equal(x, y) for x, y in zip(one.model.parameters(), first.model.parameters(), strict=True))
+    assert list(gla.make_students(replace(args, envs=args.envs[:1]))) == ["gla", "gla, g = 0", "no-reward", "cloning"]
+    for preset in gla.PRESETS.values():
+        assert {"no-reward", "cloning"} <= {*gla.Args(**preset).baselines} and 0 in gla.Args(**preset).gaps[1:]
 
 
 # ---- the teacher and the student ----------------------------------------------------------------------------------------
@@ -236,7 +281,7 @@ def test_a_compiled_transformer_has_the_same_loss_and_gradient(name):
     targets = gla.Policy(torch.randn(steps.action.shape, generator=DRAWS), spread)
     tasks = [(look, steps, targets, torch.ones(4, 12, dtype=torch.bool))]
     compiled = torch.compile(net, dynamic=False, fullgraph=True, backend="aot_eager")
-    losses = [gla.meta_loss(ARGS, 2, one, tasks) for one in (compiled, net)]
+    losses = [gla.meta_loss(student(one), tasks) for one in (compiled, net)]
     gradients = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
@@ -275,7 +320,7 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
             return answer, log_std, [torch.zeros(1)]
 
     with torch.no_grad():
-        one, other = (gla.rollout(ARGS, 2, x, env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
+        one, other = (gla.rollout(student(x), env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
     assert one.shape == (4, 36) and torch.equal(one, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
 
@@ -336,8 +381,8 @@ def test_what_a_run_leaves_behind(finished):
         ("gla", "hidden_goal:3", "task"), ("gla", "hidden_goal:4", "task"), ("gla", "hidden_goal:8", "task"),
         ("gla", "heading:30", "domain"),
     }  # fmt: skip
-    assert {row["learner"] for row in results["results"]} == {"gla", "gla, g = 1", "one-task", "ppo", "uniform"}
-    ppo = [row for row in results["results"] if row["learner"] == "ppo" and row["task"] == "hidden_goal:8"]
+    assert {row["learner"] for row in results["results"]} == {"gla", "gla, g = 1", "one-task", "no-reward", "cloning", "teacher", "uniform"}
+    ppo = [row for row in results["results"] if row["learner"] == "teacher" and row["task"] == "hidden_goal:8"]
     assert [row["step"] for row in ppo] == [10, 20, 30, 40, 50, 60] and ppo[0]["seeds"] == 3
 
 
@@ -347,7 +392,7 @@ STOPS = {
     "collected": ("hidden_goal-4.pt", 7),
     "meta-training": ("checkpoint.pt", 4),
     "meta-test": ("meta_test.pt", 1),
-    "meta-test, before PPO": ("meta_test.pt", 14),
+    "meta-test, before PPO": ("meta_test.pt", 18),
 }
 
 
@@ -393,7 +438,7 @@ def test_environments_that_cannot_share_a_batch_evenly(finished, tmp_path):
 
 
 def test_a_run_without_meta_training_can_be_resumed(stopped, tmp_path):
-    flags = "--learner ppo --baselines uniform --run-name"
+    flags = "--learner teacher --baselines uniform --run-name"
     assert command(tmp_path, f"{flags} whole").returncode == 0
     folder = stopped("meta_test.pt", 5, f"{flags} stopped")
     assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0
@@ -401,9 +446,9 @@ def test_a_run_without_meta_training_can_be_resumed(stopped, tmp_path):
 
 
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_acts_elsewhere(finished, tmp_path):
-    flags = f"--mode test --checkpoint {finished / 'checkpoint.pt'} --learner gla --baselines one-task uniform"
+    flags = f"--mode test --checkpoint {finished / 'checkpoint.pt'} --learner gla --baselines one-task no-reward cloning uniform"
     assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
-    assert rows(tmp_path / "test") == [row for row in rows(finished) if row["learner"] != "ppo"]
+    assert rows(tmp_path / "test") == [row for row in rows(finished) if row["learner"] != "teacher"]
     done = command(tmp_path, f"{flags} --run-name far --envs hidden_goal:0 --test-envs cartpole --test-steps 40", tiny="")
     assert done.returncode == 0, done.stderr
     assert {row["novelty"] for row in rows(tmp_path / "far") if row["task"] == "cartpole"} == {"domain"}
@@ -415,7 +460,7 @@ def test_two_processes_equal_one(finished, tmp_path):
     (two,) = tmp_path.iterdir()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (two, finished)]
     models = [name for name in states[1] if name.startswith("['models']")]
-    assert len(models) == 3
+    assert len(models) == 5
     for name in models:
         for key, x in states[1][name].items():
             torch.testing.assert_close(states[0][name][key], x, rtol=1e-3, atol=1e-4)
@@ -425,7 +470,7 @@ def test_two_processes_equal_one(finished, tmp_path):
 def test_an_agent_from_python(kind, finished):
     """Its policies are those of one pass through the whole history, for environments side by side."""
     agent = gla.GLA.load(finished / "checkpoint.pt", **kind)
-    model, args = agent.student.model, agent.student.args
+    model = agent.student.model
     obs, reward = torch.randn(7, 2, 5, generator=DRAWS), torch.randn(7, 2, generator=DRAWS)
     done = torch.rand(7, 2, generator=DRAWS) < 0.3
     b = 3 if "num_actions" in kind else 2
@@ -438,9 +483,9 @@ def test_an_agent_from_python(kind, finished):
     assert native.shape == ((2, 7) if "num_actions" in kind else (2, 7, 2))
     action = torch.nn.functional.one_hot(native, 3).float() if "num_actions" in kind else native
     shifted = [torch.cat([x[1:], torch.zeros(1, 2)]).T.float() for x in (reward, done)]  # of the action at each step
-    steps = gla.Steps(obs.transpose(0, 1), action, *shifted)
+    known = gla.transitions(gla.Steps(obs.transpose(0, 1), action, *shifted))
     with torch.no_grad():
-        whole = model(gla.tokens(args, agent.projection, steps, gla.auxiliary(args, 0, model, torch.zeros(2, 7))))[0]
+        whole = model(gla.tokens(agent.projection, known, torch.zeros(2, 7)))[0]
     torch.testing.assert_close(torch.cat([output for output, _ in outputs], 1), whole, atol=1e-5, rtol=1e-4)
 
     agent.reset()
@@ -514,7 +559,7 @@ def test_ppo_alone_solves(name):
 @pytest.mark.slow
 def test_ppo_alone_runs_like_a_cheetah(tmp_path):
     """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring (README's command)."""
-    flags = "--learner ppo --baselines --envs half_cheetah --test-envs --teacher.agents 2"
+    flags = "--learner teacher --baselines --envs half_cheetah --test-envs --teacher.agents 2"
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "ppo", "--preset", "thesis"]
     subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
     curve = [row["mean"] for row in sorted(rows(tmp_path / "ppo"), key=lambda row: row["step"])]
