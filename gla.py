@@ -55,7 +55,7 @@ from common.results import MetricsLog, result_row, table, to_json
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "uniform"]
+Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "ppo", "uniform"]
 Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
 
 
@@ -126,8 +126,9 @@ class Args:
     learner: Name = "gla"
     """What learns at meta-test time. gla: a Transformer for each of --gaps. Of the first gap, one-task: distilled from the first
     of --envs alone (Figure 6.4; gla itself where there is but one); no-reward: with rewards masked, so that what rises is not
-    learned from them. cloning: the last policy without any history. teacher: new agents with PPO; uniform: random actions."""
-    baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "uniform")
+    learned from them. cloning: the last policy without any history. ppo: PPO from scratch; teacher: as --teacher, where that is
+    another PPO; uniform: random actions."""
+    baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "ppo", "uniform")
     """What else is meta-trained and meta-tested."""
 
     envs: tuple[str, ...] = ("ant",)
@@ -138,6 +139,8 @@ class Args:
 
     teacher: PPO = field(default_factory=PPO)
     """Those whose learning is recorded."""
+    ppo: PPO = field(default_factory=PPO)
+    """The baseline, which does not have to learn slowly."""
 
     gaps: tuple[CountOrZero, ...] = (60, 0)
     """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
@@ -180,8 +183,9 @@ class Args:
     """Steps of a lifetime (default: as long as a sequence)."""
 
     def __post_init__(self):
-        if isinstance(self.teacher, dict):  # of a checkpoint
-            self.teacher = PPO(**self.teacher)
+        for name in ("teacher", "ppo"):
+            if isinstance(getattr(self, name), dict):  # of a checkpoint
+                setattr(self, name, PPO(**getattr(self, name)))
 
 
 LAPTOP = dict(
@@ -198,6 +202,19 @@ LAPTOP = dict(
         gamma=0.99,
         gae_lambda=0.95,
         normalised=False,  # goals are one-hot, rewards 0 or 1
+        hidden=16,
+    ),
+    ppo=PPO(  # searched on the meta-training goals (see the results page)
+        agents=64,
+        num_envs=1,
+        updates=64,
+        num_steps=32,
+        update_epochs=8,
+        num_minibatches=2,
+        lr=2e-2,
+        gamma=0.99,
+        gae_lambda=0.95,
+        normalised=False,
         hidden=16,
     ),
     gaps=(8, 0),
@@ -764,13 +781,18 @@ def meta_test(
     """Result rows of every learner in every environment, and a figure of them."""
     rows = []
     tasks = dict.fromkeys([*args.envs, *args.test_envs])
-    learners = [*students, *(name for name in ("uniform", "teacher") if name in (args.learner, *args.baselines))]
+    agents = {"teacher": args.teacher, "ppo": args.ppo}
+    others = [name for name in ("uniform", *agents) if name in (args.learner, *args.baselines)]
+    if args.teacher == args.ppo and {*agents} <= {*others}:
+        others.remove("teacher")
+    learners = [*students, *others]
     bar = tqdm(total=len(tasks) * len(learners), desc="meta-test", disable=run.rank > 0)
     for number, task in enumerate(tasks):
         env = make_env(task, args.test_seeds, run.device)
         for learner in learners:
-            if learner == "teacher":
-                measure = partial(ppo_rows, args, task, number, trajectories.get(task), run.device)
+            if learner in agents:
+                recorded = trajectories.get(task) if agents[learner] == args.teacher else None
+                measure = partial(ppo_rows, args, task, number, learner, agents[learner], recorded, run.device)
             else:
                 measure = partial(rollout_rows, args, task, number, learner, students.get(learner), env)
             rows += run.once(f"{task}, {learner}", measure)
@@ -794,7 +816,7 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
         generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
         rewards = rollout(student, env, projection, steps, generator)
     else:
-        rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(number))
+        rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(1009 * args.seed + number))
 
     points = sorted({-(-steps * part // 32) for part in range(33)})
     row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
@@ -802,16 +824,16 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 
 
 def ppo_rows(
-    args: Args, task: str, number: int, trajectories: Trajectories | None, device: torch.device
+    args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, device: torch.device
 ) -> list[dict[str, Any]]:
     """Reward per step at each update of PPO, over all agents. No trajectories: they are collected now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
     if trajectories is None:
-        with tqdm(total=args.teacher.updates, desc=f"PPO in {task}") as bar:
-            trajectories = collect(args.teacher, task, device, bar.update)
-    row = partial(result_row, "teacher", task, novelty(args, task), "reward_per_step")
-    steps = args.teacher.num_steps * args.teacher.num_envs
-    return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(args.teacher.updates)]
+        with tqdm(total=ppo.updates, desc=f"PPO in {task}") as bar:
+            trajectories = collect(ppo, task, device, bar.update)
+    row = partial(result_row, learner, task, novelty(args, task), "reward_per_step")
+    steps = ppo.num_steps * ppo.num_envs
+    return [row(steps * (update + 1), trajectories.curve[:, update]) for update in range(ppo.updates)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -841,7 +863,7 @@ def base(name: str) -> str:
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
     """Figures 6.3 to 6.6: one panel for each environment, a line for each learner."""
     known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
-    labels = {"teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
+    labels = {"ppo": "PPO", "teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
     labels |= {"no-reward": "GLA, rewards masked", "cloning": "cloning, without history"}
     for number, gap in enumerate(args.gaps):
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
@@ -853,7 +875,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         ylabel="reward per step",
         labels=labels,
         titles={task: f"{task} ({words})" for task, words in known.items()},
-        styles={"teacher": "k", "uniform": "0.6"},
+        styles={"ppo": "k", "teacher": "k--", "uniform": "0.6"},
         confidence=True,
         columns=5,
         xscale="log",
@@ -1183,12 +1205,14 @@ def check(args: Args, world: int) -> None:
     ppo = args.teacher
     if args.chunk > ppo.num_steps:
         raise UserError(f"--chunk {args.chunk} is longer than --teacher.num-steps {ppo.num_steps} between PPO's updates.")
-    steps = ppo.num_steps * ppo.num_envs
-    size = -(-steps // ppo.num_minibatches)
-    if size < 2 or steps % size == 1:
-        raise UserError(f"--teacher.num-minibatches {ppo.num_minibatches} leaves one step of {steps} in one of them; choose fewer.")
-    context = args.chunks * args.chunk
-    numbers = [ppo.agents * ppo.updates * steps, ppo.agents * ppo.hidden**2]
+    context, numbers = args.chunks * args.chunk, []
+    for name, one in {"teacher": args.teacher, "ppo": args.ppo}.items():
+        steps = one.num_steps * one.num_envs
+        size = -(-steps // one.num_minibatches)
+        if size < 2 or steps % size == 1:
+            count = one.num_minibatches
+            raise UserError(f"--{name}.num-minibatches {count} leaves one step of {steps} in one of them; choose fewer.")
+        numbers += [one.agents * one.updates * steps, one.agents * one.hidden**2]
     numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
     if max(numbers) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")

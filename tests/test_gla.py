@@ -329,6 +329,7 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
 TINY = (
     "--preset laptop --envs hidden_goal:3 hidden_goal:4 --test-envs hidden_goal:8 heading:30 --teacher.agents 3"
 )
+TINY += " --ppo.agents 2 --ppo.num-envs 1 --ppo.updates 2 --ppo.num-steps 8 --ppo.num-minibatches 1"
 TINY += " --teacher.num-envs 2 --teacher.updates 6 --teacher.num-steps 5 --teacher.hidden 6 --gaps 2 1 --chunk 4 --chunks 3 --width 8 --heads 2 --layers 1 --meta-steps 6"
 TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2"
 
@@ -381,9 +382,11 @@ def test_what_a_run_leaves_behind(finished):
         ("gla", "hidden_goal:3", "task"), ("gla", "hidden_goal:4", "task"), ("gla", "hidden_goal:8", "task"),
         ("gla", "heading:30", "domain"),
     }  # fmt: skip
-    assert {row["learner"] for row in results["results"]} == {"gla", "gla, g = 1", "one-task", "no-reward", "cloning", "teacher", "uniform"}
+    assert {row["learner"] for row in results["results"]} == {"gla", "gla, g = 1", "one-task", "no-reward", "cloning", "teacher", "ppo", "uniform"}
     ppo = [row for row in results["results"] if row["learner"] == "teacher" and row["task"] == "hidden_goal:8"]
     assert [row["step"] for row in ppo] == [10, 20, 30, 40, 50, 60] and ppo[0]["seeds"] == 3
+    tuned = [row for row in results["results"] if row["learner"] == "ppo" and row["task"] == "hidden_goal:8"]
+    assert [row["step"] for row in tuned] == [8, 16] and tuned[0]["seeds"] == 2
 
 
 STOPS = {
@@ -392,7 +395,7 @@ STOPS = {
     "collected": ("hidden_goal-4.pt", 7),
     "meta-training": ("checkpoint.pt", 4),
     "meta-test": ("meta_test.pt", 1),
-    "meta-test, before PPO": ("meta_test.pt", 18),
+    "meta-test, before PPO": ("meta_test.pt", 22),
 }
 
 
@@ -438,7 +441,7 @@ def test_environments_that_cannot_share_a_batch_evenly(finished, tmp_path):
 
 
 def test_a_run_without_meta_training_can_be_resumed(stopped, tmp_path):
-    flags = "--learner teacher --baselines uniform --run-name"
+    flags = "--learner ppo --baselines uniform --run-name"
     assert command(tmp_path, f"{flags} whole").returncode == 0
     folder = stopped("meta_test.pt", 5, f"{flags} stopped")
     assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0
@@ -448,7 +451,7 @@ def test_a_run_without_meta_training_can_be_resumed(stopped, tmp_path):
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_acts_elsewhere(finished, tmp_path):
     flags = f"--mode test --checkpoint {finished / 'checkpoint.pt'} --learner gla --baselines one-task no-reward cloning uniform"
     assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
-    assert rows(tmp_path / "test") == [row for row in rows(finished) if row["learner"] != "teacher"]
+    assert rows(tmp_path / "test") == [row for row in rows(finished) if row["learner"] not in ("teacher", "ppo")]
     done = command(tmp_path, f"{flags} --run-name far --envs hidden_goal:0 --test-envs cartpole --test-steps 40", tiny="")
     assert done.returncode == 0, done.stderr
     assert {row["novelty"] for row in rows(tmp_path / "far") if row["task"] == "cartpole"} == {"domain"}
@@ -523,6 +526,7 @@ MISTAKES = {
     "--action-size 3": "--action-size 3 is too small for",
     "--no-projected --obs-size 8": "--obs-size 8 is too small for",
     "--teacher.num-minibatches 11": "--teacher.num-minibatches 11 leaves one step",
+    "--ppo.num-minibatches 8": "--ppo.num-minibatches 8 leaves one step",
     "--teacher.num-minibatches 4": "--teacher.num-minibatches 4 leaves one step",
     "--teacher.agents 60000 --teacher.num-envs 60000": "more than 4 billion",
     "--teacher.gamma 5": "--teacher.gamma has to be from 0 to 1",
@@ -559,7 +563,7 @@ def test_ppo_alone_solves(name):
 @pytest.mark.slow
 def test_ppo_alone_runs_like_a_cheetah(tmp_path):
     """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring (README's command)."""
-    flags = "--learner teacher --baselines --envs half_cheetah --test-envs --teacher.agents 2"
+    flags = "--learner ppo --baselines --envs half_cheetah --test-envs --ppo.agents 2"
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "ppo", "--preset", "thesis"]
     subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
     curve = [row["mean"] for row in sorted(rows(tmp_path / "ppo"), key=lambda row: row["step"])]
