@@ -417,7 +417,7 @@ GLA = {
         "gla.py --envs ant:0 ant:180 --test-envs --no-projected --gaps 8 --baselines one-task uniform",
         needs="Ant needs a GPU"),
     "L3": Row("Fig. 6.5", "Ant to Reacher, HalfCheetah, Cartpole: rises",
-        f"gla.py --envs heading:0 --test-envs heading:90 flight:0 {' '.join(DOMAINS['laptop'])} --gaps 8 0 "
+        f"gla.py --envs heading:0 --test-envs heading:90 heading_3d:0 {' '.join(DOMAINS['laptop'])} --gaps 8 0 "
         "--baselines ppo uniform",
         per(DOMAINS, lambda env: [*rises("gla", [env]), *higher("gla", ["uniform"], [env])]), "gla.py --baselines ppo uniform"),
     "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",

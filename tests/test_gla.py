@@ -325,6 +325,12 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
 
 
+def test_headings_in_space_are_no_other_domain():
+    args = replace(ARGS, envs=("heading:0", "half_cheetah:0"))
+    tasks = {"heading:0": "none", "heading:90": "task", "heading_3d:0": "task", "half_cheetah:180": "task", "point_mass": "domain"}
+    assert {task: gla.novelty(args, task) for task in tasks} == tasks
+
+
 # ---- the command line ---------------------------------------------------------------------------------------------------
 TINY = (
     "--preset laptop --envs hidden_goal:3 hidden_goal:4 --test-envs hidden_goal:8 heading:30 --teacher.agents 3"
