@@ -48,7 +48,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, envs, es, machine
+from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
@@ -170,8 +170,8 @@ class Args:
     """Width of the Transformer (not in the thesis)."""
     layers: Size = 4
     """Its layers (not in the thesis)."""
-    heads: Size = 8
-    """Its heads (not in the thesis)."""
+    heads: Size = 4
+    """Its heads (not in the thesis; of 64 numbers, for which GPUs have their fastest attention)."""
     meta_steps: Count = 50_000
     """Steps of meta-training (not in the thesis)."""
     batch: Size = 64
@@ -312,16 +312,14 @@ def draw_projection(args: Args, env: Env, ids: Tensor) -> Projection:
     if not args.projected:
         obs, action = torch.eye(a, args.obs_size), torch.eye(b, args.action_size)
         return Projection(*(x.expand(len(ids), -1, -1).to(ids.device) for x in (obs, action)))
-    obs, action = [], []
-    for number in ids.tolist():
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + number)
-        obs.append(torch.randn(a, args.obs_size, generator=generator) / math.sqrt(a))
-        if env.num_actions:
-            action.append(torch.eye(args.action_size)[torch.randperm(args.action_size, generator=generator)[:b]])
-        else:
-            action.append(torch.randn(args.action_size, b, generator=generator))
-    action = torch.stack(action) if env.num_actions else torch.linalg.qr(torch.stack(action))[0].mT
-    return Projection(torch.stack(obs).to(ids.device), action.to(ids.device))
+    task = rng.fold(rng.key(args.seed, ids.device), ids)
+    obs = rng.normal(rng.fold(task, 1), a * args.obs_size, math.sqrt(a)).view(-1, a, args.obs_size)
+    if env.num_actions:
+        order = rng.uniform(rng.fold(task, 2), args.action_size).argsort(-1)
+        return Projection(obs, F.one_hot(order[:, :b], args.action_size).float())
+    rows = rng.normal(rng.fold(task, 2), b * args.action_size).view(-1, b, args.action_size).double()
+    lower = torch.linalg.cholesky_ex(rows @ rows.mT)[0]  # Gram-Schmidt; with _ex a GPU need not wait
+    return Projection(obs, torch.linalg.solve_triangular(lower, rows, upper=False).float())
 
 
 class Policy(NamedTuple):
@@ -537,7 +535,9 @@ def meta_loss(student: Student, tasks: list[tuple[Projection, Steps, Policy, Ten
         inputs.append(tokens(projection, transitions(steps), student.eta(progress, reward), student.masked))
 
     sequences = torch.cat(inputs).unflatten(1, (-1, student.model.context)).flatten(0, 1)
-    outputs = (x.view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in student.model(sequences)[:2])
+    with torch.autocast(sequences.device.type, torch.bfloat16, enabled=sequences.is_cuda):
+        outputs = student.model(sequences)[:2]
+    outputs = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in outputs)
     outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
     losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
     predicted = torch.cat([task[3] for task in tasks]).float()
@@ -560,7 +560,7 @@ def meta_train(
             tasks = []
             ids = args.batch * step + torch.arange(args.batch, device=run.device)
             for env_name, env_ids in zip(student.envs, ids.tensor_split(len(student.envs)), strict=True):
-                own = share(len(env_ids)).to(run.device)
+                own = share(len(env_ids), run.device)
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
                 batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
@@ -1240,10 +1240,10 @@ def check(args: Args, world: int) -> None:
             raise UserError(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
 
 
-def share(count: int) -> Tensor:
+def share(count: int, device: torch.device) -> Tensor:
     """The sequences, of `count`, of this process."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return torch.arange(count)[rank::world]
+    return torch.arange(count, device=device)[rank::world]
 
 
 STORE_EVERY = 300  # seconds between files of a collection
@@ -1361,7 +1361,7 @@ def main() -> None:
     if args.mode == "train":
         keep = {
             "models": models,
-            "adam": {name: torch.optim.AdamW(model.parameters(), args.lr) for name, model in models.items()},
+            "adam": {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()},
         }
         if not args.resume:
             torch.manual_seed(args.seed)

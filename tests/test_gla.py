@@ -105,6 +105,15 @@ def test_projections_are_a_function_of_their_ids_and_of_orthonormal_rows(name):
     )
 
 
+def test_sixteen_actions_fill_the_projected_space():
+    """Rows stay orthonormal where there are as many as columns, and are as often in one direction as in any other."""
+    env = gla.ActionsAndObservations(3, None, 16)
+    action = gla.draw_projection(replace(ARGS, action_size=16), env, torch.arange(2000)).action
+    torch.testing.assert_close(action @ action.mT, torch.eye(16).expand(2000, 16, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(action.mean(0), torch.zeros(16, 16), atol=0.03, rtol=0)
+    torch.testing.assert_close((action**2).mean(0), torch.full((16, 16), 1 / 16), atol=0.012, rtol=0)
+
+
 def test_a_projected_policy_is_the_native_one():
     """A normal distribution in the projected space, seen along the rows of P, has mean y P^T and the same deviation."""
     env = gla.make_env("heading:30", 1)
