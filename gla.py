@@ -249,15 +249,17 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (s, t, n); past: keys and values (2, s, heads, t', n / heads) of earlier steps. Returns also those to keep."""
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        """x (s, t, n), from step `start` on; cache (2, s, heads, context, n / heads): the keys and values of all steps."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
-        kv = torch.stack([k, v])
-        if past is not None:
-            kv = torch.cat([past, kv], 3)
-        mixed = F.scaled_dot_product_attention(q, *kv, is_causal=past is None and x.shape[1] > 1)
+        t, end = x.shape[1], start + x.shape[1]
+        if cache is not None:
+            cache[:, :, :, start:end] = torch.stack([k, v])
+            k, v = cache[:, :, :, :end]
+        mask = torch.ones(t, end, dtype=torch.bool, device=x.device).tril(start) if start and t > 1 else None
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start and t > 1)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x)), kv
+        return x + self.mlp(self.norms[1](x))
 
 
 class GLA(nn.Module):
@@ -278,16 +280,20 @@ class GLA(nn.Module):
         """A trained GLA to be used from Python: see load_agent for the options."""
         return load_agent(checkpoint, **options)
 
-    def forward(self, token: Tensor, cache: list[Tensor] | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """token (s, t, n). Returns projected actions (s, t, b'), log deviations (s, t), and keys and values to keep."""
-        earlier = cache[0].shape[3] if cache else 0
-        x = self.embed(token) + self.position[earlier : earlier + token.shape[1]]
-        kept = []
-        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x, kv = block(x, past)
-            kept.append(kv)
+    def forward(self, token: Tensor, cache: Tensor | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
+        """token (s, t, n), from step `start` on, before which the cache has been filled; without one from step 0 on.
+        Returns projected actions (s, t, b') and log deviations (s, t)."""
+        x = self.embed(token) + self.position[start : start + token.shape[1]]
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[number], start)
         action, log_std = self.head(self.norm(x)).split([self.head.out_features - 1, 1], -1)
-        return action, log_std[..., 0], kept
+        return action, log_std[..., 0]
+
+    def empty_cache(self, s: int) -> Tensor:
+        """Keys and values (layers, 2, s, heads, context, n / heads) of s sequences."""
+        heads = self.blocks[0].heads
+        sizes = len(self.blocks), 2, s, heads, self.context, self.position.shape[1] // heads
+        return torch.zeros(sizes, device=self.position.device)
 
 
 class Projection(NamedTuple):
@@ -453,17 +459,23 @@ class Context:
 
     def __init__(self, model: GLA):
         self.model = model
-        self.tokens: list[Tensor] = []
-        self.cache: list[Tensor] | None = None
+        self.length = 0
 
     def append(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """token (s, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
-        self.tokens.append(token)
-        if len(self.tokens) > self.model.context:
-            self.tokens, self.cache = self.tokens[-max(1, self.model.context // 2) :], None
-        inputs = torch.stack(self.tokens, 1) if self.cache is None else token[:, None]
-        output, log_std, self.cache = self.model(inputs, self.cache)
-        return output[:, -1:], log_std[:, -1:]
+        """token (s, 1, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
+        if not self.length:
+            self.tokens = token.repeat(1, self.model.context, 1)
+            self.cache = self.model.empty_cache(len(token))
+        if self.length == self.model.context:
+            self.length //= 2
+            self.tokens = self.tokens.roll(self.length, 1)
+            if self.length:
+                self.model(self.tokens[:, : self.length], self.cache)
+
+        self.tokens[:, self.length] = token[:, 0]
+        outputs = self.model(token, self.cache, self.length)
+        self.length += 1
+        return outputs
 
 
 def executed(action: Tensor, discrete: bool) -> Tensor:
@@ -477,7 +489,7 @@ def next_policy(
 ) -> Policy:  # fmt: skip
     """pi_theta of Eq. 6.1 after one more transition (s, 1, ...). progress (s, 1). Distributions of native actions (s, b)."""
     token = tokens(projection, last, student.eta(progress), student.masked)
-    policy = native(*context.append(token[:, 0]), projection, discrete)
+    policy = native(*context.append(token), projection, discrete)
     return Policy(*(x[:, 0] if x is not None else None for x in policy))
 
 
@@ -536,7 +548,7 @@ def meta_loss(student: Student, tasks: list[tuple[Projection, Steps, Policy, Ten
 
     sequences = torch.cat(inputs).unflatten(1, (-1, student.model.context)).flatten(0, 1)
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=sequences.is_cuda):
-        outputs = student.model(sequences)[:2]
+        outputs = student.model(sequences)
     outputs = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in outputs)
     outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
     losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
@@ -947,7 +959,7 @@ class Agent:
             feedback = (x.expand(s)[:, None] for x in (reward, done))
             self.last = Transition(self.last.obs, self.last.action, *feedback, several[:, None])
 
-        progress = torch.full((s, 1), len(self.context.tokens) / self.student.model.context, device=self.device)
+        progress = torch.full((s, 1), self.context.length / self.student.model.context, device=self.device)
         discrete = self.num_actions is not None
         policy = next_policy(self.student, self.context, self.projection, self.last, progress.clamp(max=1), discrete)
         uniform = torch.rand(s, 1, generator=self.generator, device=self.device)

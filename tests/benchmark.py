@@ -512,8 +512,9 @@ def measure_gla(bench: Bench) -> None:
     model = gla.GLA(replace(args, chunks=steps // args.chunk)).to(bench.device)
     inputs = torch.randn(count, steps, model.embed.in_features, device=bench.device)
     with torch.no_grad():
-        _, _, cache = model(inputs[:, :-1])
-        cached = median(lambda: model(inputs[:, -1:], cache), bench.repetitions)
+        cache = model.empty_cache(count)
+        model(inputs[:, :-1], cache)
+        cached = median(lambda: model(inputs[:, -1:], cache, steps - 1), bench.repetitions)
         whole = median(lambda: model(inputs), 3)
     rates = {"steps_per_s": count / cached, "without_cache": count / whole}
     bench.note(f"gla: the last of {steps} steps of {count} lifetimes", ms=1e3 * cached, **rates)

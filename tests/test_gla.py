@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,13 +62,13 @@ def test_a_cache_changes_nothing():
     net, steps = model(), random_steps()
     projection = gla.draw_projection(ARGS, gla.make_env("hidden_goal:3", 1), torch.arange(4))
     tokens = gla.tokens(projection, gla.transitions(steps), torch.rand(4, 12, generator=DRAWS))
-    whole, spread, _ = net(tokens)
-    cache, parts = None, []
-    for t in range(12):
-        action, log_std, cache = net(tokens[:, t : t + 1], cache)
-        parts.append((action, log_std))
-    torch.testing.assert_close(torch.cat([action for action, _ in parts], 1), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([log_std for _, log_std in parts], 1), spread, rtol=1e-4, atol=1e-5)
+    whole, spread = net(tokens)
+    cache, parts = net.empty_cache(4), []
+    with torch.no_grad():
+        for some in range(12), (0, 3, 4, 9):  # one by one, and several after the cache
+            parts = [net(tokens[:, t:end], cache, t) for t, end in pairwise([*some, 12])]
+            for out, expected in zip(zip(*parts, strict=True), (whole, spread), strict=True):
+                torch.testing.assert_close(torch.cat(out, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_divergence_is_that_of_numerical_integration():
@@ -321,17 +322,23 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
 
         def __init__(self):
             super().__init__()
-            self.read = []
+            self.read = torch.zeros(4, 0, net.embed.in_features)
 
-        def forward(self, token, cache):
-            self.read = [token] if cache is None else [*self.read, token]
-            answer, log_std, _ = net(torch.cat(self.read, 1))
-            return answer, log_std, [torch.zeros(1)]
+        def empty_cache(self, s):
+            return None
+
+        def forward(self, token, cache, start=0):
+            self.read = torch.cat([self.read[:, :start], token], 1)
+            return tuple(x[:, -1:] for x in net(self.read))
 
     with torch.no_grad():
         one, other = (gla.rollout(student(x), env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
     assert one.shape == (4, 36) and torch.equal(one, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    context = gla.Context(net)
+    for token in torch.randn(30, 4, 1, net.embed.in_features, generator=DRAWS):
+        context.append(token)
+    assert context.length == 12 and context.cache.shape == (2, 2, 4, 3, 12, 4)  # of three layers' heads, whatever the lifetime
 
 
 def test_headings_in_space_are_no_other_domain():
