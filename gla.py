@@ -46,6 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import checkpoints, envs, es, machine, rng
@@ -104,8 +105,9 @@ class PPO:
 class Args:
     """GLA (chapter 6): record PPO while it learns, distil a faster learner from that, and let it learn elsewhere."""
 
-    preset: Literal["auto", "thesis", "laptop"] = "auto"
-    """thesis: the thesis' numbers, where it has any; laptop: minutes on 2 cores; auto: thesis if there is a CUDA device."""
+    preset: Literal["auto", "thesis", "laptop", "bodies"] = "auto"
+    """thesis: the thesis' numbers, where it has any; laptop: minutes on 2 cores; bodies: HalfCheetah in hours on 2 cores; auto:
+    thesis if there is a CUDA device, else laptop."""
     seed: Seed = 0
     """Decides everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -128,10 +130,10 @@ class Args:
     """Meta-steps between checkpoints."""
 
     learner: Name = "gla"
-    """What learns at meta-test time. gla: a Transformer for each of --gaps. Of the first gap, one-task: distilled from the first
-    of --envs alone (Figure 6.4; gla itself where there is but one); no-reward: with rewards masked, so that what rises is not
-    learned from them. cloning: the last policy without any history. ppo: PPO from scratch; teacher: as --teacher, where that is
-    another PPO; uniform: random actions."""
+    """What learns at meta-test time. gla: a Transformer for each of --gaps. With the first gap, one-task: distilled from the
+    first of --envs alone (Figure 6.4; where there is but one, gla itself); no-reward: with rewards masked, so that nothing can be
+    learned from them. cloning: the last policy without a history. ppo: PPO from scratch; teacher: PPO as --teacher, if that is
+    another; uniform: random actions."""
     baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "ppo", "uniform")
     """What else is meta-trained and meta-tested."""
 
@@ -139,7 +141,7 @@ class Args:
     """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own
     names, or package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Reacher-v4", "half_cheetah", "dm_cartpole_swing_up")
-    """Environments to meta-test in, beside --envs (Figure 6.5; the cartpole's task is not stated: from balance it can only fall)."""
+    """Environments to meta-test in, beside --envs (Figure 6.5; of the cartpole's tasks the one that can be learned from rest)."""
 
     teacher: PPO = field(default_factory=PPO)
     """Those whose learning is recorded."""
@@ -192,35 +194,12 @@ class Args:
                 setattr(self, name, PPO(**getattr(self, name)))
 
 
+GRID = PPO(agents=64, updates=64, num_steps=16, lr=2e-2, gamma=0.99, gae_lambda=0.95, normalised=False, hidden=16)
 LAPTOP = dict(
     envs=tuple(f"hidden_goal:{goal}" for goal in (0, 2, 3, 4, 5, 6, 7)),
     test_envs=("hidden_goal:1", "hidden_goal:8"),  # of the three kinds of goals a side and a corner
-    teacher=PPO(
-        agents=64,
-        num_envs=6,  # learns in eight gaps what a student can distinguish (see the results page)
-        updates=64,
-        num_steps=16,
-        update_epochs=1,  # slow: learns over all of eight gaps
-        num_minibatches=1,
-        lr=2e-2,  # small networks
-        gamma=0.99,
-        gae_lambda=0.95,
-        normalised=False,  # goals are one-hot, rewards 0 or 1
-        hidden=16,
-    ),
-    ppo=PPO(  # searched on the meta-training goals (see the results page)
-        agents=64,
-        num_envs=1,
-        updates=64,
-        num_steps=32,
-        update_epochs=8,
-        num_minibatches=2,
-        lr=2e-2,
-        gamma=0.99,
-        gae_lambda=0.95,
-        normalised=False,
-        hidden=16,
-    ),
+    teacher=replace(GRID, num_envs=6, update_epochs=1, num_minibatches=1),  # slow: learns over all of eight gaps
+    ppo=replace(GRID, num_envs=1, num_steps=32, update_epochs=8, num_minibatches=2, gamma=0.9),  # searched (see the results page)
     gaps=(8, 0),
     chunk=16,
     width=64,
@@ -233,7 +212,18 @@ LAPTOP = dict(
     action_size=4,
     test_seeds=256,
 )
-PRESETS = {"thesis": {}, "laptop": LAPTOP}
+BODIES = dict(  # a body on 2 CPU cores, in two and a half hours
+    envs=("half_cheetah",),
+    test_envs=("Reacher-v4", "ant", "dm_cartpole_swing_up"),
+    teacher=PPO(agents=8, num_minibatches=8),
+    ppo=PPO(agents=8, num_minibatches=8),
+    width=128,
+    layers=3,
+    meta_steps=1_500,
+    batch=14,
+    lr=1e-3,
+)
+PRESETS = {"thesis": {}, "laptop": LAPTOP, "bodies": BODIES}
 
 
 # ======================================================================================================================
@@ -299,12 +289,9 @@ class GLA(nn.Module):
 class Projection(NamedTuple):
     """The projections of a task: observations (s, a, obs_size) and actions (s, b, action_size) (section 6.2).
 
-    An action a, or a choice as a one-hot vector, is a P to the Transformer, with P of orthonormal rows; its output y is in the
-    projected space. A policy there, a normal distribution N(y, sigma^2 I), is one of native actions too: as P P^T = I, the
-    part of it that lies in the rows of P is N(y P^T, sigma^2 I), whatever happens elsewhere, where actions have no effect. So
-    recorded and predicted policies are compared in the native space, as normal distributions of mean y P^T. For choices, y P^T
-    are the logits: each choice has a direction, and its logit is the component of y along it. Rows are drawn for each sequence,
-    so the effect of a direction has to be learned in it; those of choices are rows of the identity, which are learned soonest.
+    The Transformer reads an action a, or a choice as a one-hot vector, as a P. The rows of P are orthonormal, so its output, a
+    normal distribution N(y, sigma^2 I) in the projected space, is N(y P^T, sigma^2 I) of native actions; there policies are
+    compared. Of choices y P^T are the logits, and the rows are those of the identity, which are learned soonest.
     """
 
     obs: Tensor
@@ -520,8 +507,8 @@ def subsample(
     args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
-    for each; the policies to be predicted; and where they are, (s, t), as the untrained one is context alone. Of all this
-    those that are this process' `own`. With gap 0 the updates are consecutive, and the policy is the last one in all of them."""
+    for each; the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the
+    part that is this process' `own`. With gap 0 the updates are consecutive, and the policy is the last one in all of them."""
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
@@ -537,9 +524,11 @@ def subsample(
     return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy)), predicted
 
 
-def meta_loss(student: Student, tasks: list[tuple[Projection, Steps, Policy, Tensor]]) -> Tensor:
-    """Minus J of Eq. 6.1, per step. tasks: of each environment the projections and sequences (s, t, ...), the policies to be
-    predicted, and where they are. The Transformer reads as many steps at once as it has positions, cloning one."""
+Task = tuple[Projection, Steps, Policy, Tensor]  # of an environment: sequences (s, t, ...), what is predicted, and whether it is
+
+
+def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
+    """Minus J of Eq. 6.1, per step. The Transformer reads as many steps at once as it has positions, cloning one."""
     args, inputs = student.args, []
     for projection, steps, *_ in tasks:
         progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
@@ -553,7 +542,17 @@ def meta_loss(student: Student, tasks: list[tuple[Projection, Steps, Policy, Ten
     outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
     losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
     predicted = torch.cat([task[3] for task in tasks]).float()
-    return (torch.cat(losses) * predicted).sum() / predicted.sum().clamp(min=1)
+    count = es.all_reduce_mean(predicted.sum()).clamp(min=1)  # the same in all processes
+    return (torch.cat(losses) * predicted).sum() / count
+
+
+def merge(tasks: list[Task]) -> list[Task]:
+    """Those of environments with as many observations and actions become one: fewer and larger products."""
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        _, steps, policy, _ = task
+        groups.setdefault((steps.obs.shape[2], policy.mean.shape[2], policy.log_std is None), []).append(task)
+    return [tree_map(lambda *x: None if x[0] is None else torch.cat(x), *group) for group in groups.values()]
 
 
 def meta_train(
@@ -578,7 +577,7 @@ def meta_train(
                 batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
                 tasks.append((projection, *batch))
 
-            loss = meta_loss(fused[name], tasks)
+            loss = meta_loss(fused[name], merge(tasks))
             adam[name].zero_grad()
             loss.backward()
             es.average_gradients(student.model.parameters())
@@ -635,12 +634,11 @@ def init_moments(p: int, size: int, device: torch.device) -> dict[str, Tensor]:
 
 def update_moments(moments: dict[str, Tensor], x: Tensor) -> None:
     """Add x (p, e, n) to the moments, in place (Chan et al. 1979)."""
-    e, delta = x.shape[1], x.mean(1, keepdim=True) - moments["mean"]
-    total = moments["count"] + e
-    squares = moments["var"] * moments["count"] + x.var(1, unbiased=False, keepdim=True) * e
-    moments["var"].copy_((squares + delta**2 * moments["count"] * e / total) / total)
-    moments["mean"] += delta * e / total
-    moments["count"] += e
+    var, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+    moments["count"] += x.shape[1]
+    weight = x.shape[1] / moments["count"]  # of x
+    moments["var"].lerp_(var + (1 - weight) * (mean - moments["mean"]) ** 2, weight)
+    moments["mean"].lerp_(mean, weight)
 
 
 def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
@@ -659,7 +657,7 @@ def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path
     p, e, t = ppo.agents, ppo.num_envs, ppo.num_steps
     env = make_env(name, p * e, device)
     nets = ActorCritic(ppo, env, torch.default_generator)
-    adam = torch.optim.Adam(nets.params.values(), ppo.lr, eps=1e-5)
+    adam = torch.optim.Adam(nets.params.values(), ppo.lr, eps=1e-5, fused=True)
     world, obs = env.reset(torch.rand(p * e, env.lifetime_draws, device=device))
     returns = torch.zeros(p, e, 1, device=device)
     trajectories = empty_trajectories(ppo, name)
@@ -717,21 +715,21 @@ def collect_rollout(
         normal_obs = normalised_obs(ppo, nets, native_obs)
         policy, shape = nets.policy(normal_obs), normal_obs.shape[:2]
         action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, nets.b, device=obs.device))
-        world, step = env.step(world, executed(action, nets.discrete).flatten(0, 1), torch.rand(env.num_envs, env.num_draws, device=obs.device))
+        draws = torch.rand(env.num_envs, env.num_draws, device=obs.device)
+        world, step = env.step(world, executed(action, nets.discrete).flatten(0, 1), draws)
         reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        final_obs = normalised_obs(ppo, nets, step.final_obs.unflatten(0, shape))
         ended = terminated + truncated
         obs = step.obs
-        raw.append({"obs": native_obs, "reward": reward})
+        raw.append({"obs": native_obs, "reward": reward, "final_obs": step.final_obs.unflatten(0, shape)})
         if ppo.normalised:
             returns.copy_(ppo.gamma * returns + reward[..., None])
             update_moments(nets.return_moments, returns)
             reward = standardise(nets.return_moments, reward[..., None], centred=False)[..., 0]
             returns *= 1 - ended[..., None]
-        transition = {"obs": normal_obs, "action": action, "reward": reward, "terminated": terminated, "ended": ended}
-        data.append(transition | {"final_obs": final_obs})
+        data.append({"obs": normal_obs, "action": action, "reward": reward, "terminated": terminated, "ended": ended})
         policies.append(policy)
     data, raw = ({name: torch.stack([x[name] for x in steps], 2) for name in steps[0]} for steps in (data, raw))
+    data["final_obs"] = normalised_obs(ppo, nets, raw["final_obs"])
     acted = Policy(*(torch.stack(x, 2) if x[0] is not None else None for x in zip(*policies, strict=True)))
     return world, obs, data, acted, raw
 
@@ -855,7 +853,8 @@ def ppo_rows(
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
     """How new a task is. It is known to a student only from teachers in it, and without projections."""
     if task not in args.envs:
-        return "task" if base(task) in map(base, args.envs) else "domain"
+        family, *known = (envs.base_name(name).removesuffix("_3d") for name in (task, *args.envs))  # headings are one
+        return "task" if family in known else "domain"
     return "task" if student and (args.projected or task not in student.envs) else "none"
 
 
@@ -869,11 +868,6 @@ def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
         world, step = env.step(world, action, draw(env.num_draws))
         rewards.append(step.reward)
     return torch.stack(rewards, 1)
-
-
-def base(name: str) -> str:
-    """An environment without its task. Headings in any number of dimensions are one family."""
-    return envs.base_name(name).removesuffix("_3d")
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
@@ -1347,7 +1341,7 @@ def make_students(args: Args) -> dict[str, Student]:
 
     for number, gap in enumerate(args.gaps if "gla" in learners else ()):
         add("gla" + (f", g = {gap}" if number else ""), gap)
-    if "one-task" in learners and len(set(args.envs)) > 1:
+    if args.learner == "one-task" or ("one-task" in learners and len(set(args.envs)) > 1):
         add("one-task", args.gaps[0], envs=args.envs[:1])
     if "no-reward" in learners:
         add("no-reward", args.gaps[0], masked="reward")

@@ -200,6 +200,36 @@ def test_what_controls_do_not_read(masked, read):
     torch.testing.assert_close(losses.mean(), loss.detach())
 
 
+def test_bfloat16_hardly_changes_gradients(monkeypatch):
+    """As on a GPU; the targets are compared in full precision."""
+    args, autocast, grads = replace(ARGS, width=48), torch.autocast, []
+    net, steps = model(args), random_steps()
+    projection = gla.draw_projection(args, gla.make_env("hidden_goal:3", 1), torch.arange(4))
+    targets = gla.Policy(torch.randn(4, 12, 4, generator=DRAWS), None), torch.ones(4, 12, dtype=torch.bool)
+    for enabled in (False, True):
+        monkeypatch.setattr(torch, "autocast", lambda *kind, enabled, on=enabled: autocast(*kind, enabled=on))
+        loss = gla.meta_loss(student(net, args=args), [(projection, steps, *targets)])
+        assert loss.dtype == torch.float32
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    assert not torch.equal(*grads) and torch.cosine_similarity(*grads, dim=0) > 0.999
+
+
+def test_environments_of_equal_sizes_are_merged():
+    """Into the same loss; others stay apart."""
+    args, tasks = replace(ARGS, obs_size=9), []
+    for number, (name, discrete) in enumerate([("hidden_goal:3", True), ("heading:0", False), ("hidden_goal:4", True)]):
+        env = gla.make_env(name, 1)
+        b = env.num_actions or env.action_size
+        steps = random_steps(2, 12, env.obs_size, b, discrete)
+        policy = gla.Policy(torch.randn(2, 12, b, generator=DRAWS), None if discrete else torch.zeros(2, 12, b))
+        predicted = torch.rand(2, 12, generator=DRAWS) < 0.7
+        tasks.append((gla.draw_projection(args, env, torch.arange(2) + 2 * number), steps, policy, predicted))
+    merged = gla.merge(tasks)
+    assert [len(steps.reward) for _, steps, *_ in merged] == [4, 2]
+    one = student(args=args)
+    torch.testing.assert_close(gla.meta_loss(one, merged), gla.meta_loss(one, tasks))
+
+
 def test_comparisons_change_one_thing():
     """The flags of a control are gla's, but for what it is named after; all begin with the same weights."""
     args = replace(ARGS, envs=("hidden_goal:3", "hidden_goal:4"), gaps=(2, 0))
