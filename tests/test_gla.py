@@ -33,7 +33,7 @@ def model(args=ARGS):
 
 
 def student(net=None, gap=2, args=ARGS, **options):
-    return gla.Student(args, net or model(args), gap, ("hidden_goal:3",), **options)
+    return gla.Student(args, model(args) if net is None else net, gap, ("hidden_goal:3",), **options)
 
 
 def random_steps(s=4, t=12, a=9, b=4, discrete=True):
