@@ -475,7 +475,8 @@ def measure_gla(bench: Bench) -> None:
 
     args = bench.args(gla)
     env_name = "heading:0" if bench.thesis else "hidden_goal:8"
-    few = replace(args, agents=4, num_envs=1, updates=args.chunks, update_epochs=1, num_minibatches=1)
+    few = replace(args.teacher, agents=4, num_envs=1, updates=args.chunks, update_epochs=1)
+    few = replace(few, num_steps=max(few.num_steps, args.chunk), num_minibatches=1)
     trajectories = gla.collect(few, env_name, bench.device, lambda _: None).to(bench.device)
     env = gla.make_env(env_name, 1, bench.device)
     torch.manual_seed(0)
@@ -493,7 +494,7 @@ def measure_gla(bench: Bench) -> None:
 
     def loss(*task: Any) -> Tensor:
         adam.zero_grad()
-        return gla.meta_loss(args, 1, net, [task]).mean()
+        return gla.meta_loss(gla.Student(args, net, 1, (env_name,)), [task])
 
     def optimise() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -511,8 +512,9 @@ def measure_gla(bench: Bench) -> None:
     model = gla.GLA(replace(args, chunks=steps // args.chunk)).to(bench.device)
     inputs = torch.randn(count, steps, model.embed.in_features, device=bench.device)
     with torch.no_grad():
-        _, _, cache = model(inputs[:, :-1])
-        cached = median(lambda: model(inputs[:, -1:], cache), bench.repetitions)
+        cache = model.empty_cache(count)
+        model(inputs[:, :-1], cache)
+        cached = median(lambda: model(inputs[:, -1:], cache, steps - 1), bench.repetitions)
         whole = median(lambda: model(inputs), 3)
     rates = {"steps_per_s": count / cached, "without_cache": count / whole}
     bench.note(f"gla: the last of {steps} steps of {count} lifetimes", ms=1e3 * cached, **rates)
@@ -523,9 +525,9 @@ def measure_ppo(bench: Bench, args: Any) -> None:
     CleanRL has it."""
     import gla
 
-    cleanrl = dict(num_envs=4, num_steps=128, updates=2, update_epochs=4, num_minibatches=4, ppo_hidden=64)
+    cleanrl = dict(num_envs=4, num_steps=128, updates=2, update_epochs=4, num_minibatches=4, hidden=64)
     for env, agents in itertools.product(("hidden_goal:8", "cartpole", "heading:0"), (128, 1)):
-        own = replace(args, agents=agents, **cleanrl)
+        own = replace(args.teacher, agents=agents, **cleanrl)
         seconds = median(partial(gla.collect, own, env, bench.device, lambda _: None), 3)
         rate = agents * own.num_envs * own.num_steps * own.updates / seconds / 1e3
         bench.note(f"gla: PPO in {env}, {agents} agents", K_steps_per_s=rate)
@@ -566,7 +568,7 @@ TOY = {
     "fme": dict(execution_steps=20),
     "symla": dict(population=4, evaluations=2, lifetime_steps=5, test_seeds=4),
     "metagenrl": dict(hidden=8, objective_units=4, objective_filters=4, length=4, batch_size=4),
-    "gla": dict(chunk=4, chunks=3, width=16, layers=1, heads=2, batch=4, num_steps=8),
+    "gla": dict(chunk=4, chunks=3, width=16, layers=1, heads=2, batch=4),
     "vsml": dict(population=2, sequence_length=4, test_seeds=2, test_steps=4),
 }
 

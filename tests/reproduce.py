@@ -403,32 +403,53 @@ GPICL = {
                                                              metric="accuracy", novelty=one[1])])),
 }
 
-GOAL = "hidden_goal:8"
-ONE_GOAL = f"gla.py --envs {GOAL} --test-envs --no-projected --gaps 1 2 4 8 0 --baselines ppo uniform"
-ON_GRID = [*rises("gla, g = 8", [GOAL], "grid"), at("gla, g = 8", GOAL, run="grid") > at("gla", GOAL, run="grid"),
-           at("gla, g = 0", GOAL, 0, "grid") > at("gla, g = 8", GOAL, 0, "grid")]
-ON_ANT = [*rises("gla, g = 8", ["ant"], "ant"), *higher("gla, g = 8", ["uniform"], ["ant"], 0, "ant")]
-BODIES = ["ant", "Reacher-v4", "half_cheetah", "dm_cartpole"]
-DOMAINS = {"laptop": ["point_mass", "reacher", "dm_cartpole", "cart_swing_up"], "thesis": BODIES}
+GOALS = ["hidden_goal:1", "hidden_goal:8"]
+ONE_GOAL = f"gla.py --envs {GOALS[1]} --test-envs --no-projected --gaps 8 1 2 4 0"
+ONE_BODY = "--test-envs --no-projected --gaps 60 20 0"
+TWO_WAYS = "--test-envs --no-projected --gaps 60 --baselines one-task no-reward cloning uniform"
+BODIES = ["Reacher-v4", "ant", "dm_cartpole_swing_up"]
+OTHERS = {"laptop": {"headings": ["heading_3d:0", "reacher", "dm_cartpole_swing_up"], "bodies": BODIES},
+          "thesis": {"": ["Reacher-v4", "half_cheetah", "dm_cartpole_swing_up"]}}
+HEADINGS_PPO = "--ppo.num-steps 16 --ppo.num-minibatches 1 --ppo.updates 128 --ppo.gamma 0.9"
+
+
+def faster_with_gaps(env: str, run: str, slow: str) -> list[Claim]:
+    return [*rises("gla", [env], run), at("gla", env, run=run) > at(slow, env, run=run)]
+
+
+def both_ways(one: str, other: str, run: str) -> list[Claim]:
+    return [*rises("gla", [one, other], run), *higher("gla", ["one-task", "no-reward"], [other], run=run),
+            *higher("one-task", ["uniform"], [one], run=run), at("one-task", other, run=run) < at("one-task", one, run=run)]
+
+
 GLA = {
     "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
-        {"grid": ONE_GOAL}, lambda preset: ON_GRID + ON_ANT * (preset == "thesis"),
-        {"grid": ONE_GOAL, "ant": "gla.py --envs ant --test-envs --no-projected --gaps 1 8 0 --baselines uniform"}),
+        {"one goal": ONE_GOAL, "goals": "L4.0", "cheetah": f"gla.py --preset bodies {ONE_BODY}"},
+        lambda preset: [claim for env, run, slow in {
+            "laptop": [(GOALS[1], "one goal", "gla, g = 1"), *((goal, "goals", "gla, g = 1") for goal in GOALS),
+                       ("half_cheetah", "cheetah", "gla, g = 20")],
+            "thesis": [(GOALS[1], "one goal", "gla, g = 1"), ("ant", "ant", "gla, g = 20")]}[preset]
+            for claim in faster_with_gaps(env, run, slow)] + [
+            at("gla, g = 0", GOALS[1], 0, "one goal") > at("gla", GOALS[1], 0, "one goal")],
+        {"one goal": f"{ONE_GOAL} --preset laptop", "ant": f"gla.py --envs ant {ONE_BODY}"}),
     "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
-        "gla.py --envs heading:0 heading:180 --test-envs --no-projected --gaps 8 --batch 12 --baselines one-task uniform",
-        per({"laptop": [("heading:0", "heading:180")], "thesis": [("ant:0", "ant:180")]}, lambda envs: [
-            *rises("gla", envs), *higher("one-task", ["uniform"], envs[:1]), *higher("gla", ["one-task"], envs[1:]),
-            at("one-task", envs[1]) < at("one-task", envs[1], 0) + 0.1]),
-        "gla.py --envs ant:0 ant:180 --test-envs --no-projected --gaps 8 --baselines one-task uniform",
-        needs="Ant needs a GPU"),
+        {"headings": "gla.py --envs heading:0 heading:180 --batch 12 "
+                     f"{TWO_WAYS.replace('--gaps 60', '--gaps 8')}",
+         "cheetah": f"gla.py --preset bodies --envs half_cheetah:0 half_cheetah:180 {TWO_WAYS}"},
+        per({"laptop": [("heading:0", "heading:180", "headings"), ("half_cheetah:0", "half_cheetah:180", "cheetah")],
+             "thesis": [("ant:0", "ant:180", "ant")]}, lambda one: both_ways(*one)),
+        {"ant": f"gla.py --envs ant:0 ant:180 {TWO_WAYS}"},
+        needs="hours on 2 cores"),
     "L3": Row("Fig. 6.5", "Ant to Reacher, HalfCheetah, Cartpole: rises",
-        f"gla.py --envs heading:0 --test-envs heading:90 flight:0 {' '.join(DOMAINS['laptop'])} --gaps 8 0 "
-        "--baselines ppo uniform",
-        per(DOMAINS, lambda env: [*rises("gla", [env]), *higher("gla", ["uniform"], [env])]), "gla.py --baselines ppo uniform"),
+        {"headings": f"gla.py --envs heading:0 --test-envs {' '.join(OTHERS['laptop']['headings'])} {HEADINGS_PPO}",
+         "bodies": "gla.py --preset bodies"},
+        lambda preset: [claim for run, others in OTHERS[preset].items() for env in others for claim in (
+            *rises("gla", [env], run), *higher("gla", ["no-reward", "uniform"], [env], run=run))],
+        "gla.py"),
     "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",
-        "gla.py --gaps 8 0 1 --baselines ppo uniform",
-        per({"laptop": [("hidden_goal:1", 128), (GOAL, 128)], "thesis": [(env, 1024) for env in BODIES]}, lambda one: [
-            at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
+        "gla.py --gaps 8 1 0",
+        per({"laptop": [(goal, 128) for goal in GOALS], "thesis": [(env, 1024) for env in ("ant", *OTHERS["thesis"][""])]},
+            lambda one: [at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
 }
 
 CONTROLS = "--baselines no_reward hill_climbing hill_climbing_matched random_search"

@@ -696,6 +696,16 @@ def test_hidden_goal():
         envs.make("hidden_goal:9", 1)
 
 
+def test_half_cheetah_in_two_directions():
+    """The speed counts with its direction, the cost of the action does not."""
+    there, back, plain = (envs.make(name, 2) for name in ("half_cheetah:0", "half_cheetah:180", "half_cheetah"))
+    state, _ = there.reset(draws(there, 2))
+    action = torch.rand(2, 6, generator=DRAWS)
+    rewards = [env.step(state, action, draws(env, 2))[1].reward for env in (there, back, plain)]
+    torch.testing.assert_close(rewards[0] + rewards[1], -0.2 * (action**2).sum(-1))
+    assert torch.equal(rewards[0], rewards[2]) and not torch.equal(rewards[0], rewards[1])
+
+
 @pytest.mark.parametrize("name, theirs", [("half_cheetah", "HalfCheetah-v4"), ("ant:0", "Ant-v4")])
 def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
     """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before
@@ -818,8 +828,8 @@ def test_a_heading_pays_one_along_its_direction():
     assert not (step.terminated | step.truncated).any()
 
 
-def test_a_flight_pays_one_along_its_direction():
-    env = envs.make("flight:90", 3, dtype=torch.float64)
+def test_a_heading_in_space_pays_one_along_its_direction():
+    env = envs.make("heading_3d:90", 3, dtype=torch.float64)
     state, _ = env.reset(draws(env, 3))
     up = math.sqrt(3) / 2
     for _ in range(100):

@@ -59,7 +59,7 @@ ENVS = {  # name: module and class, imported when the name is asked for
     "dense_grid_world": "grid:DenseGridWorld",
     "hidden_goal": "grid:HiddenGoal",
     "heading": "tasks:Heading",
-    "flight": "tasks:Heading",
+    "heading_3d": "tasks:Heading",
     "half_cheetah": "mujoco:HalfCheetah",
     "ant": "mujoco:Ant",
     "dm_cartpole": "mujoco:DMCartPole",
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options of the names that share a cla
     "medium_bandit": {"better": 0.75},
     "hard_bandit": {"better": 0.6},
     "swapped_grid_world": {"swapped": True},
-    "flight": {"dims": 3},
+    "heading_3d": {"dims": 3},
     "dm_cartpole_swing_up": {"swing_up": True},
 }
 WRAPPERS = {

@@ -254,22 +254,25 @@ def gymnasium_model(name: str) -> str:
 
 
 class HalfCheetah(MuJoCo):
-    """gymnasium's HalfCheetah-v4: run. Six torques, 1,000 steps of 0.05 s, no failure.
+    """gymnasium's HalfCheetah-v4: run. Six torques, 1,000 steps of 0.05 s, no failure. The size is
+    the direction in degrees: half_cheetah:0 runs forwards as gymnasium's, half_cheetah:180 backwards.
 
     Observations: all positions but the one along the way, all velocities.
-    Reward: the speed, minus a tenth of the action's squared length.
+    Reward: the speed in the direction, minus a tenth of the action's squared length.
     """
 
     obs_size = 17
     obs_scale = (1.0,) * 8 + (5.0,) * 9
     action_size = 6
     max_steps = 1000
+    min_size = 0
     reset_draws = 9 + 2 * 9
     skip = 5
     seconds = 0.05  # of a step
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any, size: int = 0):
         super().__init__(gymnasium_model("half_cheetah"), *args)
+        self.direction = math.cos(math.radians(size))
 
     def reset_env(self, draws: Tensor) -> State:
         return self.near_start(draws, 0.1, 0.1)
@@ -280,7 +283,7 @@ class HalfCheetah(MuJoCo):
     def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
         moved = self.simulate(state["physics"], action)
         speed = ((moved[:, 0] - state["physics"][:, 0]) / self.seconds).to(self.dtype)
-        reward = speed - 0.1 * (action.clamp(-1, 1) ** 2).sum(-1)
+        reward = self.direction * speed - 0.1 * (action.clamp(-1, 1) ** 2).sum(-1)
         return {"physics": moved}, reward, never(reward)
 
 

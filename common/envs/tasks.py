@@ -101,7 +101,7 @@ class Heading(Env):
 
     The drag grows with the speed in the plane and with its square in space. The size is the
     direction in degrees, in space 30 degrees above the horizon, and defines the task: heading:0 to
-    heading:359, flight:0 to flight:359.
+    heading:359, heading_3d:0 to heading_3d:359.
     Observations: the velocity. Reward: the velocity along the direction, in the long run at most 1.
     state: velocity (p, dims).
     """
