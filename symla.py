@@ -281,10 +281,10 @@ class Carry(NamedTuple):
 
     state: State  # the learner's
     env: dict[str, Tensor]  # the environments', (p * e, ...)
-    obs: Tensor  # (p, e, a)
+    obs: Tensor  # (p, e, a) of the state that reward and done belong to, also where an episode ended
     action: Tensor  # (p, e, b) the last one, one-hot; zeros before the first
     reward: Tensor  # (p, e) for it
-    done: Tensor  # (p, e) whether it ended an episode; the agent is not reset
+    done: Tensor  # (p, e) whether it ended an episode; the next one begins a step later, and the agent is not reset
 
 
 class Outcome(NamedTuple):
@@ -569,6 +569,9 @@ class Agent:
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
+
+    At the end of an episode it acts too, on the last observation; ignore that action, reset the environment, and go on with
+    act(obs) on the first one. Gymnasium's vector environments do so by themselves.
 
     obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (e, a) for several; reward and done
     are those of the last action, () or (e,). Actions are integers, an int or (e,). The agent learns from its first action on,
@@ -889,10 +892,11 @@ def learners_of(args: Args, name: str) -> list[str]:
 
 
 def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu", compile: bool = False) -> Env:
-    """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
+    """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike. As in
+    appendix C.4 a new episode begins with the step after the end: so the agent observes what its last action led to."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     options = {option: True} if option and args.sutton_barto_reward else {}
-    return envs.make(name, count, device, scaled=True, compile=compile, **options)
+    return envs.make(name, count, device, scaled=True, compile=compile, next_step_reset=True, **options)
 
 
 def batch_size(args: Args, env: Env) -> int:

@@ -387,6 +387,27 @@ def test_auto_reset():
     assert ends >= 8
 
 
+@pytest.mark.parametrize("name", ["cartpole", "shuffled_cartpole", "CartPole-v1"])
+def test_with_next_step_reset_an_episode_begins_with_the_step_after(name):
+    """A step that ends an episode returns its last observation; the step after ignores its action,
+    pays 0 and returns the first observation of the next."""
+    env = envs.make(name, 4, next_step_reset=True)
+    state, _ = env.reset(torch.rand(4, env.lifetime_draws, generator=DRAWS))
+    before = torch.zeros(4, dtype=torch.bool)
+    ends = 0
+    for _ in range(60):
+        state, step = env.step(state, torch.ones(4, dtype=torch.int64), draws(env, 4))
+        ended = step.terminated
+        largest = step.obs.abs().amax(-1)
+        assert torch.equal(step.obs, step.final_obs)
+        assert (largest[ended] > 0.3).all() and (largest[before] < 0.3).all()
+        assert torch.equal(step.reward, 1 - before.float())
+        assert not (ended & before).any()
+        before = ended
+        ends += int(ended.sum())
+    assert ends >= 8
+
+
 def test_the_time_limit_of_cartpole_truncates():
     env = envs.make("cartpole", 64)
     state, obs = env.reset(draws(env, 64))

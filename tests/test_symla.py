@@ -216,6 +216,26 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
     assert all(torch.equal(one, other) for one, other in zip(states[:40], states[40:], strict=True))
 
 
+def test_a_reward_comes_with_the_observation_of_what_paid_it():
+    """Whoever is paid observes itself on the heart or the trap."""
+    paid, seen = 0, 0
+
+    class Spied(symla.UniformPolicy):
+        def act(self, params, state, obs, action, reward, done):
+            nonlocal paid, seen
+            agent, heart, trap = obs.unflatten(-1, (3, 9)).unbind(-2)
+            objects = torch.where(reward[..., None] > 0, heart, trap)
+            paid += (reward != 0).sum()
+            seen += ((agent * objects).sum(-1) == 1)[reward != 0].sum()
+            assert torch.equal(done[reward != 0], torch.ones(int((reward != 0).sum())))
+            return super().act(params, state, obs, action, reward, done)
+
+    learner, env = Spied(ARGS), symla.make_env(ARGS, "grid_world:3", 50)
+    step, draws = partial(symla.one_step, learner, env), symla.lifetime_draws(env, 50, 60, 0)
+    symla.lifetime(learner, step, env, torch.zeros(1, 0), draws)
+    assert paid > 100 and seen == paid
+
+
 def test_members_share_environments_and_luck():
     learner = symla.SymLA(ARGS)
     theta = random_theta(learner).repeat(3, 1)
@@ -453,19 +473,35 @@ def test_the_shipped_agent_learns_ten_armed_bandits():
     assert regret.mean() < 12
 
 
-def test_an_agent_plays_gymnasiums_cartpole(finished):
+def test_an_agent_plays_gymnasiums_cartpole():
+    """As its docstring says: it acts on the last observation of an episode, too."""
     import gymnasium
 
-    env, agent = gymnasium.make("CartPole-v1"), symla.SymLA.load(finished[0] / "checkpoint.pt", num_actions=2)
+    env, agent = gymnasium.make("CartPole-v1"), symla.SymLA.load("pretrained", num_actions=2)
     obs, _ = env.reset(seed=0)
     action, ends = agent.act(obs), 0
-    for _ in range(60):
+    for _ in range(200):
         obs, reward, terminated, truncated, _ = env.step(action)
-        ends += terminated
+        action = agent.act(obs, reward, terminated or truncated)
         if terminated or truncated:
             obs, _ = env.reset()
-        action = agent.act(obs, reward, terminated or truncated)
-    assert 1 <= ends <= 10
+            action, ends = agent.act(obs), ends + 1
+        assert action in (0, 1)
+    assert 1 <= ends <= 25
+
+
+def test_an_agent_plays_gymnasiums_vector_environments():
+    """Which begin an episode with the step after, as meta-training does."""
+    import gymnasium
+
+    env, agent = gymnasium.make_vec("CartPole-v1", 3), symla.SymLA.load("pretrained", num_actions=2)
+    obs, _ = env.reset(seed=0)
+    reward, done = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
+    for _ in range(60):
+        obs, reward, terminated, truncated, _ = env.step(agent.act(obs, reward, done).numpy())
+        assert (reward[done] == 0).all()
+        done = terminated | truncated
+    assert agent.state[0].shape[:4] == (1, 3, 4, 2)
 
 
 def test_environments_of_gymnasium(tmp_path):

@@ -30,6 +30,7 @@ class Wrapper(Env):
         self.episodic = env.episodic
         self.stationary = env.stationary
         self.compilable = env.compilable
+        self.next_step_reset = env.next_step_reset
         self.resumable = env.resumable
         self.reset_draws = env.reset_draws
         self.step_draws = env.step_draws
