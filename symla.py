@@ -37,7 +37,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cells, checkpoints, envs, es, machine
+from common import cells, checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
@@ -125,10 +124,14 @@ class Args:
     """Start meta-training from this checkpoint's parameters, for the learners that it has: a curriculum (not in the thesis)."""
     meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
-    population: Annotated[int, (2, 2**20)] = 512
-    """es: members of a population, half of them the mirror images of the others (C.2.2)."""
+    population: Annotated[int, (2, 2**20)] = 1024
+    """es: members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
+    counts antithetic pairs)."""
     evaluations: Size | None = None
-    """es: lifetimes of each member, in environments that all members share (C.2.2: 10, bandits 100)."""
+    """es: lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
+    common_lifetimes: bool = False
+    """es: all pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
+    members share (C.4)."""
     chunk: Count | None = None
     """es: pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
     noise_std: Positive | None = None
@@ -184,6 +187,7 @@ LAPTOP = dict(
         "independent_bandit:12",
     ),  # it acts with any number
     population=64,  # 0.3 s a step
+    common_lifetimes=True,  # ranks compare members, not lifetimes
     rank_shaping=True,  # the best and the worst of a small population outweigh all others
     noise_end=0.03,  # the parameters themselves are tested, not their neighbourhood
     lr_decay=True,  # settles what the high rate leaves noisy
@@ -281,6 +285,7 @@ class Carry(NamedTuple):
 
     state: State  # the learner's
     env: dict[str, Tensor]  # the environments', (p * e, ...)
+    keys: Tensor  # (p, e, 2) of the next step's random numbers
     obs: Tensor  # (p, e, a) of the state that reward and done belong to, also where an episode ended
     action: Tensor  # (p, e, b) the last one, one-hot; zeros before the first
     reward: Tensor  # (p, e) for it
@@ -302,16 +307,16 @@ def observed(obs: Tensor, p: int) -> Tensor:
     return obs.unflatten(0, (p, -1))
 
 
-def one_step(learner: Learner, env: Env, params: Params, carry: Carry, draws: Tensor) -> tuple[Carry, Outcome]:
-    """The body of the inner loop of Algorithm 14. draws (e, 1 + env.num_draws) uniform numbers, the same for all members of a
-    population."""
+def one_step(learner: Learner, env: Env, params: Params, carry: Carry) -> tuple[Carry, Outcome]:
+    """The body of the inner loop of Algorithm 14."""
     p, e, b = carry.action.shape
+    keys, draws = uniform_draws(carry.keys, 1 + env.num_draws)
     state, logits = learner.act(params, carry.state, carry.obs, carry.action, carry.reward, carry.done)
     policy = logits.softmax(-1)
-    chosen = (policy.cumsum(-1) < draws[:, :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
+    chosen = (policy.cumsum(-1) < draws[..., :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
 
     expected_rewards = env.expected_rewards(carry.env)
-    world, step = env.step(carry.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
+    world, step = env.step(carry.env, chosen.flatten(), draws[..., 1:].flatten(0, 1))
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
 
@@ -319,54 +324,58 @@ def one_step(learner: Learner, env: Env, params: Params, carry: Carry, draws: Te
     if expected_rewards is not None:
         expected_rewards = expected_rewards.unflatten(0, (p, e))
         expected, best = (policy * expected_rewards).sum(-1), expected_rewards.amax(-1)
-    return Carry(state, world, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
+    return Carry(state, world, keys, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
 
 
-def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, draws: tuple[Tensor, Tensor]) -> Outcome:
+def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, keys: Tensor, steps: int) -> Outcome:
     """One lifetime of L steps over as many episodes as fit, for all members in all environments (Algorithm 14, inner loop).
 
-    theta (p, d); draws: (e, env.lifetime_draws) for the reset and (t, e, 1 + env.num_draws). step_fn: one_step of this learner
-    and this environment, or a compiled one. Returns an Outcome of (p, e, t).
+    theta (p, d); keys (p, e, 2) of all that is random in each. step_fn: one_step of this learner and this environment, or a
+    compiled one. Returns an Outcome of (p, e, t).
     """
-    first, later = draws
-    p, e, b = len(theta), len(first), env.num_actions
-    world, obs = env.reset(first.expand(p, -1, -1).flatten(0, 1))
+    (p, e), b = keys.shape[:2], env.num_actions
+    keys, draws = uniform_draws(keys, env.lifetime_draws)
+    world, obs = env.reset(draws.flatten(0, 1))
     obs = observed(obs, p)
     zeros = torch.zeros(2, p, e, device=theta.device)
     state = learner.initial_state(p, e, obs.shape[-1], b, theta.device)
-    carry = Carry(state, world, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
+    carry = Carry(state, world, keys, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
 
     params, outcomes = learner.params(theta), []
-    for draw in later.unbind(0):
-        carry, outcome = step_fn(params, carry, draw)
+    for _ in range(steps):
+        carry, outcome = step_fn(params, carry)
         outcomes.append(outcome)
     return Outcome(*(torch.stack(parts, -1) for parts in zip(*outcomes, strict=True)))
 
 
-def lifetime_draws(env: Env, count: int, steps: int, *key: int) -> tuple[Tensor, Tensor]:
-    """The uniform numbers of `count` lifetimes, a pure function of key: on a GPU they are drawn on the CPU too."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (count, env.lifetime_draws), (steps, count, 1 + env.num_draws)
-    return tuple(torch.rand(shape, generator=generator).to(env.device) for shape in shapes)
+def uniform_draws(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The keys (p, e, 2) of the next step, and uniform numbers (p, e, size)."""
+    return rng.fold(keys, 1), rng.uniform(rng.fold(keys, 0), size)
+
+
+def lifetime_keys(seed: int, part: int, number: int, groups: Tensor, count: int) -> Tensor:
+    """The keys (p, count, 2) of lifetimes: different ones for each part, number, and entry of groups (p,)."""
+    first = rng.fold(rng.fold(rng.key(seed, groups.device), part), number)
+    return rng.fold(rng.fold(first, groups)[:, None], torch.arange(count, device=groups.device))
 
 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-TRAIN, TEST = 0, 1  # parts of the keys of lifetime_draws
+TRAIN, TEST = 0, 1  # parts of the keys of lifetimes
 
 
 def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Eq. 4.10, as a loss: every member acts in the same --evaluations environments. theta (d,).
+    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,).
 
     Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step.
     """
-    draws = lifetime_draws(env, args.evaluations, args.lifetime_steps, args.seed, TRAIN, step)
     rewards = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        outcome = lifetime(learner, step_fn, env, population, draws)
+        groups = torch.zeros_like(pairs) if args.common_lifetimes else pairs
+        keys = lifetime_keys(args.seed, TRAIN, step, groups, args.evaluations)
+        outcome = lifetime(learner, step_fn, env, population, keys, args.lifetime_steps)
         rewards.append(outcome.reward.mean())
         return -(outcome.expected if args.fitness == "expected" else outcome.reward).mean((1, 2))
 
@@ -485,10 +494,10 @@ def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: in
     Else the return so far, and the reward per step since the last plotted step.
     """
     learner, step_fn, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
-    draws = lifetime_draws(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
-    size = batch_size(args, env)
-    batches = zip(draws[0].split(size), draws[1].split(size, dim=1), strict=True)
-    outcomes = [lifetime(learner, step_fn, env, theta[None], batch) for batch in batches]
+    keys = lifetime_keys(args.seed, TEST, number, torch.zeros(1, dtype=torch.int64, device=env.device), args.test_seeds)
+    batches = keys.split(batch_size(args, env), dim=1)
+    steps = args.test_steps or args.lifetime_steps
+    outcomes = [lifetime(learner, step_fn, env, theta[None], batch, steps) for batch in batches]
     reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
 
     rows = []

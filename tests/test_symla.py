@@ -147,12 +147,17 @@ def test_the_start_is_that_of_appendix_c_4():
 
 
 # ---- the inner loop ----------------------------------------------------------------------------------------------------
+def keys_of(e, seed=0, part=symla.TEST, number=0, groups=(0,)):
+    """The keys of e lifetimes for each of `groups`."""
+    return symla.lifetime_keys(seed, part, number, torch.tensor(groups), e)
+
+
 def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     learner = symla.LEARNERS[name](args)
     world = envs.make(env, e)
     theta = random_theta(learner, p) if theta is None else theta
     step = partial(symla.one_step, learner, world)
-    return symla.lifetime(learner, step, world, theta, symla.lifetime_draws(world, e, steps, *key))
+    return symla.lifetime(learner, step, world, theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
 
 
 def test_the_regret_of_fixed_policies_in_closed_form():
@@ -188,7 +193,7 @@ def test_actions_are_drawn_from_the_policy_and_fed_back_with_their_rewards():
 
     learner, env = Fixed(ARGS), envs.make("independent_bandit:3", 5000)
     step = partial(symla.one_step, learner, env)
-    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), symla.lifetime_draws(env, 5000, 4, 0))
+    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), keys_of(5000), 4)
     assert torch.equal(inputs[0][1], torch.zeros(1, 5000, 3)) and (inputs[0][2] == 0).all()
     assert inputs[0][0].shape == (1, 5000, 1) and (inputs[0][0] == 1).all()  # nothing to observe but a constant
     for t in range(1, 4):
@@ -206,9 +211,9 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
             return super().act(params, state, obs, action, reward, done)
 
     env, spied = envs.make("grid_world:2", 6), Spied(ARGS)
-    theta, draws = random_theta(spied), symla.lifetime_draws(env, 6, 40, 0)
+    theta = random_theta(spied)
     for _ in range(2):
-        symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, draws)
+        symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, keys_of(6), 40)
     assert torch.stack(dones[1:40]).sum() > 6
     for lifetime in (0, 40):
         assert states[lifetime].abs().sum() == 0
@@ -231,18 +236,22 @@ def test_a_reward_comes_with_the_observation_of_what_paid_it():
             return super().act(params, state, obs, action, reward, done)
 
     learner, env = Spied(ARGS), symla.make_env(ARGS, "grid_world:3", 50)
-    step, draws = partial(symla.one_step, learner, env), symla.lifetime_draws(env, 50, 60, 0)
-    symla.lifetime(learner, step, env, torch.zeros(1, 0), draws)
+    symla.lifetime(learner, partial(symla.one_step, learner, env), env, torch.zeros(1, 0), keys_of(50), 60)
     assert paid > 100 and seen == paid
 
 
-def test_members_share_environments_and_luck():
-    learner = symla.SymLA(ARGS)
-    theta = random_theta(learner).repeat(3, 1)
-    outcome = live("symla", "grid_world:3", theta=theta)
-    for p in (1, 2):
-        assert torch.equal(outcome.reward[0], outcome.reward[p])
-    assert (outcome.reward != 0).any()
+@pytest.mark.parametrize("common", [False, True])
+def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common, monkeypatch):
+    """Members that are all alike: the two of a pair are paid the same, and all are only with --common-lifetimes."""
+    args = replace(ARGS, common_lifetimes=common, noise_std=1e-9)
+    learner, env = symla.SymLA(args), symla.make_env(args, "grid_world:3", 6)
+    outcomes = []
+    lifetime = symla.lifetime
+    monkeypatch.setattr(symla, "lifetime", lambda *inputs: outcomes.append(lifetime(*inputs)) or outcomes[-1])
+    symla.es_gradient(args, learner, partial(symla.one_step, learner, env), env, random_theta(learner)[0], 0)
+    plus, minus = outcomes[0].reward.view(2, 4, 6, -1)
+    assert torch.equal(plus, minus) and (plus != 0).any()
+    assert all(torch.equal(plus[0], other) == common for other in plus[1:])
 
 
 def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
@@ -266,22 +275,31 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
         again = symla.es_gradient(replace(args, chunk=chunk), learner, step, env, theta, 3)
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
-    noise = symla.es.directions(4, len(theta), args.seed, 3)
-    draws, slow = symla.lifetime_draws(env, 6, args.lifetime_steps, args.seed, symla.TRAIN, 3), torch.zeros_like(theta)
-    for direction in noise:
+    noise, slow = symla.es.directions(4, len(theta), args.seed, 3), torch.zeros_like(theta)
+    for pair, direction in enumerate(noise):
+        keys = keys_of(6, args.seed, symla.TRAIN, 3, [pair])
         for sign in (1, -1):
-            outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], draws)
+            outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
             worth = (outcome.reward if fitness == "reward" else outcome.expected).mean()
             slow += -sign * worth * direction / (2 * 0.1 * 4)
     torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-4)
 
 
-def test_luck_is_a_pure_function_of_its_key():
-    env = envs.make("shuffled_cartpole", 3)
-    one, other = symla.lifetime_draws(env, 3, 5, 0, 1, 2), symla.lifetime_draws(env, 3, 5, 0, 1, 2)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert one[0].shape == (3, env.lifetime_draws) and one[1].shape == (5, 3, 1 + env.num_draws)
-    assert not torch.equal(one[1], symla.lifetime_draws(env, 3, 5, 0, 0, 2)[1])  # meta-test luck is not meta-training luck
+def test_each_lifetime_has_random_numbers_of_its_own():
+    """Whichever others are beside it; uniform ones, which no other seed, part, number, group or step repeats."""
+    both = keys_of(400, groups=[3, 5])
+    assert torch.equal(both[1:], keys_of(400, groups=[5])) and torch.equal(both[:, :7], keys_of(7, groups=[3, 5]))
+    others = [dict(seed=1), dict(part=symla.TRAIN), dict(number=1), dict(groups=[1])]
+    drawn = [symla.uniform_draws(keys_of(400, **other), 5)[1] for other in ({}, *others)]
+    keys = keys_of(400)
+    for _ in range(20):
+        keys, draws = symla.uniform_draws(keys, 5)
+        drawn.append(draws)
+    drawn = torch.stack(drawn[:5] + drawn[6:])  # the sixth is the first step of the first ones again
+    assert len(drawn.unique()) > 0.99 * drawn.numel()
+    assert abs(drawn.mean() - 0.5) < 5 / (12 * drawn.numel()) ** 0.5
+    flat = drawn.view(24, -1) - 0.5
+    assert (flat[5:-1] * flat[6:]).mean().abs() < 5 / 12 / flat[6:].numel() ** 0.5  # of one step and the next
 
 
 class Bar:

@@ -35,7 +35,8 @@ class Env:
 
     `reset` starts new lifetimes and `step` takes one step, with a new episode wherever one ended.
     With `next_step_reset` the new episode begins a step later, as with gymnasium's next-step
-    autoreset: that step ignores its action, pays 0 and returns the first observation. A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
+    autoreset: that step ignores its action, pays 0 and returns the first observation.
+    A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
     """
 
     obs_size = 0
