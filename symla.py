@@ -216,10 +216,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class SymLA(Learner):
     """The symmetric learning agent: one recurrent layer (K = 1) of a x b LSTMs in place of weights, for any a and b."""
 
-    def __init__(self, args: Args, cell: Callable | None = None):
+    def __init__(self, args: Args):
         n, m = args.hidden, args.message_size
         self.args = args
-        self.cell = cell or lstm_cell
+        self.cell = lstm_cell
         inputs = 2 * (m + 1) + 2  # beside each message one number of the environment's; reward and done
         self.shapes = {"lstm.weight": (inputs + n, 4 * n), "lstm.bias": (4 * n,)}
         self.shapes |= {"fwd.weight": (n, m), "fwd.bias": (m,), "bwd.weight": (n, m), "bwd.bias": (m,)}
@@ -900,12 +900,12 @@ def learners_of(args: Args, name: str) -> list[str]:
     return [learner for learner in dict.fromkeys([args.learner, *args.baselines]) if fits(args, learner, name)]
 
 
-def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu", compile: bool = False) -> Env:
+def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
     """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike. As in
     appendix C.4 a new episode begins with the step after the end: so the agent observes what its last action led to."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     options = {option: True} if option and args.sutton_barto_reward else {}
-    return envs.make(name, count, device, scaled=True, compile=compile, next_step_reset=True, **options)
+    return envs.make(name, count, device, scaled=True, next_step_reset=True, **options)
 
 
 def batch_size(args: Args, env: Env) -> int:
@@ -922,22 +922,22 @@ def even_chunk(args: Args, env: Env) -> int:
 def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
     """A learner, its step function, and `count` copies of an environment.
 
-    Meta-training compiles once for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
-    it, written out for small states; a GPU compiles the whole step, with products as products.
+    Meta-training compiles the whole step, once for each environment; meta-testing only SymLA's cell on a CPU, once for all. On
+    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests.
     """
-    for_each = use == "train" and len(args.envs) <= 8
-    compiled = run.compiles and for_each and args.device == "cpu" and name != "rnn"
-    env = make_env(args, env_name, count, run.device, compile=compiled)
+    env = make_env(args, env_name, count, run.device)
+    learner, options = LEARNERS[name](args), {}
+    training = use == "train" and len(args.envs) <= 8
+    whole = run.compiles and training and env.compilable and name != "thompson"
     if name == "symla" and run.compiles and args.device == "cpu":
-        small = args.hidden <= 32
-        options = dict(options=cells.options(args.hidden)) if small else {}
-        cell = partial(cells.fused_lstm_cell, tanh=cells.rational_tanh) if small else lstm_cell
-        learner = SymLA(args, torch.compile(cell, dynamic=not for_each, **options))
-        return learner, partial(one_step, learner, env), env
-    learner = LEARNERS[name](args)
+        if args.hidden <= 32:
+            options = dict(options=cells.options(args.hidden))
+            tanh = cells.rational_tanh if use == "train" else cells.exp_tanh
+            learner.cell = partial(cells.fused_lstm_cell, tanh=tanh)
+        if not whole:
+            learner.cell = torch.compile(learner.cell, dynamic=not training, **options)
     step_fn = partial(one_step, learner, env)
-    compiled = run.compiles and for_each and name in META_TRAINED and env.compilable
-    return learner, torch.compile(step_fn, dynamic=False) if compiled else step_fn, env
+    return learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env
 
 
 @torch.no_grad()

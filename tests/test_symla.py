@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,18 @@ def test_the_fused_cell_is_the_cell():
     parts = [torch.randn(shape, generator=DRAWS) for shape in parts]
     for ours, theirs in zip(cells.fused_lstm_cell(*parts, cells.rational_tanh), symla.lstm_cell(*parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-4)
+
+
+def test_a_meta_test_computes_the_cell_exactly(monkeypatch):
+    """Also where meta-training takes a faster tanh: a checkpoint is a checkpoint, wherever it was trained."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run = SimpleNamespace(compiles=True, device=torch.device("cpu"))
+    parts = [(2, 5, 20), (2, 3, 4, 20), (2, 3, 2, 20), (2, 3, 4, 2, 5), (2, 3, 4, 2, 5)]
+    parts = [torch.randn(shape, generator=DRAWS) for shape in parts]
+    args = replace(ARGS, device="cpu", envs=("independent_bandit",))
+    learner, _, _ = symla.make_agent(args, "symla", "independent_bandit", 4, run, "test")
+    for ours, theirs in zip(learner.cell(*parts), symla.lstm_cell(*parts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["symla", "rnn"])
@@ -283,6 +296,24 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
             worth = (outcome.reward if fitness == "reward" else outcome.expected).mean()
             slow += -sign * worth * direction / (2 * 0.1 * 4)
     torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_step_is_the_eager_one():
+    """With the environment and its ends inside."""
+    if not symla.can_compile():
+        pytest.skip("no C++ compiler")
+    args = replace(ARGS, device="cpu", envs=("grid_world:2",), lifetime_steps=20, population=4)
+    theta = symla.SymLA(args).init(torch.Generator().manual_seed(0))
+    gradients = []
+    for compiles in (False, True):
+        run = SimpleNamespace(compiles=compiles, device=torch.device("cpu"))
+        agent = symla.make_agent(args, "symla", "grid_world:2", args.evaluations, run, "train")
+        with torch.no_grad():
+            gradients.append(symla.es_gradient(args, *agent, theta, 0))
+    torch.compiler.reset()
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.abs().max() > 0
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
 
 def test_each_lifetime_has_random_numbers_of_its_own():
