@@ -119,6 +119,10 @@ class Args:
     """Size of the in-context RNN's observations (default: as --envs and --test-envs need); smaller ones are padded."""
     rnn_outputs: Size | None = None
     """Number of its actions, likewise."""
+    rnn_noise_std: Positive | None = None
+    """es: sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
+    rnn_lr: Positive | None = None
+    """Adam's learning rate for the in-context RNN (default: --lr)."""
 
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, for the learners that it has: a curriculum (not in the thesis)."""
@@ -392,14 +396,15 @@ def meta_train(
 ) -> None:
     """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. agents: each learner with its step
     function and environment, for each environment."""
-    adam = {name: torch.optim.Adam([thetas[name]], args.lr, betas=(0.9, 0.999)) for name in agents}
+    own = {name: own_settings(args, name) for name in agents}
+    adam = {name: torch.optim.Adam([thetas[name]], own[name].lr, betas=(0.9, 0.999)) for name in agents}
     for step in run.steps(args.meta_steps if agents else 0, {"thetas": thetas, "adam": adam}):
         metrics = {}
         for name, in_envs in agents.items():
             learner, step_fn, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
-            grad, loss, reward = es_gradient(args, learner, step_fn, env, thetas[name], step)
+            grad, loss, reward = es_gradient(own[name], learner, step_fn, env, thetas[name], step)
             thetas[name].grad = grad
-            adam[name].param_groups[0]["lr"] = args.lr * (1 - step / args.meta_steps) if args.lr_decay else args.lr
+            adam[name].param_groups[0]["lr"] = own[name].lr * (1 - step / args.meta_steps if args.lr_decay else 1)
             adam[name].step()  # theta <- theta + alpha * the gradient of the lifetime's reward
             metrics |= {f"{name}_loss": loss, f"{name}_reward": reward}
         run.log(step, metrics)
@@ -433,6 +438,15 @@ class InContextRNN(Learner):
         c = f.sigmoid() * c + i.sigmoid() * j.tanh()
         h = o.sigmoid() * c.tanh()
         return (h, c), affine(h, params["out.weight"], params["out.bias"])[..., : action.shape[-1]]
+
+
+def own_settings(args: Args, learner: str) -> Args:
+    """Args with the sigma and the learning rate of a learner."""
+    if learner != "rnn":
+        return args
+    sigma = args.rnn_noise_std or args.noise_std
+    end = args.noise_end and args.noise_end * sigma / args.noise_std
+    return replace(args, noise_std=sigma, noise_end=end, lr=args.rnn_lr or args.lr)
 
 
 class ThompsonSampling(Learner):

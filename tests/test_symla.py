@@ -366,6 +366,29 @@ def test_it_learns_to_learn_bandits_and_plays_other_numbers_of_arms():
             assert (before.best - before.expected)[0].sum(-1).mean() > 0.9 * chance
 
 
+def test_the_in_context_rnn_has_a_sigma_and_a_rate_of_its_own(monkeypatch):
+    """Adam's first step has the length of the rate; sigma falls by the same factor for both."""
+    args = replace(ARGS, meta_steps=1, noise_std=0.1, noise_end=0.05, lr=0.05, rnn_noise_std=0.4, rnn_lr=0.003)
+    sigmas, gradient = [], symla.es.gradient
+
+    def spied(*inputs, sigma, **more):
+        sigmas.append(sigma)
+        return gradient(*inputs, sigma=sigma, **more)
+
+    monkeypatch.setattr(symla.es, "gradient", spied)
+    env = symla.make_env(args, "independent_bandit:3", args.evaluations)
+    learners = {name: symla.LEARNERS[name](args) for name in symla.META_TRAINED}
+    thetas = {name: learner.init(torch.Generator().manual_seed(0)) for name, learner in learners.items()}
+    first = {name: theta.clone() for name, theta in thetas.items()}
+    agents = {name: [(learner, partial(symla.one_step, learner, env), env)] for name, learner in learners.items()}
+    with torch.no_grad():
+        symla.meta_train(args, agents, thetas, Bar(1))
+        for name, lr in (("symla", 0.05), ("rnn", 0.003)):
+            assert (thetas[name] - first[name]).abs().max().item() == pytest.approx(lr, rel=1e-3)
+        symla.es_gradient(symla.own_settings(args, "rnn"), *agents["rnn"][0], first["rnn"], args.meta_steps)
+    assert sigmas == pytest.approx([0.1, 0.4, 0.2])
+
+
 # ---- the command line --------------------------------------------------------------------------------------------------
 TINY = "--preset laptop --envs independent_bandit:3 --test-envs independent_bandit:3 independent_bandit:2 --meta-steps 6"
 TINY += " --population 4 --evaluations 2 --lifetime-steps 10 --hidden 4 --rnn-size 4 --test-seeds 20 --checkpoint-every 2"
