@@ -113,6 +113,9 @@ class Args:
     """LSTM ticks of the layer per environment step (C.2.1)."""
     obs_gain: Positive | None = None
     """Factor on SymLA's observations (not in the thesis: 1)."""
+    normalize_rewards: bool = False
+    """Agents observe rewards minus their mean, over their standard deviation, both of the lifetime so far: then environments
+    with rewards of other scales look alike (not in the thesis)."""
     rnn_size: Width = 64
     """Units of the in-context RNN (not in the thesis, which says N = 64 for bandits; Wang et al. have 48)."""
     rnn_inputs: Size | None = None
@@ -411,6 +414,35 @@ def meta_train(
 
 
 # ======================================================================================================================
+# Rewards of any scale
+# ======================================================================================================================
+class NormalizedRewards(Learner):
+    """A learner that observes standardised rewards: minus their mean, over their standard deviation, both of the lifetime so
+    far (Welford 1962). state: the learner's; count, mean and sum of squared deviations (3, p, e)."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+        self.shapes = learner.shapes
+
+    def initial_state(self, p: int, e: int, a: int, b: int, device: torch.device) -> State:
+        return self.learner.initial_state(p, e, a, b, device), torch.zeros(3, p, e, device=device)
+
+    def act(
+        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
+    ) -> tuple[State, Tensor]:
+        state, (count, mean, squares) = state
+        acted = action.sum(-1)  # before the first action there is no reward
+        count = count + acted
+        change = acted * (reward - mean)
+        mean = mean + change / count.clamp(min=1)
+        squares = squares + change * (reward - mean)
+        std = (squares / count.clamp(min=1)).sqrt()
+        reward = acted * (reward - mean) / (std + 1e-6)
+        state, logits = self.learner.act(params, state, obs, action, reward, done)
+        return (state, torch.stack([count, mean, squares])), logits
+
+
+# ======================================================================================================================
 # Baselines
 # ======================================================================================================================
 class InContextRNN(Learner):
@@ -601,7 +633,7 @@ class Agent:
     over as many episodes as you play, until `reset`. Raises ValueError for other shapes.
     """
 
-    def __init__(self, learner: SymLA, theta: Tensor, num_actions: int, seed: int = 0):
+    def __init__(self, learner: Learner, theta: Tensor, num_actions: int, seed: int = 0):
         self.learner = learner
         self.params = learner.params(theta[None])
         self.num_actions = num_actions
@@ -653,6 +685,7 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
     checkpoints.restore({"thetas": {"symla": theta}}, saved["state"])
+    learner = NormalizedRewards(learner) if learner.args.normalize_rewards else learner
     return Agent(learner, theta.to(device), num_actions, seed)
 
 
@@ -950,6 +983,8 @@ def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: 
             learner.cell = partial(cells.fused_lstm_cell, tanh=tanh)
         if not whole:
             learner.cell = torch.compile(learner.cell, dynamic=not training, **options)
+    if args.normalize_rewards and name in META_TRAINED:
+        learner = NormalizedRewards(learner)
     step_fn = partial(one_step, learner, env)
     return learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from torch.utils._pytree import tree_map
 
 import symla
 from common import cells, checkpoints, envs
@@ -157,6 +158,44 @@ def test_the_start_is_that_of_appendix_c_4():
     assert weight.std().item() == pytest.approx(0.88 / 6, rel=0.05)  # truncated at two standard deviations
     assert bias.view(4, 16).mean(1).tolist() == [0, 0, 1, 0]
     assert all(part.abs().sum() == 0 for part in learner.initial_state(1, 2, 3, 4, "cpu"))
+
+
+@pytest.mark.parametrize("name", ["symla", "rnn"])
+def test_normalized_rewards_have_no_scale_and_no_offset(name):
+    """The policy is the same if all rewards are 7 times as large, plus 3; a learner without them tells the two apart."""
+    learner = symla.LEARNERS[name](ARGS)
+    params = learner.params(random_theta(learner, dtype=torch.float64))
+    for agent, same in ((symla.NormalizedRewards(learner), True), (learner, False)):
+        state = other = tree_map(lambda part: part.double(), agent.initial_state(1, 3, 4, 5, "cpu"))
+        furthest = 0.0
+        for t in range(30):
+            obs, action, reward, done = random_inputs(1, 3, 4, 5, torch.float64)
+            action = action * (t > 0)
+            state, logits = agent.act(params, state, obs, action, reward, done)
+            other, theirs = agent.act(params, other, obs, action, 7 * reward + 3, done)
+            furthest = max(furthest, (logits.softmax(-1) - theirs.softmax(-1)).abs().max().item())
+        assert furthest < 1e-4 if same else furthest > 0.05
+
+
+def test_normalized_rewards_are_those_of_the_lifetime_so_far():
+    seen = []
+
+    class Spied(symla.UniformPolicy):
+        def act(self, params, state, obs, action, reward, done):
+            seen.append(reward)
+            return super().act(params, state, obs, action, reward, done)
+
+    agent = symla.NormalizedRewards(Spied(ARGS))
+    state = agent.initial_state(1, 2, 1, 3, "cpu")
+    rewards = torch.randn(9, 1, 2, generator=DRAWS)
+    for t in range(9):
+        action = torch.full((1, 2, 3), 1 / 3) * (t > 0)
+        state, _ = agent.act({}, state, torch.zeros(1, 2, 1), action, rewards[t], torch.zeros(1, 2))
+    assert (seen[0] == 0).all() and (seen[1] == 0).all()
+    for t in range(2, 9):
+        so_far = rewards[1 : t + 1]
+        expected = (rewards[t] - so_far.mean(0)) / so_far.std(0, correction=0)
+        torch.testing.assert_close(seen[t], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- the inner loop ----------------------------------------------------------------------------------------------------
