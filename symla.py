@@ -100,7 +100,9 @@ class Args:
     test_envs: tuple[str, ...] = ()
     """Environments to meta-test in (default: --envs, and those that section 4.5 tests beside them; see `beside`)."""
     lifetime_steps: Count | None = None
-    """L, environment steps of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
+    """L, actions of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
+    action_repeat: Annotated[int, (1, 1000)] = 1
+    """Environment steps that each action is taken for (not in the thesis)."""
     sutton_barto_reward: bool = True
     """CartPole's reward is -1 for a failure instead of 1 per step, and that of MountainCar's goal 0 (not in the thesis:
     otherwise all lifetimes of a fixed length have the same reward)."""
@@ -157,7 +159,7 @@ class Args:
     test_seeds: Size | None = None
     """Meta-test lifetimes per environment (Figures 4.3 to 4.7: 100; bandits 4,096, because 100 leave the regret uncertain)."""
     test_steps: Count | None = None
-    """Environment steps in a meta-test lifetime (default: as in meta-training)."""
+    """Actions in a meta-test lifetime (default: as in meta-training)."""
 
 
 # Values of each preset that depend on the environments, for bandits and for others (C.2.2), where a flag is not given.
@@ -589,7 +591,7 @@ def beside(name: str) -> list[str]:
     if name.startswith("grid_world"):
         return [f"swapped_{name}"]
     if name.startswith("projected_dense_grid_world"):
-        return ["projected_upright_cartpole"]
+        return ["projected_balance_cartpole"]
     return [f"shuffled_{name}"] if name in ("cartpole", "upright_cartpole", "acrobot", "mountain_car") else []
 
 
@@ -952,6 +954,7 @@ def make_env(args: Args, name: str, count: int, device: torch.device | str = "cp
     appendix C.4 a new episode begins with the step after the end: so the agent observes what its last action led to."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     options = {option: True} if option and args.sutton_barto_reward else {}
+    options |= {"repeat": args.action_repeat} if args.action_repeat > 1 else {}
     return envs.make(name, count, device, scaled=True, next_step_reset=True, **options)
 
 

@@ -528,7 +528,7 @@ def test_control_shuffled_and_projected_environments_and_their_comparison(tmp_pa
     tasks = [{row["task"]: row["novelty"] for row in rows(tmp_path / str(number))} for number in range(4)]
     assert tasks[0] == {"upright_cartpole": "none", "shuffled_upright_cartpole": "task"}
     assert tasks[1] == {"grid_world:3": "none", "swapped_grid_world:3": "task"}
-    assert tasks[2] == {"projected_dense_grid_world:3": "none", "projected_upright_cartpole": "domain"}
+    assert tasks[2] == {"projected_dense_grid_world:3": "none", "projected_balance_cartpole": "domain"}
     found = rows(tmp_path / "0")
     last = {row["metric"]: row for row in found if row["task"] == "upright_cartpole" and row["learner"] == "uniform"}
     per_step = [row["mean"] for row in found if row["metric"] == "reward_per_step" and row["learner"] == "uniform"]

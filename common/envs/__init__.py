@@ -47,6 +47,7 @@ ENVS = {  # name: module and class, imported when the name is asked for
     "contextual_bandit": "bandits:ContextualBandit",
     "cartpole": "cartpole:CartPole",
     "upright_cartpole": "cartpole:UprightCartPole",
+    "balance_cartpole": "cartpole:BalanceCartPole",
     "continuous_cartpole": "cartpole:ContinuousCartPole",
     "cart_swing_up": "cartpole:CartSwingUp",
     "mountain_car": "classic:MountainCar",
@@ -91,6 +92,7 @@ def make(
     parallel: bool = False,
     compile: bool = False,
     next_step_reset: bool = False,
+    repeat: int = 1,
     **options: Any,
 ) -> Env:
     """An environment by its name; `options` are those of its class.
@@ -102,13 +104,14 @@ def make(
     and seconds for each environment and number of copies; PyTorch keeps 8 of them in a process.
     Environments that are not made of tensor operations stay as they are.
     next_step_reset: see above.
-    Raises EnvError for a name or a size that does not exist.
+    repeat: each action is taken for so many steps, as one step whose rewards are added.
+    Raises EnvError for a name or a size that does not exist, and where nothing can be repeated.
     """
     wrapper, _, inner = name.partition("_")
     base, colon, _ = name.partition(":")
 
     if wrapper in WRAPPERS:
-        options |= {"parallel": parallel, "next_step_reset": next_step_reset}
+        options |= {"parallel": parallel, "next_step_reset": next_step_reset, "repeat": repeat}
         env = make(inner, num_envs, device, dtype, **options)
         if not env.obs_size:
             raise EnvError(f"There is nothing to be {wrapper} in {inner}: it has no observations.")
@@ -119,8 +122,12 @@ def make(
             options["size"] = checked_size(name, env_class.min_size)
         env = env_class(num_envs, device, dtype, **VARIANTS.get(base, {}), **options)
         env.next_step_reset = next_step_reset and env.episodic
+        if repeat > 1:
+            env = load("wrappers:Repeated")(env, repeat)
     elif re.search(r"[A-Z/]|:\D|-v\d+$", name):
         gymnasium = load("mujoco:Gymnasium")
+        if repeat > 1:
+            raise EnvError(f"Actions of {name} cannot be repeated; wrap it in your own code.")
         options |= {"parallel": parallel, "next_step_reset": next_step_reset}
         env = gymnasium(name, num_envs, device, dtype, **options)
     else:
