@@ -190,11 +190,7 @@ LAPTOP_OTHERS = dict(
     test_seeds=128,
 )
 LAPTOP = dict(
-    envs=(
-        "independent_bandit:8",
-        "independent_bandit:10",
-        "independent_bandit:12",
-    ),  # it acts with any number
+    envs=tuple(f"independent_bandit:{arms}" for arms in (8, 10, 12)),  # it acts with any number
     population=64,  # 0.3 s a step
     common_lifetimes=True,  # ranks compare members, not lifetimes
     rank_shaping=True,  # the best and the worst of a small population outweigh all others
@@ -214,6 +210,7 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # The learner
 # ======================================================================================================================
 State = Any  # of a learner: a pytree of tensors
+Output = tuple[State, Tensor]  # of a learner's step: the next state, and logits (p, e, b)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -242,9 +239,7 @@ class SymLA(Learner):
         n, m = self.args.hidden, self.args.message_size
         return tuple(torch.zeros(p, e, *shape, device=device) for shape in ((a, b, n), (a, b, n), (b, m), (a, m)))
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         """One step: obs (p, e, a), the last action (p, e, b) one-hot, its reward and whether it ended an episode (p, e).
         Returns logits (p, e, b)."""
         n, m = self.args.hidden, self.args.message_size
@@ -350,11 +345,12 @@ def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, keys:
     state = learner.initial_state(p, e, obs.shape[-1], b, theta.device)
     carry = Carry(state, world, keys, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
 
-    params, outcomes = learner.params(theta), []
-    for _ in range(steps):
+    params = learner.params(theta)
+    outcomes = zeros.new_empty(3, p, e, steps)
+    for t in range(steps):
         carry, outcome = step_fn(params, carry)
-        outcomes.append(outcome)
-    return Outcome(*(torch.stack(parts, -1) for parts in zip(*outcomes, strict=True)))
+        outcomes[..., t] = torch.stack(outcome)
+    return Outcome(*outcomes)
 
 
 def uniform_draws(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -429,9 +425,7 @@ class NormalizedRewards(Learner):
     def initial_state(self, p: int, e: int, a: int, b: int, device: torch.device) -> State:
         return self.learner.initial_state(p, e, a, b, device), torch.zeros(3, p, e, device=device)
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         state, (count, mean, squares) = state
         acted = action.sum(-1)  # before the first action there is no reward
         count = count + acted
@@ -461,9 +455,7 @@ class InContextRNN(Learner):
     def initial_state(self, p: int, e: int, _: int, __: int, device: torch.device) -> State:
         return tuple(torch.zeros(p, e, self.sizes[0], device=device) for _ in range(2))
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         _, a, b = self.sizes
         h, c = state
         obs, last = F.pad(obs, (0, a - obs.shape[-1])), F.pad(action, (0, b - action.shape[-1]))
@@ -498,9 +490,7 @@ class ThompsonSampling(Learner):
     def initial_state(self, p: int, e: int, _: int, b: int, device: torch.device) -> State:
         return torch.ones(p, e, b, device=device), torch.ones(p, e, b, device=device)
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         wins, losses = state[0] + action * reward[..., None], state[1] + action * (1 - reward[..., None])
         best = torch.distributions.Beta(wins, losses).sample().argmax(-1, keepdim=True)
         return (wins, losses), torch.full_like(wins, -math.inf).scatter(-1, best, 0.0)
@@ -509,9 +499,7 @@ class ThompsonSampling(Learner):
 class UniformPolicy(ThompsonSampling):
     """Random actions."""
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         return state, torch.zeros_like(action)
 
 
