@@ -37,7 +37,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cells, checkpoints, envs, es, machine
+from common import cells, checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
@@ -101,7 +100,9 @@ class Args:
     test_envs: tuple[str, ...] = ()
     """Environments to meta-test in (default: --envs, and those that section 4.5 tests beside them; see `beside`)."""
     lifetime_steps: Count | None = None
-    """L, environment steps of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
+    """L, actions of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
+    action_repeat: Annotated[int, (1, 1000)] = 1
+    """Environment steps that each action is taken for (not in the thesis)."""
     sutton_barto_reward: bool = True
     """CartPole's reward is -1 for a failure instead of 1 per step, and that of MountainCar's goal 0 (not in the thesis:
     otherwise all lifetimes of a fixed length have the same reward)."""
@@ -114,21 +115,32 @@ class Args:
     """LSTM ticks of the layer per environment step (C.2.1)."""
     obs_gain: Positive | None = None
     """Factor on SymLA's observations (not in the thesis: 1)."""
+    normalize_rewards: bool = False
+    """Agents observe rewards minus their mean, over their standard deviation, both of the lifetime so far: then environments
+    with rewards of other scales look alike (not in the thesis)."""
     rnn_size: Width = 64
     """Units of the in-context RNN (not in the thesis, which says N = 64 for bandits; Wang et al. have 48)."""
     rnn_inputs: Size | None = None
     """Size of the in-context RNN's observations (default: as --envs and --test-envs need); smaller ones are padded."""
     rnn_outputs: Size | None = None
     """Number of its actions, likewise."""
+    rnn_noise_std: Positive | None = None
+    """es: sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
+    rnn_lr: Positive | None = None
+    """Adam's learning rate for the in-context RNN (default: --lr)."""
 
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, for the learners that it has: a curriculum (not in the thesis)."""
     meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
-    population: Annotated[int, (2, 2**20)] = 512
-    """es: members of a population, half of them the mirror images of the others (C.2.2)."""
+    population: Annotated[int, (2, 2**20)] = 1024
+    """es: members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
+    counts antithetic pairs)."""
     evaluations: Size | None = None
-    """es: lifetimes of each member, in environments that all members share (C.2.2: 10, bandits 100)."""
+    """es: lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
+    common_lifetimes: bool = False
+    """es: all pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
+    members share (C.4)."""
     chunk: Count | None = None
     """es: pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
     noise_std: Positive | None = None
@@ -147,7 +159,7 @@ class Args:
     test_seeds: Size | None = None
     """Meta-test lifetimes per environment (Figures 4.3 to 4.7: 100; bandits 4,096, because 100 leave the regret uncertain)."""
     test_steps: Count | None = None
-    """Environment steps in a meta-test lifetime (default: as in meta-training)."""
+    """Actions in a meta-test lifetime (default: as in meta-training)."""
 
 
 # Values of each preset that depend on the environments, for bandits and for others (C.2.2), where a flag is not given.
@@ -164,6 +176,8 @@ LAPTOP_BANDITS = dict(
     evaluations=32,  # the whole population in a third of a second
     noise_std=0.1,  # what fits fewer parameters and fewer members
     lr=0.05,  # few steps
+    rnn_noise_std=0.2,  # the best of nine settings on validation (see the results page)
+    rnn_lr=0.1,  # likewise
     obs_gain=1.0,
     test_seeds=4_096,
 )
@@ -178,12 +192,9 @@ LAPTOP_OTHERS = dict(
     test_seeds=128,
 )
 LAPTOP = dict(
-    envs=(
-        "independent_bandit:8",
-        "independent_bandit:10",
-        "independent_bandit:12",
-    ),  # it acts with any number
+    envs=tuple(f"independent_bandit:{arms}" for arms in (8, 10, 12)),  # it acts with any number
     population=64,  # 0.3 s a step
+    common_lifetimes=True,  # as in the runs that its other values were chosen by
     rank_shaping=True,  # the best and the worst of a small population outweigh all others
     noise_end=0.03,  # the parameters themselves are tested, not their neighbourhood
     lr_decay=True,  # settles what the high rate leaves noisy
@@ -201,6 +212,7 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # The learner
 # ======================================================================================================================
 State = Any  # of a learner: a pytree of tensors
+Output = tuple[State, Tensor]  # of a learner's step: the next state, and logits (p, e, b)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,10 +224,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class SymLA(Learner):
     """The symmetric learning agent: one recurrent layer (K = 1) of a x b LSTMs in place of weights, for any a and b."""
 
-    def __init__(self, args: Args, cell: Callable | None = None):
+    def __init__(self, args: Args):
         n, m = args.hidden, args.message_size
         self.args = args
-        self.cell = cell or lstm_cell
+        self.cell = lstm_cell
         inputs = 2 * (m + 1) + 2  # beside each message one number of the environment's; reward and done
         self.shapes = {"lstm.weight": (inputs + n, 4 * n), "lstm.bias": (4 * n,)}
         self.shapes |= {"fwd.weight": (n, m), "fwd.bias": (m,), "bwd.weight": (n, m), "bwd.bias": (m,)}
@@ -229,9 +241,7 @@ class SymLA(Learner):
         n, m = self.args.hidden, self.args.message_size
         return tuple(torch.zeros(p, e, *shape, device=device) for shape in ((a, b, n), (a, b, n), (b, m), (a, m)))
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         """One step: obs (p, e, a), the last action (p, e, b) one-hot, its reward and whether it ended an episode (p, e).
         Returns logits (p, e, b)."""
         n, m = self.args.hidden, self.args.message_size
@@ -281,10 +291,11 @@ class Carry(NamedTuple):
 
     state: State  # the learner's
     env: dict[str, Tensor]  # the environments', (p * e, ...)
-    obs: Tensor  # (p, e, a)
+    keys: Tensor  # (p, e, 2) of the next step's random numbers
+    obs: Tensor  # (p, e, a) of the state that reward and done belong to, also where an episode ended
     action: Tensor  # (p, e, b) the last one, one-hot; zeros before the first
     reward: Tensor  # (p, e) for it
-    done: Tensor  # (p, e) whether it ended an episode; the agent is not reset
+    done: Tensor  # (p, e) whether it ended an episode; the next one begins a step later, and the agent is not reset
 
 
 class Outcome(NamedTuple):
@@ -302,16 +313,16 @@ def observed(obs: Tensor, p: int) -> Tensor:
     return obs.unflatten(0, (p, -1))
 
 
-def one_step(learner: Learner, env: Env, params: Params, carry: Carry, draws: Tensor) -> tuple[Carry, Outcome]:
-    """The body of the inner loop of Algorithm 14. draws (e, 1 + env.num_draws) uniform numbers, the same for all members of a
-    population."""
+def one_step(learner: Learner, env: Env, params: Params, carry: Carry) -> tuple[Carry, Outcome]:
+    """The body of the inner loop of Algorithm 14."""
     p, e, b = carry.action.shape
+    keys, draws = uniform_draws(carry.keys, 1 + env.num_draws)
     state, logits = learner.act(params, carry.state, carry.obs, carry.action, carry.reward, carry.done)
     policy = logits.softmax(-1)
-    chosen = (policy.cumsum(-1) < draws[:, :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
+    chosen = (policy.cumsum(-1) < draws[..., :1]).sum(-1).clamp(max=b - 1)  # a_t ~ p(a_t; y)
 
     expected_rewards = env.expected_rewards(carry.env)
-    world, step = env.step(carry.env, chosen.flatten(), draws[None, :, 1:].expand(p, -1, -1).flatten(0, 1))
+    world, step = env.step(carry.env, chosen.flatten(), draws[..., 1:].flatten(0, 1))
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
 
@@ -319,54 +330,59 @@ def one_step(learner: Learner, env: Env, params: Params, carry: Carry, draws: Te
     if expected_rewards is not None:
         expected_rewards = expected_rewards.unflatten(0, (p, e))
         expected, best = (policy * expected_rewards).sum(-1), expected_rewards.amax(-1)
-    return Carry(state, world, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
+    return Carry(state, world, keys, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
 
 
-def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, draws: tuple[Tensor, Tensor]) -> Outcome:
+def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, keys: Tensor, steps: int) -> Outcome:
     """One lifetime of L steps over as many episodes as fit, for all members in all environments (Algorithm 14, inner loop).
 
-    theta (p, d); draws: (e, env.lifetime_draws) for the reset and (t, e, 1 + env.num_draws). step_fn: one_step of this learner
-    and this environment, or a compiled one. Returns an Outcome of (p, e, t).
+    theta (p, d); keys (p, e, 2) of all that is random in each. step_fn: one_step of this learner and this environment, or a
+    compiled one. Returns an Outcome of (p, e, t).
     """
-    first, later = draws
-    p, e, b = len(theta), len(first), env.num_actions
-    world, obs = env.reset(first.expand(p, -1, -1).flatten(0, 1))
+    (p, e), b = keys.shape[:2], env.num_actions
+    keys, draws = uniform_draws(keys, env.lifetime_draws)
+    world, obs = env.reset(draws.flatten(0, 1))
     obs = observed(obs, p)
     zeros = torch.zeros(2, p, e, device=theta.device)
     state = learner.initial_state(p, e, obs.shape[-1], b, theta.device)
-    carry = Carry(state, world, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
+    carry = Carry(state, world, keys, obs, torch.zeros(p, e, b, device=theta.device), zeros[0], zeros[1])
 
-    params, outcomes = learner.params(theta), []
-    for draw in later.unbind(0):
-        carry, outcome = step_fn(params, carry, draw)
-        outcomes.append(outcome)
-    return Outcome(*(torch.stack(parts, -1) for parts in zip(*outcomes, strict=True)))
+    params = learner.params(theta)
+    outcomes = zeros.new_empty(3, p, e, steps)
+    for t in range(steps):
+        carry, outcome = step_fn(params, carry)
+        outcomes[..., t] = torch.stack(outcome)
+    return Outcome(*outcomes)
 
 
-def lifetime_draws(env: Env, count: int, steps: int, *key: int) -> tuple[Tensor, Tensor]:
-    """The uniform numbers of `count` lifetimes, a pure function of key: on a GPU they are drawn on the CPU too."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (count, env.lifetime_draws), (steps, count, 1 + env.num_draws)
-    return tuple(torch.rand(shape, generator=generator).to(env.device) for shape in shapes)
+def uniform_draws(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The keys (p, e, 2) of the next step, and uniform numbers (p, e, size)."""
+    return rng.fold(keys, 1), rng.uniform(rng.fold(keys, 0), size)
+
+
+def lifetime_keys(seed: int, part: int, number: int, groups: Tensor, count: int) -> Tensor:
+    """The keys (p, count, 2) of lifetimes: different ones for each part, number, and entry of groups (p,)."""
+    first = rng.fold(rng.fold(rng.key(seed, groups.device), part), number)
+    return rng.fold(rng.fold(first, groups)[:, None], torch.arange(count, device=groups.device))
 
 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-TRAIN, TEST = 0, 1  # parts of the keys of lifetime_draws
+TRAIN, TEST = 0, 1  # parts of the keys of lifetimes
 
 
 def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Eq. 4.10, as a loss: every member acts in the same --evaluations environments. theta (d,).
+    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,).
 
     Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step.
     """
-    draws = lifetime_draws(env, args.evaluations, args.lifetime_steps, args.seed, TRAIN, step)
     rewards = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        outcome = lifetime(learner, step_fn, env, population, draws)
+        groups = torch.zeros_like(pairs) if args.common_lifetimes else pairs
+        keys = lifetime_keys(args.seed, TRAIN, step, groups, args.evaluations)
+        outcome = lifetime(learner, step_fn, env, population, keys, args.lifetime_steps)
         rewards.append(outcome.reward.mean())
         return -(outcome.expected if args.fitness == "expected" else outcome.reward).mean((1, 2))
 
@@ -383,17 +399,45 @@ def meta_train(
 ) -> None:
     """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. agents: each learner with its step
     function and environment, for each environment."""
-    adam = {name: torch.optim.Adam([thetas[name]], args.lr, betas=(0.9, 0.999)) for name in agents}
+    own = {name: own_settings(args, name) for name in agents}
+    adam = {name: torch.optim.Adam([thetas[name]], own[name].lr, betas=(0.9, 0.999)) for name in agents}
     for step in run.steps(args.meta_steps if agents else 0, {"thetas": thetas, "adam": adam}):
         metrics = {}
         for name, in_envs in agents.items():
             learner, step_fn, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
-            grad, loss, reward = es_gradient(args, learner, step_fn, env, thetas[name], step)
+            grad, loss, reward = es_gradient(own[name], learner, step_fn, env, thetas[name], step)
             thetas[name].grad = grad
-            adam[name].param_groups[0]["lr"] = args.lr * (1 - step / args.meta_steps) if args.lr_decay else args.lr
+            adam[name].param_groups[0]["lr"] = own[name].lr * (1 - step / args.meta_steps if args.lr_decay else 1)
             adam[name].step()  # theta <- theta + alpha * the gradient of the lifetime's reward
             metrics |= {f"{name}_loss": loss, f"{name}_reward": reward}
         run.log(step, metrics)
+
+
+# ======================================================================================================================
+# Rewards of any scale
+# ======================================================================================================================
+class NormalizedRewards(Learner):
+    """A learner that observes standardised rewards: minus their mean, over their standard deviation, both of the lifetime so
+    far (Welford 1962). state: the learner's; count, mean and sum of squared deviations (3, p, e)."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+        self.shapes = learner.shapes
+
+    def initial_state(self, p: int, e: int, a: int, b: int, device: torch.device) -> State:
+        return self.learner.initial_state(p, e, a, b, device), torch.zeros(3, p, e, device=device)
+
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
+        state, (count, mean, squares) = state
+        acted = action.sum(-1)  # before the first action there is no reward
+        count = count + acted
+        change = acted * (reward - mean)
+        mean = mean + change / count.clamp(min=1)
+        squares = squares + change * (reward - mean)
+        std = (squares / count.clamp(min=1)).sqrt()
+        reward = acted * (reward - mean) / (std + 1e-6)
+        state, logits = self.learner.act(params, state, obs, action, reward, done)
+        return (state, torch.stack([count, mean, squares])), logits
 
 
 # ======================================================================================================================
@@ -413,9 +457,7 @@ class InContextRNN(Learner):
     def initial_state(self, p: int, e: int, _: int, __: int, device: torch.device) -> State:
         return tuple(torch.zeros(p, e, self.sizes[0], device=device) for _ in range(2))
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         _, a, b = self.sizes
         h, c = state
         obs, last = F.pad(obs, (0, a - obs.shape[-1])), F.pad(action, (0, b - action.shape[-1]))
@@ -424,6 +466,15 @@ class InContextRNN(Learner):
         c = f.sigmoid() * c + i.sigmoid() * j.tanh()
         h = o.sigmoid() * c.tanh()
         return (h, c), affine(h, params["out.weight"], params["out.bias"])[..., : action.shape[-1]]
+
+
+def own_settings(args: Args, learner: str) -> Args:
+    """Args with the sigma and the learning rate of a learner."""
+    if learner != "rnn":
+        return args
+    sigma = args.rnn_noise_std or args.noise_std
+    end = args.noise_end and args.noise_end * sigma / args.noise_std
+    return replace(args, noise_std=sigma, noise_end=end, lr=args.rnn_lr or args.lr)
 
 
 class ThompsonSampling(Learner):
@@ -441,9 +492,7 @@ class ThompsonSampling(Learner):
     def initial_state(self, p: int, e: int, _: int, b: int, device: torch.device) -> State:
         return torch.ones(p, e, b, device=device), torch.ones(p, e, b, device=device)
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         wins, losses = state[0] + action * reward[..., None], state[1] + action * (1 - reward[..., None])
         best = torch.distributions.Beta(wins, losses).sample().argmax(-1, keepdim=True)
         return (wins, losses), torch.full_like(wins, -math.inf).scatter(-1, best, 0.0)
@@ -452,9 +501,7 @@ class ThompsonSampling(Learner):
 class UniformPolicy(ThompsonSampling):
     """Random actions."""
 
-    def act(
-        self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor
-    ) -> tuple[State, Tensor]:
+    def act(self, params: Params, state: State, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor) -> Output:
         return state, torch.zeros_like(action)
 
 
@@ -485,10 +532,10 @@ def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: in
     Else the return so far, and the reward per step since the last plotted step.
     """
     learner, step_fn, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
-    draws = lifetime_draws(env, args.test_seeds, args.test_steps or args.lifetime_steps, args.seed, TEST, number)
-    size = batch_size(args, env)
-    batches = zip(draws[0].split(size), draws[1].split(size, dim=1), strict=True)
-    outcomes = [lifetime(learner, step_fn, env, theta[None], batch) for batch in batches]
+    keys = lifetime_keys(args.seed, TEST, number, torch.zeros(1, dtype=torch.int64, device=env.device), args.test_seeds)
+    batches = keys.split(batch_size(args, env), dim=1)
+    steps = args.test_steps or args.lifetime_steps
+    outcomes = [lifetime(learner, step_fn, env, theta[None], batch, steps) for batch in batches]
     reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
 
     rows = []
@@ -534,7 +581,7 @@ def beside(name: str) -> list[str]:
     if name.startswith("grid_world"):
         return [f"swapped_{name}"]
     if name.startswith("projected_dense_grid_world"):
-        return ["projected_upright_cartpole"]
+        return ["projected_balance_cartpole"]
     return [f"shuffled_{name}"] if name in ("cartpole", "upright_cartpole", "acrobot", "mountain_car") else []
 
 
@@ -570,12 +617,15 @@ class Agent:
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
+    At the end of an episode it acts too, on the last observation; ignore that action, reset the environment, and go on with
+    act(obs) on the first one. Gymnasium's vector environments do so by themselves.
+
     obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (e, a) for several; reward and done
     are those of the last action, () or (e,). Actions are integers, an int or (e,). The agent learns from its first action on,
     over as many episodes as you play, until `reset`. Raises ValueError for other shapes.
     """
 
-    def __init__(self, learner: SymLA, theta: Tensor, num_actions: int, seed: int = 0):
+    def __init__(self, learner: Learner, theta: Tensor, num_actions: int, seed: int = 0):
         self.learner = learner
         self.params = learner.params(theta[None])
         self.num_actions = num_actions
@@ -627,6 +677,7 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
     checkpoints.restore({"thetas": {"symla": theta}}, saved["state"])
+    learner = NormalizedRewards(learner) if learner.args.normalize_rewards else learner
     return Agent(learner, theta.to(device), num_actions, seed)
 
 
@@ -888,11 +939,13 @@ def learners_of(args: Args, name: str) -> list[str]:
     return [learner for learner in dict.fromkeys([args.learner, *args.baselines]) if fits(args, learner, name)]
 
 
-def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu", compile: bool = False) -> Env:
-    """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike."""
+def make_env(args: Args, name: str, count: int, device: torch.device | str = "cpu") -> Env:
+    """An environment with observations of about one, in which lifetimes of a fixed length do not all pay alike. As in
+    appendix C.4 a new episode begins with the step after the end: so the agent observes what its last action led to."""
     option = {"cartpole": "sutton_barto_reward", "mountain_car": "free_goal"}.get(base(name))
     options = {option: True} if option and args.sutton_barto_reward else {}
-    return envs.make(name, count, device, scaled=True, compile=compile, **options)
+    options |= {"repeat": args.action_repeat} if args.action_repeat > 1 else {}
+    return envs.make(name, count, device, scaled=True, next_step_reset=True, **options)
 
 
 def batch_size(args: Args, env: Env) -> int:
@@ -909,22 +962,24 @@ def even_chunk(args: Args, env: Env) -> int:
 def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
     """A learner, its step function, and `count` copies of an environment.
 
-    Meta-training compiles once for each environment, meta-testing once for all. Of SymLA on a CPU the cell is all that is worth
-    it, written out for small states; a GPU compiles the whole step, with products as products.
+    Meta-training compiles the whole step, once for each environment; meta-testing only SymLA's cell on a CPU, once for all. On
+    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests.
     """
-    for_each = use == "train" and len(args.envs) <= 8
-    compiled = run.compiles and for_each and args.device == "cpu" and name != "rnn"
-    env = make_env(args, env_name, count, run.device, compile=compiled)
+    env = make_env(args, env_name, count, run.device)
+    learner, options = LEARNERS[name](args), {}
+    training = use == "train" and len(args.envs) <= 8
+    whole = run.compiles and training and env.compilable and name != "thompson"
     if name == "symla" and run.compiles and args.device == "cpu":
-        small = args.hidden <= 32
-        options = dict(options=cells.options(args.hidden)) if small else {}
-        cell = partial(cells.fused_lstm_cell, tanh=cells.rational_tanh) if small else lstm_cell
-        learner = SymLA(args, torch.compile(cell, dynamic=not for_each, **options))
-        return learner, partial(one_step, learner, env), env
-    learner = LEARNERS[name](args)
+        if args.hidden <= 32:
+            options = dict(options=cells.options(args.hidden))
+            tanh = cells.rational_tanh if use == "train" else cells.exp_tanh
+            learner.cell = partial(cells.fused_lstm_cell, tanh=tanh)
+        if not whole:
+            learner.cell = torch.compile(learner.cell, dynamic=not training, **options)
+    if args.normalize_rewards and name in META_TRAINED:
+        learner = NormalizedRewards(learner)
     step_fn = partial(one_step, learner, env)
-    compiled = run.compiles and for_each and name in META_TRAINED and env.compilable
-    return learner, torch.compile(step_fn, dynamic=False) if compiled else step_fn, env
+    return learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env
 
 
 @torch.no_grad()

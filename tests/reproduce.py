@@ -193,6 +193,9 @@ UNSEEN_ARMS = {who: mean(f"{who}, unseen arms", [
 FROM = {words: mean(f"symla from {words} on many", [at("symla", test, run=train) for train in trained for test in ARMS[1:]])
         for words, trained in (("2 arms", ARMS[:1]), ("many", ARMS[1:]))}
 CONTROL = {"laptop": ["upright_cartpole", "acrobot", "mountain_car"], "thesis": ["cartpole", "acrobot", "mountain_car"]}
+REPEATED = {"upright_cartpole": "", "acrobot": " --action-repeat 4 --lifetime-steps 250",
+            "mountain_car": " --action-repeat 16 --lifetime-steps 250"}
+DENSE = {"laptop": [f"projected_dense_grid_world:{size}" for size in (3, 4, 5)], "thesis": ["projected_dense_grid_world"]}
 
 
 def regret_figure(name: str, learners: list[str], trained: list[str], tests: list[str]) -> Figure:
@@ -212,23 +215,27 @@ SYMLA = {
         [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
         figures=lambda preset: [regret_figure("symla_arms", ["symla"], ARMS, ARMS)]),
     "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
-        {env: f"symla.py --envs {env}{' --obs-gain 1' * (env == 'upright_cartpole')}" for env in CONTROL["laptop"]},
+        {"start": "symla.py --envs contextual_bandit:2 contextual_bandit:3 grid_world:2 --baselines uniform --meta-steps 750",
+         **{env: f"symla.py --envs {env}{flags} --init {{S3.0}}/checkpoint.pt" for env, flags in REPEATED.items()}},
         per(CONTROL, lambda env: [*higher("symla", ["uniform"], [env], None, env),
+            *rises("symla", [f"shuffled_{env}"], env, metric="reward_per_step"),
             above_random("symla", f"shuffled_{env}", env) > above_random("symla", env, env) * 0.8,
             above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5]),
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
     "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
-         "grid": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400"},
-        per({"laptop": ["grid_world:2"], "thesis": ["grid_world"]}, lambda env: [
+         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400",
+         "grid": "symla.py --envs grid_world:3 --init {S4.1}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
+                 "--lifetime-steps 500"},
+        per({"laptop": ["grid_world:3"], "thesis": ["grid_world"]}, lambda env: [
             *higher("symla", ["uniform"], [env, f"swapped_{env}"], None, "grid"),
             *rises("symla", [f"swapped_{env}"], "grid", metric="reward_per_step"),
             *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
     "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
-        "symla.py --envs projected_dense_grid_world:4 --meta-steps 300 --obs-gain 1",
-        per({"laptop": ["projected_dense_grid_world:4"], "thesis": ["projected_dense_grid_world"]}, lambda env: [
-            *higher("symla", ["uniform"], [env]), *higher("symla", ["uniform", "rnn"], ["projected_upright_cartpole"])]),
+        f"symla.py --envs {' '.join(DENSE['laptop'])} --normalize-rewards --meta-steps 600 --obs-gain 1",
+        lambda preset: [*higher("symla", ["uniform"], DENSE[preset]),
+                        *higher("symla", ["uniform", "rnn"], ["projected_balance_cartpole"])],
         "symla.py --envs projected_dense_grid_world"),
 }
 

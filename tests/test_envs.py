@@ -387,6 +387,75 @@ def test_auto_reset():
     assert ends >= 8
 
 
+@pytest.mark.parametrize("name", ["cartpole", "shuffled_cartpole", "CartPole-v1"])
+def test_with_next_step_reset_an_episode_begins_with_the_step_after(name):
+    """A step that ends an episode returns its last observation; the step after ignores its action,
+    pays 0 and returns the first observation of the next."""
+    env = envs.make(name, 4, next_step_reset=True)
+    state, _ = env.reset(torch.rand(4, env.lifetime_draws, generator=DRAWS))
+    before = torch.zeros(4, dtype=torch.bool)
+    ends = 0
+    for _ in range(60):
+        state, step = env.step(state, torch.ones(4, dtype=torch.int64), draws(env, 4))
+        ended = step.terminated
+        largest = step.obs.abs().amax(-1)
+        assert torch.equal(step.obs, step.final_obs)
+        assert (largest[ended] > 0.3).all() and (largest[before] < 0.3).all()
+        assert torch.equal(step.reward, 1 - before.float())
+        assert not (ended & before).any()
+        before = ended
+        ends += int(ended.sum())
+    assert ends >= 8
+
+
+@pytest.mark.parametrize("next_step_reset", [False, True])
+def test_a_repeated_action_is_as_many_steps_of_one_episode(next_step_reset):
+    """Rewards add up, the end of an episode and its first observation are not skipped."""
+    env = envs.make("cartpole", 6, next_step_reset=next_step_reset, repeat=4)
+    once = envs.make("cartpole", 6, next_step_reset=next_step_reset)
+    state, _ = env.reset(draws(env, 6))
+    lengths = set()
+    for _ in range(40):
+        action, fresh = torch.randint(2, (6,), generator=DRAWS), draws(env, 6)
+        begins = state.get("ended", torch.zeros(6, dtype=torch.bool)).clone()
+        after, step = env.step(state, action, fresh)
+        for p in range(6):
+            one, total = {name: value[p : p + 1] for name, value in state.items()}, 0
+            for count in range(1, 5):
+                one, single = once.step(one, action[p : p + 1], fresh[p : p + 1])
+                total += single.reward.item()
+                if single.terminated or begins[p]:
+                    break
+            lengths.add(count)
+            assert step.reward[p] == total and step.terminated[p] == single.terminated
+            assert torch.equal(step.obs[p], single.obs[0])
+            assert torch.equal(step.final_obs[p], single.final_obs[0])
+            assert all(torch.equal(after[name][p], one[name][0]) for name in after)
+        state = after
+    assert lengths == {1, 2, 3, 4}
+
+
+def test_balance_cartpole_is_cartpole_that_nothing_ends():
+    """Until the pole is beyond 12 degrees its physics are CartPole's; then it falls, and hangs."""
+    env, plain = envs.make("balance_cartpole", 32), envs.make("cartpole", 32)
+    of_lifetime = draws(env, 32)
+    state, obs = env.reset(of_lifetime)
+    other, _ = plain.reset(of_lifetime)
+    inside = torch.ones(32, dtype=torch.bool)
+    for number in range(300):
+        action = torch.randint(2, (32,), generator=DRAWS)
+        state, step = env.step(state, action, of_lifetime)
+        other, theirs = plain.step(other, action, of_lifetime)
+        inside &= ~theirs.terminated
+        torch.testing.assert_close(step.obs[inside, :2], theirs.obs[inside, :2])
+        torch.testing.assert_close(step.obs[inside, 3], theirs.obs[inside, 2].sin())
+        assert not (step.terminated | step.truncated).any()
+        assert inside.any() or number > 5
+    assert (step.obs[:, 2] < -0.5).any() and (step.obs[:, 0].abs() <= 2.4).all()
+    expected = (1 + step.obs[:, 2]) / 2 * (1 - step.obs[:, 0].abs() / 4.8)
+    torch.testing.assert_close(step.reward, expected)
+
+
 def test_the_time_limit_of_cartpole_truncates():
     env = envs.make("cartpole", 64)
     state, obs = env.reset(draws(env, 64))

@@ -9,10 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from torch.utils._pytree import tree_map
 
 import symla
 from common import cells, checkpoints, envs
@@ -22,6 +24,12 @@ ARGS = symla.Args(
     obs_gain=1.5, rnn_size=7, rnn_inputs=4, rnn_outputs=5, test_seeds=20,
 )  # fmt: skip
 DRAWS = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """The random numbers of a test, whichever tests ran before it."""
+    DRAWS.manual_seed(0)
 
 
 def random_theta(learner, p=1, dtype=torch.float32):
@@ -85,14 +93,25 @@ def test_the_fused_cell_is_the_cell():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-4)
 
 
+def test_a_meta_test_computes_the_cell_exactly(monkeypatch):
+    """Also where meta-training takes a faster tanh: a checkpoint is a checkpoint, wherever it was trained."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run = SimpleNamespace(compiles=True, device=torch.device("cpu"))
+    parts = [(2, 5, 20), (2, 3, 4, 20), (2, 3, 2, 20), (2, 3, 4, 2, 5), (2, 3, 4, 2, 5)]
+    parts = [torch.randn(shape, generator=DRAWS) for shape in parts]
+    args = replace(ARGS, device="cpu", envs=("independent_bandit",))
+    learner, _, _ = symla.make_agent(args, "symla", "independent_bandit", 4, run, "test")
+    for ours, theirs in zip(learner.cell(*parts), symla.lstm_cell(*parts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["symla", "rnn"])
 def test_permuted_observations_and_actions_permute_symlas_policy_exactly(name):
     """Over a whole lifetime, step by step: section 4.4.4. The in-context RNN has no such symmetry."""
     learner = symla.LEARNERS[name](ARGS)
     params = learner.params(random_theta(learner, dtype=torch.float64))
     a, b = 4, 5
-    of_obs, of_actions = torch.randperm(a, generator=DRAWS), torch.randperm(b, generator=DRAWS)
-    assert (of_obs != torch.arange(a)).any() and (of_actions != torch.arange(b)).any()
+    of_obs, of_actions = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 4, 0, 2, 3])
     state = other = state_of(learner, 1, 3, a, b, torch.float64)
     furthest = moved = 0.0
     before = None
@@ -146,13 +165,56 @@ def test_the_start_is_that_of_appendix_c_4():
     assert all(part.abs().sum() == 0 for part in learner.initial_state(1, 2, 3, 4, "cpu"))
 
 
+@pytest.mark.parametrize("name", ["symla", "rnn"])
+def test_normalized_rewards_have_no_scale_and_no_offset(name):
+    """The policy is the same if all rewards are 7 times as large, plus 3; a learner without them tells the two apart."""
+    learner = symla.LEARNERS[name](ARGS)
+    params = learner.params(random_theta(learner, dtype=torch.float64))
+    for agent, same in ((symla.NormalizedRewards(learner), True), (learner, False)):
+        state = other = tree_map(lambda part: part.double(), agent.initial_state(1, 3, 4, 5, "cpu"))
+        furthest = 0.0
+        for t in range(30):
+            obs, action, reward, done = random_inputs(1, 3, 4, 5, torch.float64)
+            action = action * (t > 0)
+            state, logits = agent.act(params, state, obs, action, reward, done)
+            other, theirs = agent.act(params, other, obs, action, 7 * reward + 3, done)
+            furthest = max(furthest, (logits.softmax(-1) - theirs.softmax(-1)).abs().max().item())
+        assert furthest < 1e-4 if same else furthest > 0.02
+
+
+def test_normalized_rewards_are_those_of_the_lifetime_so_far():
+    seen = []
+
+    class Spied(symla.UniformPolicy):
+        def act(self, params, state, obs, action, reward, done):
+            seen.append(reward)
+            return super().act(params, state, obs, action, reward, done)
+
+    agent = symla.NormalizedRewards(Spied(ARGS))
+    state = agent.initial_state(1, 2, 1, 3, "cpu")
+    rewards = torch.randn(9, 1, 2, generator=DRAWS)
+    for t in range(9):
+        action = torch.full((1, 2, 3), 1 / 3) * (t > 0)
+        state, _ = agent.act({}, state, torch.zeros(1, 2, 1), action, rewards[t], torch.zeros(1, 2))
+    assert (seen[0] == 0).all() and (seen[1] == 0).all()
+    for t in range(2, 9):
+        so_far = rewards[1 : t + 1]
+        expected = (rewards[t] - so_far.mean(0)) / so_far.std(0, correction=0)
+        torch.testing.assert_close(seen[t], expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- the inner loop ----------------------------------------------------------------------------------------------------
+def keys_of(e, seed=0, part=symla.TEST, number=0, groups=(0,)):
+    """The keys of e lifetimes for each of `groups`."""
+    return symla.lifetime_keys(seed, part, number, torch.tensor(groups), e)
+
+
 def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     learner = symla.LEARNERS[name](args)
     world = envs.make(env, e)
     theta = random_theta(learner, p) if theta is None else theta
     step = partial(symla.one_step, learner, world)
-    return symla.lifetime(learner, step, world, theta, symla.lifetime_draws(world, e, steps, *key))
+    return symla.lifetime(learner, step, world, theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
 
 
 def test_the_regret_of_fixed_policies_in_closed_form():
@@ -188,7 +250,7 @@ def test_actions_are_drawn_from_the_policy_and_fed_back_with_their_rewards():
 
     learner, env = Fixed(ARGS), envs.make("independent_bandit:3", 5000)
     step = partial(symla.one_step, learner, env)
-    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), symla.lifetime_draws(env, 5000, 4, 0))
+    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), keys_of(5000), 4)
     assert torch.equal(inputs[0][1], torch.zeros(1, 5000, 3)) and (inputs[0][2] == 0).all()
     assert inputs[0][0].shape == (1, 5000, 1) and (inputs[0][0] == 1).all()  # nothing to observe but a constant
     for t in range(1, 4):
@@ -206,9 +268,9 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
             return super().act(params, state, obs, action, reward, done)
 
     env, spied = envs.make("grid_world:2", 6), Spied(ARGS)
-    theta, draws = random_theta(spied), symla.lifetime_draws(env, 6, 40, 0)
+    theta = random_theta(spied)
     for _ in range(2):
-        symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, draws)
+        symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, keys_of(6), 40)
     assert torch.stack(dones[1:40]).sum() > 6
     for lifetime in (0, 40):
         assert states[lifetime].abs().sum() == 0
@@ -216,13 +278,37 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
     assert all(torch.equal(one, other) for one, other in zip(states[:40], states[40:], strict=True))
 
 
-def test_members_share_environments_and_luck():
-    learner = symla.SymLA(ARGS)
-    theta = random_theta(learner).repeat(3, 1)
-    outcome = live("symla", "grid_world:3", theta=theta)
-    for p in (1, 2):
-        assert torch.equal(outcome.reward[0], outcome.reward[p])
-    assert (outcome.reward != 0).any()
+def test_a_reward_comes_with_the_observation_of_what_paid_it():
+    """Whoever is paid observes itself on the heart or the trap."""
+    paid, seen = 0, 0
+
+    class Spied(symla.UniformPolicy):
+        def act(self, params, state, obs, action, reward, done):
+            nonlocal paid, seen
+            agent, heart, trap = obs.unflatten(-1, (3, 9)).unbind(-2)
+            objects = torch.where(reward[..., None] > 0, heart, trap)
+            paid += (reward != 0).sum()
+            seen += ((agent * objects).sum(-1) == 1)[reward != 0].sum()
+            assert torch.equal(done[reward != 0], torch.ones(int((reward != 0).sum())))
+            return super().act(params, state, obs, action, reward, done)
+
+    learner, env = Spied(ARGS), symla.make_env(ARGS, "grid_world:3", 50)
+    symla.lifetime(learner, partial(symla.one_step, learner, env), env, torch.zeros(1, 0), keys_of(50), 60)
+    assert paid > 100 and seen == paid
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common, monkeypatch):
+    """Members that are all alike: the two of a pair are paid the same, and all are only with --common-lifetimes."""
+    args = replace(ARGS, common_lifetimes=common, noise_std=1e-9)
+    learner, env = symla.SymLA(args), symla.make_env(args, "grid_world:3", 6)
+    outcomes = []
+    lifetime = symla.lifetime
+    monkeypatch.setattr(symla, "lifetime", lambda *inputs: outcomes.append(lifetime(*inputs)) or outcomes[-1])
+    symla.es_gradient(args, learner, partial(symla.one_step, learner, env), env, random_theta(learner)[0], 0)
+    plus, minus = outcomes[0].reward.view(2, 4, 6, -1)
+    assert torch.equal(plus, minus) and (plus != 0).any()
+    assert all(torch.equal(plus[0], other) == common for other in plus[1:])
 
 
 def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
@@ -246,22 +332,49 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
         again = symla.es_gradient(replace(args, chunk=chunk), learner, step, env, theta, 3)
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
-    noise = symla.es.directions(4, len(theta), args.seed, 3)
-    draws, slow = symla.lifetime_draws(env, 6, args.lifetime_steps, args.seed, symla.TRAIN, 3), torch.zeros_like(theta)
-    for direction in noise:
+    noise, slow = symla.es.directions(4, len(theta), args.seed, 3), torch.zeros_like(theta)
+    for pair, direction in enumerate(noise):
+        keys = keys_of(6, args.seed, symla.TRAIN, 3, [pair])
         for sign in (1, -1):
-            outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], draws)
+            outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
             worth = (outcome.reward if fitness == "reward" else outcome.expected).mean()
             slow += -sign * worth * direction / (2 * 0.1 * 4)
     torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-4)
 
 
-def test_luck_is_a_pure_function_of_its_key():
-    env = envs.make("shuffled_cartpole", 3)
-    one, other = symla.lifetime_draws(env, 3, 5, 0, 1, 2), symla.lifetime_draws(env, 3, 5, 0, 1, 2)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert one[0].shape == (3, env.lifetime_draws) and one[1].shape == (5, 3, 1 + env.num_draws)
-    assert not torch.equal(one[1], symla.lifetime_draws(env, 3, 5, 0, 0, 2)[1])  # meta-test luck is not meta-training luck
+def test_a_compiled_step_is_the_eager_one():
+    """With the environment and its ends inside."""
+    if not symla.can_compile():
+        pytest.skip("no C++ compiler")
+    args = replace(ARGS, device="cpu", envs=("grid_world:2",), lifetime_steps=20, population=4)
+    theta = symla.SymLA(args).init(torch.Generator().manual_seed(0))
+    gradients = []
+    for compiles in (False, True):
+        run = SimpleNamespace(compiles=compiles, device=torch.device("cpu"))
+        agent = symla.make_agent(args, "symla", "grid_world:2", args.evaluations, run, "train")
+        with torch.no_grad():
+            gradients.append(symla.es_gradient(args, *agent, theta, 0))
+    torch.compiler.reset()
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.abs().max() > 0
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_each_lifetime_has_random_numbers_of_its_own():
+    """Whichever others are beside it; uniform ones, which no other seed, part, number, group or step repeats."""
+    both = keys_of(400, groups=[3, 5])
+    assert torch.equal(both[1:], keys_of(400, groups=[5])) and torch.equal(both[:, :7], keys_of(7, groups=[3, 5]))
+    others = [dict(seed=1), dict(part=symla.TRAIN), dict(number=1), dict(groups=[1])]
+    drawn = [symla.uniform_draws(keys_of(400, **other), 5)[1] for other in ({}, *others)]
+    keys = keys_of(400)
+    for _ in range(20):
+        keys, draws = symla.uniform_draws(keys, 5)
+        drawn.append(draws)
+    drawn = torch.stack(drawn[:5] + drawn[6:])  # the sixth is the first step of the first ones again
+    assert len(drawn.unique()) > 0.99 * drawn.numel()
+    assert abs(drawn.mean() - 0.5) < 5 / (12 * drawn.numel()) ** 0.5
+    flat = drawn.view(24, -1) - 0.5
+    assert (flat[5:-1] * flat[6:]).mean().abs() < 5 / 12 / flat[6:].numel() ** 0.5  # of one step and the next
 
 
 class Bar:
@@ -295,6 +408,29 @@ def test_it_learns_to_learn_bandits_and_plays_other_numbers_of_arms():
             regret = (ours.best - ours.expected)[0].sum(-1).mean()
             assert regret < 0.75 * chance, (arms, regret, chance)
             assert (before.best - before.expected)[0].sum(-1).mean() > 0.9 * chance
+
+
+def test_the_in_context_rnn_has_a_sigma_and_a_rate_of_its_own(monkeypatch):
+    """Adam's first step has the length of the rate; sigma falls by the same factor for both."""
+    args = replace(ARGS, meta_steps=1, noise_std=0.1, noise_end=0.05, lr=0.05, rnn_noise_std=0.4, rnn_lr=0.003)
+    sigmas, gradient = [], symla.es.gradient
+
+    def spied(*inputs, sigma, **more):
+        sigmas.append(sigma)
+        return gradient(*inputs, sigma=sigma, **more)
+
+    monkeypatch.setattr(symla.es, "gradient", spied)
+    env = symla.make_env(args, "independent_bandit:3", args.evaluations)
+    learners = {name: symla.LEARNERS[name](args) for name in symla.META_TRAINED}
+    thetas = {name: learner.init(torch.Generator().manual_seed(0)) for name, learner in learners.items()}
+    first = {name: theta.clone() for name, theta in thetas.items()}
+    agents = {name: [(learner, partial(symla.one_step, learner, env), env)] for name, learner in learners.items()}
+    with torch.no_grad():
+        symla.meta_train(args, agents, thetas, Bar(1))
+        for name, lr in (("symla", 0.05), ("rnn", 0.003)):
+            assert (thetas[name] - first[name]).abs().max().item() == pytest.approx(lr, rel=1e-3)
+        symla.es_gradient(symla.own_settings(args, "rnn"), *agents["rnn"][0], first["rnn"], args.meta_steps)
+    assert sigmas == pytest.approx([0.1, 0.4, 0.2])
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
@@ -397,7 +533,7 @@ def test_control_shuffled_and_projected_environments_and_their_comparison(tmp_pa
     tasks = [{row["task"]: row["novelty"] for row in rows(tmp_path / str(number))} for number in range(4)]
     assert tasks[0] == {"upright_cartpole": "none", "shuffled_upright_cartpole": "task"}
     assert tasks[1] == {"grid_world:3": "none", "swapped_grid_world:3": "task"}
-    assert tasks[2] == {"projected_dense_grid_world:3": "none", "projected_upright_cartpole": "domain"}
+    assert tasks[2] == {"projected_dense_grid_world:3": "none", "projected_balance_cartpole": "domain"}
     found = rows(tmp_path / "0")
     last = {row["metric"]: row for row in found if row["task"] == "upright_cartpole" and row["learner"] == "uniform"}
     per_step = [row["mean"] for row in found if row["metric"] == "reward_per_step" and row["learner"] == "uniform"]
@@ -453,19 +589,35 @@ def test_the_shipped_agent_learns_ten_armed_bandits():
     assert regret.mean() < 12
 
 
-def test_an_agent_plays_gymnasiums_cartpole(finished):
+def test_an_agent_plays_gymnasiums_cartpole():
+    """As its docstring says: it acts on the last observation of an episode, too."""
     import gymnasium
 
-    env, agent = gymnasium.make("CartPole-v1"), symla.SymLA.load(finished[0] / "checkpoint.pt", num_actions=2)
+    env, agent = gymnasium.make("CartPole-v1"), symla.SymLA.load("pretrained", num_actions=2)
     obs, _ = env.reset(seed=0)
     action, ends = agent.act(obs), 0
-    for _ in range(60):
+    for _ in range(200):
         obs, reward, terminated, truncated, _ = env.step(action)
-        ends += terminated
+        action = agent.act(obs, reward, terminated or truncated)
         if terminated or truncated:
             obs, _ = env.reset()
-        action = agent.act(obs, reward, terminated or truncated)
-    assert 1 <= ends <= 10
+            action, ends = agent.act(obs), ends + 1
+        assert action in (0, 1)
+    assert 1 <= ends <= 25
+
+
+def test_an_agent_plays_gymnasiums_vector_environments():
+    """Which begin an episode with the step after, as meta-training does."""
+    import gymnasium
+
+    env, agent = gymnasium.make_vec("CartPole-v1", 3), symla.SymLA.load("pretrained", num_actions=2)
+    obs, _ = env.reset(seed=0)
+    reward, done = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
+    for _ in range(60):
+        obs, reward, terminated, truncated, _ = env.step(agent.act(obs, reward, done).numpy())
+        assert (reward[done] == 0).all()
+        done = terminated | truncated
+    assert agent.state[0].shape[:4] == (1, 3, 4, 2)
 
 
 def test_environments_of_gymnasium(tmp_path):

@@ -20,7 +20,8 @@ Environments reset themselves. A step that ends an episode, because it terminate
 or was truncated (the time is up), returns the reward of that step, in `final_obs` the observation
 of the state that the action led to, and in `obs` the first observation of the next episode. A loop
 over steps then needs no branch: bootstrap from final_obs, act on obs. Between ends the two are
-equal.
+equal. With `next_step_reset` they always are: the next episode begins with the step after, which
+ignores its action and pays 0, so that observation, reward and end belong to one state.
 
 Axes: p environments in parallel, a observations, b actions or action dimensions.
 """
@@ -46,6 +47,7 @@ ENVS = {  # name: module and class, imported when the name is asked for
     "contextual_bandit": "bandits:ContextualBandit",
     "cartpole": "cartpole:CartPole",
     "upright_cartpole": "cartpole:UprightCartPole",
+    "balance_cartpole": "cartpole:BalanceCartPole",
     "continuous_cartpole": "cartpole:ContinuousCartPole",
     "cart_swing_up": "cartpole:CartSwingUp",
     "mountain_car": "classic:MountainCar",
@@ -89,6 +91,8 @@ def make(
     scaled: bool = False,
     parallel: bool = False,
     compile: bool = False,
+    next_step_reset: bool = False,
+    repeat: int = 1,
     **options: Any,
 ) -> Env:
     """An environment by its name; `options` are those of its class.
@@ -99,13 +103,16 @@ def make(
     compile: a step made by torch.compile, 2 to 10 times as fast on a CPU. It needs a C++ compiler
     and seconds for each environment and number of copies; PyTorch keeps 8 of them in a process.
     Environments that are not made of tensor operations stay as they are.
-    Raises EnvError for a name or a size that does not exist.
+    next_step_reset: see above.
+    repeat: each action is taken for so many steps, as one step whose rewards are added.
+    Raises EnvError for a name or a size that does not exist, and where nothing can be repeated.
     """
     wrapper, _, inner = name.partition("_")
     base, colon, _ = name.partition(":")
 
     if wrapper in WRAPPERS:
-        env = make(inner, num_envs, device, dtype, parallel=parallel, **options)
+        options |= {"parallel": parallel, "next_step_reset": next_step_reset, "repeat": repeat}
+        env = make(inner, num_envs, device, dtype, **options)
         if not env.obs_size:
             raise EnvError(f"There is nothing to be {wrapper} in {inner}: it has no observations.")
         env = load(WRAPPERS[wrapper])(env)
@@ -114,9 +121,15 @@ def make(
         if colon:
             options["size"] = checked_size(name, env_class.min_size)
         env = env_class(num_envs, device, dtype, **VARIANTS.get(base, {}), **options)
+        env.next_step_reset = next_step_reset and env.episodic
+        if repeat > 1:
+            env = load("wrappers:Repeated")(env, repeat)
     elif re.search(r"[A-Z/]|:\D|-v\d+$", name):
         gymnasium = load("mujoco:Gymnasium")
-        env = gymnasium(name, num_envs, device, dtype, parallel=parallel, **options)
+        if repeat > 1:
+            raise EnvError(f"Actions of {name} cannot be repeated; wrap it in your own code.")
+        options |= {"parallel": parallel, "next_step_reset": next_step_reset}
+        env = gymnasium(name, num_envs, device, dtype, **options)
     else:
         raise EnvError(
             f"There is no environment {name}; there are {', '.join(ENVS)}, and those of gymnasium, "

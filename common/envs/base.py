@@ -22,7 +22,8 @@ class EnvError(Exception):
 class Step(NamedTuple):
     """What a step of p environments returns."""
 
-    obs: Tensor  # (p, a), to act on next: where an episode ended, the first of the next one
+    obs: Tensor  # (p, a), to act on next: where an episode ended, the first of the next one, or
+    #              with next_step_reset still the last one
     reward: Tensor  # (p,)
     terminated: Tensor  # (p,) bool, the task is over
     truncated: Tensor  # (p,) bool, the time is up
@@ -33,6 +34,8 @@ class Env:
     """Interface of every environment.
 
     `reset` starts new lifetimes and `step` takes one step, with a new episode wherever one ended.
+    With `next_step_reset` the new episode begins a step later, as with gymnasium's next-step
+    autoreset: that step ignores its action, pays 0 and returns the first observation.
     A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
     """
 
@@ -45,6 +48,7 @@ class Env:
     stationary = True  # False: the best policy changes during a lifetime
     min_size: int | None = None  # least n of "name:n"; None: the name takes no size
     compilable = True  # False: it steps outside of PyTorch
+    next_step_reset = False  # see above; `make` sets it
     resumable = True  # False: some of its state is not in `state`, so that it cannot be saved
     reset_draws = 0  # uniform numbers that reset_env takes for each environment
     step_draws = 0  # uniform numbers that step_env takes for each environment
@@ -87,6 +91,8 @@ class Env:
         """The first state and observations (p, a) of new lifetimes. draws (p, lifetime_draws)."""
         state = self.reset_env(draws[:, : self.reset_draws])
         state["steps"] = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+        if self.next_step_reset:
+            state["ended"] = torch.zeros_like(state["steps"], dtype=torch.bool)
         return state, self.get_obs(state)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
@@ -94,19 +100,30 @@ class Env:
         action (p,) int64 or (p, b); draws (p, num_draws)."""
         moved, reward, terminated = self.step_env(state, action, draws[:, self.reset_draws :])
         moved["steps"] = state["steps"] + 1
-        final_obs = self.get_obs(moved)
 
         truncated = torch.zeros_like(terminated)
         if self.max_steps is not None:
             truncated = (moved["steps"] >= self.max_steps) & ~terminated
 
-        if self.episodic:
-            ended = terminated | truncated
-            fresh, _ = self.reset(draws)
-            for name, value in moved.items():
-                mask = ended.view(-1, *[1] * (value.ndim - 1))
-                moved[name] = torch.where(mask, fresh[name], value)
-        return moved, Step(self.get_obs(moved), reward, terminated, truncated, final_obs)
+        if self.next_step_reset:
+            ended = state["ended"]
+            moved = self.restarted(moved, ended, draws)
+            reward = torch.where(ended, 0.0, reward)
+            terminated = terminated & ~ended
+            truncated = truncated & ~ended
+            moved["ended"] = terminated | truncated
+
+        obs = final_obs = self.get_obs(moved)
+        if self.episodic and not self.next_step_reset:
+            moved = self.restarted(moved, terminated | truncated, draws)
+            obs = self.get_obs(moved)
+        return moved, Step(obs, reward, terminated, truncated, final_obs)
+
+    def restarted(self, state: State, ended: Tensor, draws: Tensor) -> State:
+        """The state, and where `ended` (p,) the first one of a new episode."""
+        fresh, _ = self.reset(draws)
+        masks = {name: ended.view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
+        return {name: torch.where(masks[name], fresh[name], state[name]) for name in state}
 
     def expected_rewards(self, state: State) -> Tensor | None:
         """The expected reward (p, b) of each action, for bandits; else None."""

@@ -126,3 +126,28 @@ class CartSwingUp(ContinuousCartPole):
         x = x.clamp(-self.max_position, self.max_position)
         reward = (1 + theta.cos()) / 2 - 0.1 * x.abs() / self.max_position
         return {"physics": torch.stack([x, x_dot, theta, theta_dot], -1)}, reward, never(reward)
+
+
+class BalanceCartPole(CartSwingUp):
+    """A pole that starts upright, in 500 steps of 0.02 s that nothing ends early: it may fall, and
+    walls stop the cart (as in DeepMind Control's task "balance", Tunyasuvunakool et al. 2020, to
+    which section 4.5.5 of the thesis points). Actions: push left, push right.
+
+    Observations as in CartSwingUp. Reward: one for an upright pole in the centre; half of it for a
+    horizontal pole or for a cart at the wall, none for a hanging pole.
+    """
+
+    num_actions = 2
+    action_size = 0
+    max_steps = 500
+    seconds = 0.02
+
+    def reset_env(self, draws: Tensor) -> State:
+        return CartPole.reset_env(self, draws)
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        push = (2 * action - 1).to(self.dtype)[:, None]
+        moved, _, terminated = super().step_env(state, push, draws)
+        x, _, theta, _ = moved["physics"].unbind(-1)
+        reward = (1 + theta.cos()) / 2 * (1 - x.abs() / self.max_position / 2)
+        return moved, reward, terminated

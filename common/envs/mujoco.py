@@ -33,10 +33,19 @@ class Gymnasium(Env):
     resumable = False
     reset_draws = 1
 
-    def __init__(self, name: str, *args: Any, parallel: bool = False, **options: Any):
+    def __init__(
+        self,
+        name: str,
+        *args: Any,
+        parallel: bool = False,
+        next_step_reset: bool = False,
+        **options: Any,
+    ):
         super().__init__(*args)
         import gymnasium as gym
 
+        modes = gym.vector.AutoresetMode
+        self.next_step_reset = next_step_reset
         self.name = name
         self.finite_actions = True
         id = registered_id(name)
@@ -46,7 +55,9 @@ class Gymnasium(Env):
                 gym.make_vec,
                 id,
                 vectorization_mode="async" if parallel else "sync",
-                vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
+                vector_kwargs={
+                    "autoreset_mode": modes.NEXT_STEP if next_step_reset else modes.SAME_STEP
+                },
                 **options,
             )
             self.envs = self.make_envs(self.num_envs)

@@ -30,6 +30,7 @@ class Wrapper(Env):
         self.episodic = env.episodic
         self.stationary = env.stationary
         self.compilable = env.compilable
+        self.next_step_reset = env.next_step_reset
         self.resumable = env.resumable
         self.reset_draws = env.reset_draws
         self.step_draws = env.step_draws
@@ -67,6 +68,33 @@ class Wrapper(Env):
 
     def close(self) -> None:
         self.env.close()
+
+
+class Repeated(Wrapper):
+    """Each action is taken for a number of steps, or until the episode ends; rewards are added."""
+
+    def __init__(self, env: Env, times: int):
+        super().__init__(env)
+        self.times = times
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        moved, step = self.env.step(state, action, draws)
+        stopped = step.terminated | step.truncated
+        if self.next_step_reset:  # a first observation is not skipped
+            stopped = stopped | state["ended"]
+
+        for _ in range(self.times - 1):
+            after, more = self.env.step(moved, action, draws)
+            more = more._replace(reward=step.reward + more.reward)
+            moved = {name: select(stopped, moved[name], after[name]) for name in moved}
+            step = Step(*(select(stopped, *both) for both in zip(step, more, strict=True)))
+            stopped = stopped | step.terminated | step.truncated
+        return moved, step
+
+
+def select(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """one (p, ...) where mask (p,), else other."""
+    return torch.where(mask.view(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 class Scaled(Wrapper):
