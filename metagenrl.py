@@ -815,8 +815,11 @@ def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
     """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of
-    the last fifth of an agent's training by it, in one environment after the other. All of a generation have the same random
-    numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each fifth."""
+    the last fifth of an agent's training by it, in one environment after the other. Agents act with their policies from the
+    first step on: the fitness of a short training that began with random actions would not depend on the objective. All of a
+    generation have the same random numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each
+    fifth."""
+    args = replace(args, random_steps=0)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.pairs, sigma=args.sigma, seed=args.seed, rank_shaping=True)
     for generation in run.steps(args.generations, {"alpha": alpha, "history": history, "adam": optimizer}):

@@ -337,7 +337,7 @@ class Sick:
 
     def steps(self, total, keep):
         for step in range(total):
-            if step == 7:
+            if self.groups and step == 7:
                 self.groups[0].state["phi"][1] = torch.nan
             yield step
 
@@ -356,6 +356,19 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
     assert all(value.isfinite() for values in run.logged for value in values.values())
     assert all(x.isfinite().all() for x in groups[0].state.values())
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
+
+
+def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
+    """EPG's agents act with their policies, although --random-steps is longer than their training (as at the thesis' preset)."""
+    args = replace(ARGS, random_steps=10_000, life_steps=80, generations=1, pairs=4, sigma=0.5)
+    losses, estimate = [], metagenrl.es.estimate
+    monkeypatch.setattr(metagenrl.es, "estimate", lambda noise, x, *rest: losses.append(x) or estimate(noise, x, *rest))
+    run = Sick([])
+    run.compiles = False
+    alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
+    with torch.no_grad():
+        metagenrl.evolve(args, alpha, alpha.repeat(5, 1, 1), run)
+    assert len(losses[0].unique()) == 8
 
 
 def test_reinforce_is_the_gradient_of_equation_2_3():
