@@ -358,11 +358,15 @@ def standardized(x: Tensor, mask: Tensor) -> Tensor:
 
 def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tensor, value: Tensor, next_value: Tensor) -> Tensor:
     """L_alpha at every step (section 2.3.2, A.2.1, Figure 2.2). alpha (p, d): an objective for each agent; action (p, s, t, b)
-    is pi_phi(s), the one input that a gradient flows through; values (p, s, t). Returns l_t (p, s, t), zero where mask is."""
+    is pi_phi(s), the one input that a gradient flows through; values (p, s, t), which are standardised together, so that V_t of
+    one step is V_{t+1} of the step before, and a terminal state's is zero. Returns l_t (p, s, t), zero where mask is."""
     of_inputs, of_actions, of_hidden, *lstm = alpha.split(nets.objective_sizes, -1)
     w_x, w_h, bias = (part.unflatten(-1, shape) for part, shape in zip(lstm, nets.lstm_shapes, strict=True))
-    inputs = {"reward": batch.reward, "value": value, "next_value": next_value, "gain": next_value - value}
-    inputs = {name: standardized(x, batch.mask) for name, x in inputs.items() if name in args.inputs} | {"time": batch.time}
+    has_next = batch.mask * (1 - batch.terminated)
+    both = standardized(torch.cat([value, next_value], 2), torch.cat([batch.mask, has_next], 2))
+    inputs = {"reward": standardized(batch.reward, batch.mask), "time": batch.time}
+    inputs |= {"value": both[:, :, : value.shape[2]], "next_value": has_next * both[:, :, value.shape[2] :]}
+    inputs["gain"] = has_next * standardized(next_value - value, has_next)
     x = nets.of_inputs(of_inputs, torch.stack([inputs[name] for name in args.inputs], -1))
     pair = torch.stack([batch.action, action], -1)  # (p, s, t, b, 2)
     embedding = nets.of_actions(of_actions, pair).mean(-2)  # Eq. A.1: whatever the number of action dimensions
@@ -1052,14 +1056,15 @@ class LearnedObjective:
     """A meta-trained objective for the policies of your own agents, a differentiable loss.
 
         objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
-        loss = objective(actions, policy(obs), rewards, values, next_values, times, mask)
+        loss = objective(actions, policy(obs), rewards, values, next_values, times, mask, terminated)
         loss.backward()
 
     actions and policy_actions are (s, t, b), in [-1, 1]: s sub-trajectories of t steps, of any action size, the actions taken
     and those of the policy now, through which the gradient flows. The others are (s, t): rewards; the critic's values of
-    policy actions in this state and in the next one, 0 after a terminal state; times, the step in the episode over its time
-    limit; mask, 1 for steps before the end of an episode (default: all). Raises ValueError for other shapes. Inputs are
-    standardised over the batch, so it should hold a hundred steps or more.
+    policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 for steps
+    before the end of an episode (default: all); terminated, 1 where the next state is terminal, so that its value is not used
+    (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it should hold a hundred
+    steps or more.
     """
 
     def __init__(self, args: Args, alpha: Tensor):
@@ -1090,16 +1095,18 @@ class LearnedObjective:
         next_values: Tensor,
         times: Tensor,
         mask: Tensor | None = None,
+        terminated: Tensor | None = None,
     ) -> Tensor:
         """The mean of the objective over steps, ()."""
         mask = torch.ones_like(rewards) if mask is None else mask
-        scalars = rewards, values, next_values, times, mask
+        terminated = torch.zeros_like(rewards) if terminated is None else terminated
+        scalars = rewards, values, next_values, times, mask, terminated
         if actions.ndim != 3 or policy_actions.shape != actions.shape or any(x.shape != actions.shape[:2] for x in scalars):
             raise ValueError("Actions have to be (s, t, b), and all other inputs (s, t).")
         actions, policy_actions = actions[None], policy_actions[None]
-        rewards, values, next_values, times, mask = (x[None].float() for x in scalars)
+        rewards, values, next_values, times, mask, terminated = (x[None].float() for x in scalars)
         zeros = torch.zeros_like(actions[..., :1])
-        batch = Batch(zeros, actions, rewards, torch.zeros_like(rewards), times, zeros, mask)
+        batch = Batch(zeros, actions, rewards, terminated, times, zeros, mask)
         losses = objective(self.args, self.nets, self.alpha[None], batch, policy_actions, values, next_values)
         return masked_mean(losses, mask).squeeze(0)
 

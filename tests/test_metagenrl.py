@@ -109,6 +109,28 @@ def test_what_a_terminal_state_leads_to_is_worth_nothing():
     assert (next_value[batch.terminated == 1] == 0).all() and (next_value[batch.terminated == 0] != 0).all()
 
 
+def test_values_are_standardised_together_and_terminal_ones_are_zero_afterwards():
+    """V_{t+1} is the same number as V_t one step later, and what a critic says of terminal states changes nothing."""
+    nets, alpha, state, batch = setting()
+    value = 200 + 5 * torch.randn(3, ARGS.batch_size, ARGS.length + 1, generator=DRAWS, dtype=batch.reward.dtype)
+    batch, inputs = batch._replace(terminated=torch.zeros_like(batch.reward), mask=torch.ones_like(batch.reward)), []
+    batch.terminated[:, ::3, -1] = 1
+
+    class Spy(networks.Network):
+        def __call__(self, params, x):
+            inputs.append(x)
+            return super().__call__(params, x)
+
+    nets, action = nets._replace(of_inputs=Spy(*nets.of_inputs)), nets.act(state["phi"], batch.obs)
+    for after_end in (0.0, 500.0):
+        next_value = torch.where(batch.terminated > 0, after_end, value[:, :, 1:])
+        metagenrl.objective(ARGS, nets, alpha, batch, action, value[:, :, :-1], next_value)
+    torch.testing.assert_close(inputs[0], inputs[1])
+    _, v, next_v, _ = inputs[0].unbind(-1)
+    torch.testing.assert_close(next_v[:, :, :-1], v[:, :, 1:])
+    assert (next_v[batch.terminated > 0] == 0).all() and v.abs().max() < 5
+
+
 def test_the_objective_takes_any_number_of_action_dimensions_in_any_order():
     for b in (1, 2, 5):
         nets, alpha, state, batch = setting(b=b)
@@ -565,16 +587,17 @@ def test_an_objective_from_python(finished):
     taken, policy = torch.rand(2, s, steps, b, generator=DRAWS) * 2 - 1
     rewards, values, next_values, times = torch.randn(4, s, steps, generator=DRAWS)
     mask = (torch.rand(s, steps, generator=DRAWS) < 0.8).float()
-    batch = metagenrl.Batch(taken[None], taken[None], rewards[None], rewards[None] * 0, times[None], taken[None], mask[None])
+    ended = (torch.rand(s, steps, generator=DRAWS) < 0.1).float()
+    batch = metagenrl.Batch(taken[None], taken[None], rewards[None], ended[None], times[None], taken[None], mask[None])
     inputs = (policy[None], values[None], next_values[None])
     expected = metagenrl.objective(learned.args, learned.nets, learned.alpha[None], batch, *inputs)
     policy.requires_grad_()
-    loss = learned(taken, policy, rewards, values, next_values, times, mask)
+    loss = learned(taken, policy, rewards, values, next_values, times, mask, ended)
     torch.testing.assert_close(loss.detach(), (expected.sum() / mask.sum()))
     loss.backward()
     assert policy.grad[mask > 0].abs().max() > 0 and policy.grad[mask == 0].abs().max() == 0
     with torch.no_grad():
-        lower = learned(taken, policy - 1e-2 * policy.grad / policy.grad.norm(), rewards, values, next_values, times, mask)
+        lower = learned(taken, policy - 1e-2 * policy.grad / policy.grad.norm(), rewards, values, next_values, times, mask, ended)
     assert lower < loss
 
     with pytest.raises(ValueError, match="Actions have to be"):
