@@ -136,7 +136,7 @@ class Args:
     length: Size = 20
     """Steps of a sub-trajectory (Table A.3)."""
     batch_size: Size = 100
-    """Sub-trajectories in an update of an agent (Table A.3)."""
+    """Sub-trajectories in an update of an agent, and in each inner step (Table A.3)."""
     buffer_size: Count = 1_000_000
     """Transitions that a replay buffer holds (not in the thesis)."""
     critic_lr: Positive = 1e-3
@@ -146,7 +146,7 @@ class Args:
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
-    """Steps of Eq. 2.6 before the critic's estimate; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
+    """Steps of Eq. 2.6 before the critic's estimate, each on a batch of its own; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
     inner_normalized: bool = False
     """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
     value_scaled: bool = False
@@ -412,11 +412,11 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
 
 
 def grad_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """The gradient of L_alpha with respect to the policies (p, d)."""
+    """The gradient of L_alpha, summed over all steps of a batch, with respect to the policies (p, d)."""
     estimates = values(nets, state, batch)
 
     def loss(phi: Tensor) -> Tensor:
-        return masked_mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates), batch.mask).sum()
+        return objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates).sum()
 
     return gradient(loss)(state["phi"])[0]
 
@@ -466,29 +466,29 @@ def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: T
     for now in range(1, group.steps + 1):
         group.step_async()
         group.step_wait(now - 1)
-        learn(args, group, policy_gradient, alpha, group.sample(now), now)
+        learn(args, group, policy_gradient, alpha, now)
         callback(now)
 
 
 def learn(
-    args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, batch: Batch, now: int, share: Tensor | None = None
+    args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, now: int, share: Tensor | None = None
 ) -> None:
-    """One update of critics, and with delay of policies, of all agents in a group."""
+    """One update of critics, and with delay of policies, of all agents in a group, each on a batch of its own."""
     noise = group.draws(torch.randn, args.batch_size, args.length, group.env.action_size)
-    group.state |= group.update_critics(group.state, batch, noise)
+    group.state |= group.update_critics(group.state, group.sample(now), noise)
     if now % args.policy_frequency == 0:
-        group.state |= group.update_policies(policy_gradient, alpha, group.state, batch, share)
+        group.state |= group.update_policies(policy_gradient, alpha, group.state, group.sample(now), share)
 
 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
 def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient,
-    each on sub-trajectories of its own. alpha (p, d). Returns (p,)."""
+    """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient.
+    alpha (p, d); batch: --batch-size sub-trajectories for each step, and as many for the estimate. Returns (p,)."""
     phi = state["phi"]
-    size = args.batch_size // (args.inner_steps + 1)
-    for tau in (Batch(*parts) for parts in zip(*(x.split(size, 1)[: args.inner_steps] for x in batch), strict=True)):
+    *steps, batch = (Batch(*parts) for parts in zip(*(x.split(args.batch_size, 1) for x in batch), strict=True))
+    for tau in steps:
         estimates = values(nets, state, tau)
 
         def loss(phi: Tensor) -> Tensor:
@@ -505,14 +505,13 @@ def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch)
     return -improvement
 
 
-def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss, 0 if one is not
-    finite; and which gradients are valid (p,): not those of agents whose policies are not trained yet, nor ones that are not
-    finite."""
+def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d), zero where it is not finite or the
+    policy is not trained yet; and the mean loss, 0 if one is not finite."""
     g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
     g = clipped(args, g)
     valid = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
-    return torch.where(valid[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g), valid.to(g.dtype)
+    return torch.where(valid[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g)
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
@@ -526,22 +525,21 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
         annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
         share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
         grads = torch.zeros_like(alpha)
-        valid = torch.zeros(len(alpha), 1, device=run.device)  # how many agents' gradients each objective has
 
         for group in groups:
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            batch, own = group.sample(now), alpha[group.which]
-            learn(args, group, grad_objective, own, batch, now, share)
+            own = alpha[group.which]
+            learn(args, group, grad_objective, own, now, share)
             if now % args.policy_frequency == 0:
-                g, loss, valid_agents = group.meta_gradient(own, group.state, batch)
-                grads.index_add_(0, group.which, g)
-                valid.index_add_(0, group.which, valid_agents[:, None])
+                batch = group.sample(now, args.inner_steps + 1)
+                g, loss = group.meta_gradient(own, group.state, batch)
+                grads.index_add_(0, group.which, g)  # the sum over agents
                 group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
             group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
         if now % args.policy_frequency == 0:
-            alpha.grad = es.all_reduce_mean(grads) / es.all_reduce_mean(valid).clamp(min=1 / run.world)
+            alpha.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
         history[5 * step // iterations] = alpha
         if now % args.log_every == 0:
@@ -708,9 +706,9 @@ class Group:
             x = whole[name].to(self.device).index_select(agent_axis(name), self.own)
             self.state[name] = x.to(own.dtype).view(own.shape)
 
-    def sample(self, now: int) -> Batch:
-        """A batch from every agent's buffer; now: steps of each copy so far."""
-        draws = self.draws(torch.rand, self.args.batch_size, 2)
+    def sample(self, now: int, batches: int = 1) -> Batch:
+        """One or more batches from every agent's buffer; now: steps of each copy so far."""
+        draws = self.draws(torch.rand, batches * self.args.batch_size, 2)
         return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
 
     def latest(self, now: int, steps: int) -> tuple[Batch, Tensor]:
@@ -1351,8 +1349,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError("--num-steps has to be at most --buffer-size and --test-steps.")
     if args.learner == "metagenrl" and args.log_every < args.policy_frequency:
         raise UserError("--log-every has to be at least --policy-frequency, so that each line of metrics.csv has a meta-loss.")
-    if args.batch_size <= args.inner_steps:
-        raise UserError("--batch-size has to be larger than --inner-steps, which take disjoint parts of it.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
 
