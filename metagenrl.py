@@ -55,7 +55,7 @@ from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.networks import Network, adam, gradient
+from common.networks import Network, adam, gradient, half_squares
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -325,18 +325,20 @@ class Nets(NamedTuple):
         parts = [net.init(m, generator) for net in (self.of_inputs, self.of_actions, self.of_hidden)]
         bound = 1 / math.sqrt(self.units)
         parts += [bound * (2 * torch.rand(m, size, generator=generator) - 1) for size in self.objective_sizes[3:]]
+        parts[-1][:, self.units : 2 * self.units] += 1  # of the forget gate
         return torch.cat(parts, -1)
 
 
 def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
     hidden, filters = (args.hidden,) * args.layers, (args.objective_filters,) * 2
+    squares = partial(Network, activation=half_squares)
     return Nets(
         policy=Network((obs_size, *hidden, action_size)),
         critic=Network((obs_size + action_size, *hidden, 1)),
         value=Network((obs_size, *hidden, 1)),
-        of_inputs=Network((len(args.inputs), *filters, 8), normalized=False, squares=True),
-        of_actions=Network((2, *filters, args.objective_filters), squares=True),
-        of_hidden=Network((args.objective_units, *filters, 1), normalized=False, squares=True),
+        of_inputs=squares((len(args.inputs), *filters, 8), normalized=False),
+        of_actions=squares((2, *filters, args.objective_filters), linear_output=False),
+        of_hidden=squares((args.objective_units, *filters, 1)),
         units=args.objective_units,
     )
 
@@ -1080,7 +1082,7 @@ class LearnedObjective:
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
             args = None
-        if args is None:
+        if args is None or alpha.shape[-1] != sum(make_nets(args, 1, 1).objective_sizes):
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
         return LearnedObjective(args, alpha[index].to(device))
 
