@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import checkpoints, envs, es, machine
@@ -205,9 +206,10 @@ class Args:
     """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
     trial_steps: Count = 100_000_000
-    """rl2: environment steps of meta-training, of all environments (section 2.5.1, footnote 6)."""
+    """rl2: environment steps of meta-training, of all environments, without those after a trial's end (section 2.5.1,
+    footnote 6)."""
     trials: Size = 16
-    """rl2: trials of two episodes in each environment, in an update (not in the thesis)."""
+    """rl2: trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
     rl2_units: Size = 64
     """rl2: units of the LSTM (A.2.3)."""
     rl2_lr: Positive = 1e-3
@@ -862,13 +864,15 @@ class RL2(torch.nn.Module):
         return -(z**2 / 2 + self.log_std[: action.shape[-1]]).sum(-1)
 
     def trial(self, env: Env, draws: Callable, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two episodes in every copy: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask (t, e) of steps before
-        the end of the second one. draws: like torch.rand or torch.randn, by name."""
+        """Two episodes in every copy, until all have ended: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask
+        (t, e) of steps before the end of the second one. draws: like torch.rand or torch.randn, by name."""
         world, obs = env.reset(draws("rand", env.num_envs, env.lifetime_draws))
         action = torch.zeros(env.num_envs, env.action_size, device=obs.device)
         reward = ended = episodes = torch.zeros(env.num_envs, device=obs.device)
         state, transitions = None, []
-        for _ in range(2 * (env.max_steps or 1000)):
+        for t in range(2 * (env.max_steps or 1000)):
+            if t % 20 == 0 and (episodes >= 2).all():
+                break
             inputs = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
             inputs = torch.cat([*inputs, reward[:, None], ended[:, None]], -1)
             hidden, state = self.lstm(inputs[None], state)
@@ -883,42 +887,62 @@ class RL2(torch.nn.Module):
 
 
 def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
-    """PPO on trials in all environments; within a trial, returns do not end with the first episode. Changes net in place."""
+    """PPO on trials in all environments; within a trial, returns do not end with the first episode. An update has as many steps
+    of every environment, however short its episodes are. Changes net in place."""
     adam = torch.optim.Adam(net.parameters(), args.rl2_lr)
-    all_envs = [make_env(name, args.trials, run.device) for name in args.envs]
-    steps = sum(2 * args.trials * (env.max_steps or 1000) for env in all_envs)
-
-    def draws(name: str, *shape: int) -> Tensor:
-        return getattr(torch, name)(*shape, device=run.device)
-
-    for update in run.steps(max(1, args.trial_steps // steps), {"net": net, "adam": adam}):
-        trials, log = [], {}
-        for env, name in zip(all_envs, args.envs, strict=True):
-            inputs, action, reward, mask = net.trial(env, draws)
+    all_envs = [make_env(name, args.trials // run.world, run.device) for name in args.envs]
+    quota = [2 * args.trials * (env.max_steps or 1000) for env in all_envs]  # steps of each environment in an update
+    missing = torch.zeros(len(all_envs))  # of them, the steps that are not collected yet
+    count = torch.zeros((), dtype=torch.int64)  # of batches of trials
+    keep = {"net": net, "adam": adam, "missing": missing, "count": count}
+    for update in run.steps(max(1, args.trial_steps // sum(quota)), keep):
+        data, log = [], {}
+        for i, (env, name) in enumerate(zip(all_envs, args.envs, strict=True)):
+            missing[i] += quota[i]
+            batches = []
+            while missing[i] > 0:
+                generator = torch.Generator(run.device).manual_seed((args.seed + 1) * 2**31 + int(count))
+                batches.append(net.trial(env, partial(own_draws, run, generator)))
+                missing[i] -= float(es.all_reduce_mean(batches[-1][-1].sum()) * run.world)
+                count += 1
+            inputs, action, reward, mask = (pad_sequence(parts).flatten(1, 2) for parts in zip(*batches, strict=True))
             hidden, _ = net.lstm(inputs)
             value = net.value(hidden)[..., 0] * mask
             delta = reward + args.gamma * F.pad(value[1:], (0, 0, 0, 1)) - value
             advantage = discounted(delta.T, torch.full_like(delta.T, args.gamma * args.gae_lambda)).T
-            weight = standardized(advantage[None], mask[None])[0] * mask
-            trials.append((inputs, action, mask, value + advantage, weight, net.log_policy(hidden, action)))
-            log[f"{name}_return"] = reward.sum(0).mean() / 2
+            mean, variance, _ = moments(advantage, mask)
+            weight = mask * (advantage - mean) / (variance.sqrt() + 1e-5)
+            target = value + advantage
+            data.append((inputs, action, mask, target, weight, net.log_policy(hidden, action), *moments(target, mask)[1:]))
+            log[f"{name}_return"] = es.all_reduce_mean(reward.sum(0).mean() / 2)
         for _ in range(args.rl2_epochs):
             with torch.enable_grad():
                 loss = torch.zeros((), device=run.device)
-                for inputs, action, mask, target, weight, before in trials:
+                for inputs, action, mask, target, weight, before, variance, steps in data:
                     hidden, _ = net.lstm(inputs)
                     ratio = (net.log_policy(hidden, action) - before).exp()
                     near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    error = mask * (net.value(hidden)[..., 0] - target)
-                    scale = target.var() + 1e-3  # environments pay differently
-                    loss = loss - torch.minimum(ratio * weight, near * weight).sum() / mask.sum() + (error**2).mean() / scale
+                    error = mask * (net.value(hidden)[..., 0] - target) ** 2 / (variance + 1e-3)  # environments pay differently
+                    loss = loss + (error - torch.minimum(ratio * weight, near * weight)).sum() / steps
                 adam.zero_grad()
                 loss.backward()
-            for p in net.parameters():
-                p.grad = es.all_reduce_mean(p.grad)
+            es.average_gradients(net.parameters())
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             adam.step()
-        run.log(update, {name: es.all_reduce_mean(value) for name, value in log.items()})
+        run.log(update, log)
+
+
+def own_draws(run: "Run", generator: torch.Generator, name: str, copies: int, *shape: int) -> Tensor:
+    """Random numbers for the copies of this process; all processes draw those of all copies."""
+    draw = getattr(torch, name)(copies * run.world, *shape, generator=generator, device=run.device)
+    return draw[run.rank * copies :][:copies]
+
+
+def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of x where mask is 1, over all processes, and how many there are in one."""
+    count = es.all_reduce_mean(mask.sum())
+    mean = es.all_reduce_mean((x * mask).sum()) / count
+    return mean, es.all_reduce_mean((mask * (x - mean) ** 2).sum()) / count, count
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
@@ -1341,6 +1365,8 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
         raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
+    if args.learner == "rl2" and args.trials % world:
+        raise UserError(f"--trials {args.trials} cannot be shared by {world} processes.")
     if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --num-envs.")
 

@@ -630,7 +630,8 @@ def test_rl2_hears_what_happened_and_its_trials_are_two_episodes():
         heard, action, reward, going = net.trial(env, lambda name, *shape: getattr(torch, name)(*shape, generator=DRAWS))
         hidden, _ = net.lstm(heard)
     t, ended = len(heard), heard[:, :, 8]
-    assert heard.shape == (1000, 3, 9) and (heard[:, :, [4, 6]] == 0).all()  # padding
+    assert heard.shape == (t, 3, 9) and (heard[:, :, [4, 6]] == 0).all()  # padding
+    assert t - 20 < going.sum(0).max() <= t and t < 500  # it stops soon after the last second episode
     torch.testing.assert_close(heard[1:, :, 5], action[:-1, :, 0])
     assert (heard[0, :, 5:] == 0).all() and (heard[1:, :, 7] == 1).all()
     for copy in range(3):
@@ -640,6 +641,40 @@ def test_rl2_hears_what_happened_and_its_trials_are_two_episodes():
     far = torch.distributions.Normal(net.action(hidden)[..., :1], net.log_std[:1].exp()).log_prob(action)[..., 0]
     ours = net.log_policy(hidden, action)
     torch.testing.assert_close(ours - ours[0], far - far[0])
+
+
+class Recorded(metagenrl.RL2):
+    """RL2 that notes its trials."""
+
+    def trial(self, env, draws, noise=1.0):
+        self.trials.append(super().trial(env, draws, noise))
+        return self.trials[-1]
+
+
+def trials_of(rank, world, **flags):
+    args = replace(ARGS, envs=("continuous_cartpole",), rl2_inputs=4, rl2_outputs=1, rl2_units=4, trials=2, rl2_epochs=1, **flags)
+    torch.manual_seed(0)
+    net, run = Recorded(args), Sick([])
+    net.trials, run.rank, run.world = [], rank, world
+    with torch.no_grad():
+        metagenrl.meta_train_rl2(args, net, run)
+    return net.trials
+
+
+def test_rl2_is_trained_on_as_many_steps_as_are_counted():
+    """A fresh policy's episodes are 30 of 500 possible steps long, and what comes after a trial is not experience."""
+    trials = trials_of(0, 1, trial_steps=6000)
+    steps = sum(float(mask.sum()) for *_, mask in trials)
+    assert 6000 <= steps < 6000 + 2 * max(float(mask.sum()) for *_, mask in trials) and len(trials) > 10
+
+
+def test_processes_of_rl2_make_trials_of_their_own():
+    """Those of two processes together are the trials of one."""
+    whole, *parts = (trials_of(rank, world, trial_steps=2000)[0] for rank, world in ((0, 1), (0, 2), (1, 2)))
+    assert not torch.equal(parts[0][0][0], parts[1][0][0])
+    for part, x in zip(parts, whole[0].unbind(1), strict=True):
+        steps = min(len(part[0]), len(x))
+        torch.testing.assert_close(part[0][:steps, 0], x[:steps])
 
 
 CHECKPOINT = "--mode test --checkpoint {done}/checkpoint.pt"
