@@ -1005,7 +1005,7 @@ def test_in_env(
     number = test_envs(args).index(name)
     key = 1009 * args.seed + number
     if learners == ["rl2"]:
-        curve = returns_of_rl2(args, rl2, name, key)
+        curve, resets = returns_of_rl2(args, rl2, name, key), [0]
     else:
         agents = args.objectives * args.test_seeds
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
@@ -1014,6 +1014,7 @@ def test_in_env(
         group = Group(args, name, torch.arange(agents * len(learners)), args.test_steps, run.device, fuser(run))
         curve = returns(args, group, learners[0], alpha, bar, key)
         group.env.close()
+        resets = group.state["diverged"].view(len(learners), -1).sum(1).tolist()
 
     rows = []
     novelty = "none" if name in args.envs else "domain"
@@ -1021,6 +1022,7 @@ def test_in_env(
         for step, values in curve:
             of_learner = values.chunk(len(learners))[index]
             row = result_row(learner, name, novelty, "return", step, of_learner)
+            row |= {"agents_reset": resets[index]} if resets[index] else {}  # agents that were not finite
             rows.append(row | {"values": of_learner.tolist()} if args.each else row)
     return rows
 
@@ -1444,9 +1446,12 @@ def main() -> None:
     rows = meta_test(args, objectives, rl2, run)
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
-    if resets:
-        run.info(f"{int(resets)} agents were reset because they were not finite.")
-    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=int(resets))
+    agents_reset = {"meta-training": int(resets)}
+    agents_reset |= {f"{row['learner']} in {row['task']}": row["agents_reset"] for row in rows if "agents_reset" in row}
+    for where, count in agents_reset.items():
+        if count:
+            run.info(f"{where}: {count} agents were reset because they were not finite.")
+    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=sum(agents_reset.values()))
 
 
 if __name__ == "__main__":

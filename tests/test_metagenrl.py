@@ -442,6 +442,22 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
 
 
+def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
+    args = replace(ARGS, test_envs=("pendulum",), test_steps=24, test_seeds=3, evaluations=2, episodes=1, learner="td3")
+
+    def gradient(args, nets, alpha, state, batch):
+        return state["phi"] * torch.tensor([1, torch.nan, 1])[:, None]
+
+    run = Sick([])
+    run.compiles = False
+    with torch.no_grad():
+        healthy = metagenrl.test_in_env(args, "pendulum", ["td3"], {}, None, run, metagenrl.tqdm(disable=True))
+        monkeypatch.setitem(metagenrl.POLICY_GRADIENTS, "td3", gradient)
+        sick = metagenrl.test_in_env(args, "pendulum", ["td3"], {}, None, run, metagenrl.tqdm(disable=True))
+    assert not any("agents_reset" in row for row in healthy)
+    assert [row["agents_reset"] for row in sick] == [2, 2, 2]  # at both evaluations
+
+
 def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     """EPG's agents act with their policies, although --random-steps is longer than their training (as at the thesis' preset)."""
     args = replace(ARGS, random_steps=10_000, life_steps=80, generations=1, pairs=4, sigma=0.5)
