@@ -540,7 +540,8 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 batch = group.sample(now, args.inner_steps + 1)
                 g, loss = group.meta_gradient(own, group.state, batch)
                 grads.index_add_(0, group.which, g)  # the sum over agents
-                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
+                first = (now - 1) // args.log_every > (now - 1 - args.policy_frequency) // args.log_every  # in its line
+                group.state["meta_loss_sum"] = loss + group.state["meta_loss_sum"] * (not first)
             group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
         if now % args.policy_frequency == 0:
             alpha.grad = es.all_reduce_mean(grads) * run.world
@@ -722,14 +723,16 @@ class Group:
 
 
 def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
-    """Metrics of each environment over the last --log-every iterations. Sets their sums to zero."""
-    updates = now // args.policy_frequency - (now - args.log_every) // args.policy_frequency
+    """Metrics of each environment over the last --log-every iterations; without an update of the objective in them, its last
+    meta-loss. Sets the sum of rewards to zero."""
+    updates = max(1, now // args.policy_frequency - (now - args.log_every) // args.policy_frequency)
     counts = {"meta_loss": updates, "reward": args.log_every}
     metrics = {}
     for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
         total = group.state[f"{name}_sum"]
         metrics[f"{group.name}_{name}"] = es.all_reduce_mean(total.mean() / counts[name])
-        group.state[f"{name}_sum"] = torch.zeros_like(total)
+    for group in groups:
+        group.state["reward_sum"] = torch.zeros_like(group.state["reward_sum"])
     return metrics
 
 
@@ -1377,8 +1380,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     longest = min(args.buffer_size, args.test_steps) // args.num_envs
     if learners & set(ON_POLICY) and max(2, args.num_steps // args.num_envs) > longest:
         raise UserError("--num-steps has to be at most --buffer-size and --test-steps.")
-    if args.learner == "metagenrl" and args.log_every < args.policy_frequency:
-        raise UserError("--log-every has to be at least --policy-frequency, so that each line of metrics.csv has a meta-loss.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
 

@@ -442,6 +442,25 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
 
 
+def test_every_line_of_metrics_has_every_column():
+    """Lines without an update of the objective repeat the last meta-loss; lines of several iterations are their means."""
+    logged = {}
+    for every in (1, 2, 6):
+        args = replace(ARGS, log_every=every, env_steps=48)
+        run, agents = Sick([]), group(args)
+        alpha = agents.nets.init_objective(1, torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), run)
+        names = {frozenset(values) for values in run.logged}
+        assert len(names) == 1 and len(run.logged) == 24 // every
+        logged[every] = {name: torch.stack([values[name] for values in run.logged]) for name in run.logged[0]}
+    loss, reward = "pendulum_meta_loss", "pendulum_reward"
+    torch.testing.assert_close(logged[1][loss][1::2], logged[2][loss])
+    torch.testing.assert_close(logged[1][loss][2::2], logged[2][loss][:-1])
+    torch.testing.assert_close(logged[2][loss].view(4, 3).mean(1), logged[6][loss])
+    torch.testing.assert_close(logged[1][reward].view(4, 6).mean(1), logged[6][reward])
+
+
 def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
     args = replace(ARGS, test_envs=("pendulum",), test_steps=24, test_seeds=3, evaluations=2, episodes=1, learner="td3")
 
@@ -740,7 +759,6 @@ MISTAKES = {
     "--env-steps 3": "at least --num-envs",
     "--reset-every 3": "at least --num-envs",
     "--evaluations 11": "--evaluations has to be at most",
-    "--log-every 1": "--log-every has to be at least --policy-frequency",
     "--baselines ppo --num-steps 44": "--num-steps has to be at most",
     "--exploration-noise": "--exploration-noise needs",
     "--exploration-noise 0": "reinforce-off",
