@@ -120,8 +120,8 @@ class Args:
     """Agents, distributed equally over --envs (section 2.5)."""
     objectives: Size = 1
     """m, objectives meta-trained side by side, each by a population of its own: seeds as a batch axis (Table 2.1: 6)."""
-    layers: Annotated[int, (1, 32)] = 3
-    """Hidden layers of critic and policy (Table A.2; two would fit the 384 K parameters of section 2.3.3)."""
+    layers: Annotated[int, (1, 32)] = 2
+    """Hidden layers of critic and policy (Table A.2's three with the output, which make the 384 K parameters of section 2.3.3)."""
     hidden: Size = 350
     """Units of each (Table A.2)."""
     objective_units: Size = 32
@@ -244,7 +244,6 @@ LAPTOP = dict(
     num_envs=4,  # environments cost less than updates
     population=16,
     hidden=32,
-    layers=2,
     objective_units=24,
     objective_filters=16,
     inputs=("reward", "value", "next_value", "time", "gain"),

@@ -230,6 +230,12 @@ def test_the_thesis_objective_has_about_15_thousand_parameters():
     assert f.mean() > 0.9 and all(gate.abs().max() < 0.2 for gate in (i, o, new, f - 1))
 
 
+def test_the_thesis_agent_has_384_thousand_parameters():
+    """Section 2.3.3: a policy and two critics, in LunarLander."""
+    nets = metagenrl.make_nets(metagenrl.Args(), 8, 2)
+    assert 384_000 < nets.policy.d + 2 * nets.critic.d < 386_000
+
+
 def test_action_embeddings_and_the_head_are_activated_then_normalised():
     """As the authors' release has it; the last layer of the embedding too, before the mean over action dimensions."""
     nets, alpha, _, _ = setting()
