@@ -300,10 +300,12 @@ class Nets(NamedTuple):
     of_actions: Network
     of_hidden: Network
     units: int  # of the objective's LSTM
+    on_policy: bool  # Spinning Up's networks, whose actions the environment has to clip
 
     def act(self, phi: Tensor, obs: Tensor) -> Tensor:
-        """pi_phi(s), deterministic. phi (p, d), obs (p, ..., a) -> (p, ..., b) in [-1, 1]."""
-        return self.policy(phi, obs).tanh()
+        """pi_phi(s), deterministic. phi (p, d), obs (p, ..., a) -> (p, ..., b) in [-1, 1], or unbounded."""
+        action = self.policy(phi, obs)
+        return action if self.on_policy else action.tanh()
 
     def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
         """Q_theta(s, a) of one critic (p, ...)."""
@@ -330,17 +332,19 @@ class Nets(NamedTuple):
         return torch.cat(parts, -1)
 
 
-def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
+def make_nets(args: Args, obs_size: int, action_size: int, on_policy: bool = False) -> Nets:
     hidden, filters = (args.hidden,) * args.layers, (args.objective_filters,) * 2
     squares = partial(Network, activation=half_squares)
+    spinning_up = partial(Network, activation=torch.tanh, normalized=False)  # its benchmarks have 64 and 32 units
     return Nets(
-        policy=Network((obs_size, *hidden, action_size)),
+        policy=spinning_up((obs_size, 64, 32, action_size)) if on_policy else Network((obs_size, *hidden, action_size)),
         critic=Network((obs_size + action_size, *hidden, 1)),
-        value=Network((obs_size, *hidden, 1)),
+        value=spinning_up((obs_size, 64, 32, 1)),
         of_inputs=squares((len(args.inputs), *filters, 8), normalized=False),
         of_actions=squares((2, *filters, args.objective_filters), linear_output=False),
         of_hidden=squares((args.objective_units, *filters, 1)),
         units=args.objective_units,
+        on_policy=on_policy,
     )
 
 
@@ -557,11 +561,15 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
 # Agents of an environment: initial networks, replay buffers, processes
 # ======================================================================================================================
 def init_agents(nets: Nets, p: int) -> State:
-    """Initial networks of p agents, and Adam's moments and steps for them."""
+    """Initial networks of p agents, and Adam's moments and steps for them; with `on_policy` values and log deviations."""
     phi, *theta = (net.init(p, torch.default_generator) for net in (nets.policy, nets.critic, nets.critic))
-    state = {"phi": phi, "theta": torch.stack(theta)}
-    state |= {f"target_{name}": x.clone() for name, x in state.items()}
-    for name in ("phi", "theta"):
+    trained = {"phi": phi, "theta": torch.stack(theta)}
+    state = {f"target_{name}": x.clone() for name, x in trained.items()}
+    if nets.on_policy:
+        trained["psi"] = nets.value.init(p, torch.default_generator)
+        trained["log_std"] = torch.full((p, nets.policy.sizes[-1]), -0.5)
+    state |= trained
+    for name in trained:
         state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
         state[f"{name}_steps"] = torch.zeros(p, 1)
     return state
@@ -605,16 +613,24 @@ class Group:
     """
 
     def __init__(
-        self, args: Args, name: str, which: Tensor, steps: int, device: torch.device, fuse: Callable, own: Tensor | None = None
+        self,
+        args: Args,
+        name: str,
+        which: Tensor,
+        steps: int,
+        device: torch.device,
+        fuse: Callable,
+        own: Tensor | None = None,
+        on_policy: bool = False,
     ):
         """which (n,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not.
         own (p,): the agents among the n of this process; agents of the same number have the same initial networks and the
-        same random numbers."""
+        same random numbers. on_policy: with the networks that `train_on_policy` needs."""
         self.args, self.name, self.total, self.device = args, name, len(which), device
         self.own = (torch.arange(len(which)) if own is None else own).to(device)
         self.which = which.to(device)[self.own]
         self.env = make_env(name, len(self.own) * args.num_envs, device)
-        self.nets = make_nets(args, self.env.obs_size, self.env.action_size)
+        self.nets = make_nets(args, self.env.obs_size, self.env.action_size, on_policy)
         self.act, self.update_critics, self.update_policies, self.meta_gradient = (
             fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, meta_gradient)
         )
@@ -776,14 +792,9 @@ def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch
 
 def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
     """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
-    2017); policies are Gaussian with deviations of their own, values have a network of their own. Calls callback(now) after
-    each step of an agent's copies."""
+    2017), with Spinning Up's networks; policies are Gaussian with deviations of their own. Calls callback(now) after each step of
+    an agent's copies."""
     nets, state, b = group.nets, group.state, group.env.action_size
-    state["psi"] = nets.value.init(group.total, torch.default_generator).to(group.device)
-    state["log_std"] = torch.full((group.total, b), -0.5, device=group.device)
-    for name in ("psi", "log_std"):
-        state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
-        state[f"{name}_steps"] = torch.zeros(group.total, 1, device=group.device)
 
     def log_policy(params: Tensor, tau: Batch) -> Tensor:
         phi, log_std = params.split([nets.policy.d, b], -1)
@@ -1013,7 +1024,8 @@ def test_in_env(
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-        group = Group(args, name, torch.arange(agents * len(learners)), args.test_steps, run.device, fuser(run))
+        which, on_policy = torch.arange(agents * len(learners)), learners[0] in ON_POLICY
+        group = Group(args, name, which, args.test_steps, run.device, fuser(run), on_policy=on_policy)
         curve = returns(args, group, learners[0], alpha, bar, key)
         group.env.close()
         resets = group.state["diverged"].view(len(learners), -1).sum(1).tolist()

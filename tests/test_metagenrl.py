@@ -496,6 +496,24 @@ def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     assert len(losses[0].unique()) == 8
 
 
+def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
+    """64 and 32 tanh units without layer normalisation, and a mean that is not bounded, whatever --hidden and --layers are."""
+    torch.manual_seed(0)
+    which = torch.zeros(2, dtype=torch.int64)
+    agents = metagenrl.Group(metagenrl.Args(), "pendulum", which, 4, torch.device("cpu"), lambda f: f, on_policy=True)
+    net = torch.nn.Sequential(*(layer for a, b in ((3, 64), (64, 32), (32, 1)) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())))
+    net, phi, obs = net[:-1], 3 * agents.state["phi"], torch.randn(2, 7, 3, generator=DRAWS)
+    at = 0
+    for layer in net[::2]:
+        for x in (layer.weight.T, layer.bias):
+            x.data.copy_(phi[1, at : at + x.numel()].view(x.shape))
+            at += x.numel()
+    ours = agents.nets.act(phi, obs)[1]
+    assert at == phi.shape[1] and ours.abs().max() > 1
+    torch.testing.assert_close(ours, net(obs[1]).detach())
+    assert agents.nets.value.sizes == (3, 64, 32, 1) and {"psi", "psi_m", "log_std"} < set(agents.state)
+
+
 def test_reinforce_is_the_gradient_of_equation_2_3():
     nets, _, state, batch = setting(p=2)
     args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9)
