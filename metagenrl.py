@@ -143,7 +143,7 @@ class Args:
     critic_lr: Positive = 1e-3
     """lambda_1, Adam (Table A.3)."""
     policy_lr: Positive = 1e-3
-    """lambda_2, Adam (Table A.3)."""
+    """lambda_2, Adam, of agents that an objective trains (Table A.3)."""
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
@@ -183,8 +183,12 @@ class Args:
     """Share of the agents that are reset, one after the other."""
     gae_lambda: Share = 0.97
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
-    normalized_advantages: bool = False
-    """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
+    normalized_advantages: bool = True
+    """reinforce-off: advantages of mean zero and deviation one over a batch, as in Spinning Up (not in the thesis)."""
+    reinforce_lr: Positive = 1e-3
+    """reinforce-off: Adam's learning rate for the policy (Table A.3)."""
+    td3_lr: Positive = 1e-3
+    """td3: Adam's learning rate for the policy (Table A.3)."""
     num_steps: Count = 4_000
     """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
     update_epochs: Count = 80
@@ -253,6 +257,7 @@ LAPTOP = dict(
     compile=False,  # it would take longer than the run
     critic_lr=3e-3,  # few steps
     policy_lr=3e-4,  # small networks saturate before critics are accurate
+    td3_lr=3e-4,  # likewise
     tau=0.02,  # likewise
     inner_lr=0.02,  # of a gradient of length one
     inner_normalized=True,  # the objective's scale is free
@@ -1017,6 +1022,8 @@ def test_in_env(
     """Rows of learners whose agents are one batch, in an environment."""
     number = test_envs(args).index(name)
     key = 1009 * args.seed + number
+    rates = {"td3": args.td3_lr, "reinforce-off": args.reinforce_lr}
+    args = replace(args, policy_lr=rates.get(learners[0], args.policy_lr))
     if learners == ["rl2"]:
         curve, resets = returns_of_rl2(args, rl2, name, key), [0]
     else:

@@ -496,6 +496,34 @@ def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     assert len(losses[0].unique()) == 8
 
 
+@pytest.mark.parametrize(("learner", "rate"), [("td3", 2e-3), ("reinforce-off", 5e-4), ("untrained", 1e-4)])
+def test_every_learner_has_a_rate_of_its_own(learner, rate):
+    """The first step of Adam moves parameters by the rate."""
+    args = replace(ARGS, td3_lr=2e-3, reinforce_lr=5e-4, policy_lr=1e-4, test_envs=("pendulum",), test_seeds=2, episodes=1)
+    args, moved, run = replace(args, test_steps=8, evaluations=4, baselines=(learner,)), [], Sick([])
+    run.compiles = False
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        evaluate = metagenrl.evaluate
+        patch.setattr(metagenrl, "evaluate", lambda args, agents, *x: moved.append(agents.state["phi"]) or evaluate(args, agents, *x))
+        alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
+        metagenrl.test_in_env(args, "pendulum", [learner], {"untrained": alpha}, None, run, metagenrl.tqdm(disable=True))
+    assert (moved[2] - moved[0]).abs().max() == pytest.approx(rate, rel=0.02)
+
+
+def test_advantages_of_reinforce_are_normalised():
+    """Their scale and offset do not matter: the same rewards, times ten, plus one."""
+    nets, _, state, batch = setting()
+    batch = batch._replace(mask=torch.ones_like(batch.mask), terminated=torch.zeros_like(batch.terminated))
+    zero = state | {"theta": torch.zeros_like(state["theta"])}
+    args = replace(ARGS, length=1, gae_lambda=0.0)
+    with torch.no_grad():
+        ours = metagenrl.grad_reinforce(args, nets, None, zero, batch)
+        theirs = metagenrl.grad_reinforce(args, nets, None, zero, batch._replace(reward=10 * batch.reward + 1))
+    assert metagenrl.Args().normalized_advantages
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
     """64 and 32 tanh units without layer normalisation, and a mean that is not bounded, whatever --hidden and --layers are."""
     torch.manual_seed(0)
@@ -516,7 +544,7 @@ def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
 
 def test_reinforce_is_the_gradient_of_equation_2_3():
     nets, _, state, batch = setting(p=2)
-    args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9)
+    args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9, normalized_advantages=False)
     value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
     phi = state["phi"].clone().requires_grad_()
     policy = torch.distributions.Normal(nets.act(phi, batch.obs), 0.5)
