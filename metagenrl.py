@@ -535,7 +535,7 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
         reset_some(args, groups, step)
         now = step + 1
         annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
-        share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
+        share = None if annealed >= 1 else torch.tensor(max(annealed, 0.0), device=run.device)
         grads = torch.zeros_like(alpha)
 
         for group in groups:

@@ -448,6 +448,17 @@ def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
 
 
+def test_critics_move_policies_until_annealing_is_over_and_not_afterwards(monkeypatch):
+    args, calls = replace(ARGS, anneal_steps=20, env_steps=60, policy_frequency=1, log_every=6), []
+    critic = metagenrl.grad_critic
+    monkeypatch.setattr(metagenrl, "grad_critic", lambda *x: calls.append(int(x[3]["age"][0])) or critic(*x))
+    agents = group(args)
+    alpha = agents.nets.init_objective(1, DRAWS)
+    with torch.no_grad():
+        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), Sick([]))
+    assert calls == list(range(2, 20, 2))
+
+
 def test_every_line_of_metrics_has_every_column():
     """Lines without an update of the objective repeat the last meta-loss; lines of several iterations are their means."""
     logged = {}
