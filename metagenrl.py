@@ -121,7 +121,7 @@ class Args:
     objectives: Size = 1
     """m, objectives meta-trained side by side, each by a population of its own: seeds as a batch axis (Table 2.1: 6)."""
     layers: Annotated[int, (1, 32)] = 2
-    """Hidden layers of critic and policy (Table A.2's three with the output, which make the 384 K parameters of section 2.3.3)."""
+    """Hidden layers of critic and policy (Table A.2 counts the output too: section 2.3.3's 384 K parameters)."""
     hidden: Size = 350
     """Units of each (Table A.2)."""
     objective_units: Size = 32
@@ -482,9 +482,7 @@ def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: T
         callback(now)
 
 
-def learn(
-    args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, now: int, share: Tensor | None = None
-) -> None:
+def learn(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, now: int, share: Tensor | None = None) -> None:
     """One update of critics, and with delay of policies, of all agents in a group, each on a batch of its own."""
     noise = group.draws(torch.randn, args.batch_size, args.length, group.env.action_size)
     group.state |= group.update_critics(group.state, group.sample(now), noise)
@@ -797,8 +795,8 @@ def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch
 
 def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
     """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
-    2017), with Spinning Up's networks; policies are Gaussian with deviations of their own. Calls callback(now) after each step of
-    an agent's copies."""
+    2017), with Spinning Up's networks; policies are Gaussian with deviations of their own. Calls callback(now) after each step
+    of an agent's copies."""
     nets, state, b = group.nets, group.state, group.env.action_size
 
     def log_policy(params: Tensor, tau: Batch) -> Tensor:

@@ -57,7 +57,7 @@ def one(state, batch, agent):
 def test_the_second_order_gradient_is_that_of_finite_differences(inner_steps, normalized):
     """Eq. 2.6 and A.2."""
     args = replace(ARGS, inner_steps=inner_steps, inner_normalized=normalized, inner_lr=0.3 if normalized else 3e-3)
-    args = replace(args, value_scaled=True, objective_filters=8)  # four units may normalise almost nothing to one, and are steep
+    args = replace(args, value_scaled=True, objective_filters=8)  # normalising four units may be very steep
     nets, alpha, state, batch = setting(args=args, batches=inner_steps + 1)
 
     def loss(alpha):
@@ -495,7 +495,7 @@ def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
 
 
 def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
-    """EPG's agents act with their policies, although --random-steps is longer than their training (as at the thesis' preset)."""
+    """EPG's agents act with their policies, although --random-steps is longer than their training, as in the thesis."""
     args = replace(ARGS, random_steps=10_000, life_steps=80, generations=1, pairs=4, sigma=0.5)
     losses, estimate = [], metagenrl.es.estimate
     monkeypatch.setattr(metagenrl.es, "estimate", lambda noise, x, *rest: losses.append(x) or estimate(noise, x, *rest))
@@ -516,7 +516,7 @@ def test_every_learner_has_a_rate_of_its_own(learner, rate):
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         evaluate = metagenrl.evaluate
-        patch.setattr(metagenrl, "evaluate", lambda args, agents, *x: moved.append(agents.state["phi"]) or evaluate(args, agents, *x))
+        patch.setattr(metagenrl, "evaluate", lambda *x: moved.append(x[1].state["phi"]) or evaluate(*x))
         alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
         metagenrl.test_in_env(args, "pendulum", [learner], {"untrained": alpha}, None, run, metagenrl.tqdm(disable=True))
     assert (moved[2] - moved[0]).abs().max() == pytest.approx(rate, rel=0.02)
@@ -540,8 +540,8 @@ def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
     torch.manual_seed(0)
     which = torch.zeros(2, dtype=torch.int64)
     agents = metagenrl.Group(metagenrl.Args(), "pendulum", which, 4, torch.device("cpu"), lambda f: f, on_policy=True)
-    net = torch.nn.Sequential(*(layer for a, b in ((3, 64), (64, 32), (32, 1)) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())))
-    net, phi, obs = net[:-1], 3 * agents.state["phi"], torch.randn(2, 7, 3, generator=DRAWS)
+    layers = [layer for a, b in ((3, 64), (64, 32), (32, 1)) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
+    net, phi, obs = torch.nn.Sequential(*layers[:-1]), 3 * agents.state["phi"], torch.randn(2, 7, 3, generator=DRAWS)
     at = 0
     for layer in net[::2]:
         for x in (layer.weight.T, layer.bias):
@@ -588,12 +588,13 @@ def test_compiled_updates_are_the_same():
 
 
 def test_an_agent_learns():
-    """TD3 brings a point to its target: from a distance of about 1.2 to less than half of it, in the preset's 10,000 steps. (With
-    fewer random and frozen steps, 4,800 are too few: of 48 agents half are there.)"""
+    """TD3 brings a point to its target: from a distance of about 1.2 to less than half of it, in the preset's 10,000 steps.
+    (With fewer random and frozen steps, 4,800 are too few: of 48 agents half are there.)"""
     args = metagenrl.Args(**metagenrl.LAPTOP)
     torch.manual_seed(0)
     with torch.no_grad():
-        agents = metagenrl.Group(args, "point_mass", torch.zeros(4, dtype=torch.int64), 10_000, torch.device("cpu"), lambda f: f)
+        which = torch.zeros(4, dtype=torch.int64)
+        agents = metagenrl.Group(args, "point_mass", which, 10_000, torch.device("cpu"), lambda f: f)
         env = metagenrl.make_env("point_mass", 16)
         before = metagenrl.evaluate(args, agents, env, 0)
         metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0), lambda now: None)
@@ -750,7 +751,8 @@ class Recorded(metagenrl.RL2):
 
 
 def trials_of(rank, world, **flags):
-    args = replace(ARGS, envs=("continuous_cartpole",), rl2_inputs=4, rl2_outputs=1, rl2_units=4, trials=2, rl2_epochs=1, **flags)
+    args = replace(ARGS, envs=("continuous_cartpole",), rl2_inputs=4, rl2_outputs=1, rl2_units=4)
+    args = replace(args, trials=2, rl2_epochs=1, **flags)
     torch.manual_seed(0)
     net, run = Recorded(args), Sick([])
     net.trials, run.rank, run.world = [], rank, world
@@ -794,7 +796,8 @@ def test_an_objective_from_python(finished, tmp_path):
     loss.backward()
     assert policy.grad[mask > 0].abs().max() > 0 and policy.grad[mask == 0].abs().max() == 0
     with torch.no_grad():
-        lower = learned(taken, policy - 1e-2 * policy.grad / policy.grad.norm(), rewards, values, next_values, times, mask, ended)
+        lower = policy - 1e-2 * policy.grad / policy.grad.norm()
+        lower = learned(taken, lower, rewards, values, next_values, times, mask, ended)
     assert lower < loss
 
     with pytest.raises(ValueError, match="Actions have to be"):
