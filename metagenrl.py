@@ -425,11 +425,12 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
 
 
 def grad_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """The gradient of L_alpha, summed over all steps of a batch, with respect to the policies (p, d)."""
+    """The gradient of the mean of L_alpha over all steps with respect to the policies (p, d). That of the sum would be clipped
+    to length one always, however small the objective's gradient is."""
     estimates = values(nets, state, batch)
 
     def loss(phi: Tensor) -> Tensor:
-        return objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates).sum()
+        return masked_mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates), batch.mask).sum()
 
     return gradient(loss)(state["phi"])[0]
 

@@ -135,7 +135,8 @@ def test_policies_descend_the_objective_through_their_actions_alone():
     phi = state["phi"].clone().requires_grad_()
 
     def loss(value, next_value):
-        return metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi, batch.obs), value, next_value).sum()
+        per_step = metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi, batch.obs), value, next_value)
+        return metagenrl.masked_mean(per_step, batch.mask).sum()
 
     with torch.no_grad():
         ours = metagenrl.grad_objective(ARGS, nets, alpha, state, batch)
