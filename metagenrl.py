@@ -497,9 +497,10 @@ def learn(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, 
 # ======================================================================================================================
 def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
     """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient.
-    alpha (p, d); batch: --batch-size sub-trajectories for each step, and as many for the estimate. Returns (p,)."""
+    alpha (p, d); batch: --batch-size sub-trajectories for each step, and as many for the estimate alone, which is on all of
+    them as in the authors' release. Returns (p,)."""
     phi = state["phi"]
-    *steps, batch = (Batch(*parts) for parts in zip(*(x.split(args.batch_size, 1) for x in batch), strict=True))
+    *steps, _ = (Batch(*parts) for parts in zip(*(x.split(args.batch_size, 1) for x in batch), strict=True))
     for tau in steps:
         estimates = values(nets, state, tau)
 

@@ -75,10 +75,10 @@ def test_the_second_order_gradient_is_that_of_finite_differences(inner_steps, no
 
 @pytest.mark.parametrize("inner_steps", [1, 2, 4])
 def test_inner_steps_have_disjoint_whole_batches(inner_steps):
-    """Every step of Eq. A.2 is the sum over as many sub-trajectories, and so is the critic's estimate, on others."""
+    """Every step of Eq. A.2 is the sum over as many sub-trajectories; the critic's estimate is on all, and others."""
     args = replace(ARGS, inner_steps=inner_steps, inner_lr=1e-3)
     nets, alpha, state, batches = setting(args=args, batches=inner_steps + 1)
-    *steps, last = (metagenrl.Batch(*(x[:, i : i + 8] for x in batches)) for i in range(0, 8 * inner_steps + 8, 8))
+    steps, last = (metagenrl.Batch(*(x[:, i : i + 8] for x in batches)) for i in range(0, 8 * inner_steps, 8)), batches
     phi = state["phi"]
     for tau in steps:
         phi = phi.detach().requires_grad_()
