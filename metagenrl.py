@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import checkpoints, envs, es, machine
@@ -55,7 +56,7 @@ from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.networks import Network, adam, gradient
+from common.networks import Network, adam, gradient, half_squares
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -119,8 +120,8 @@ class Args:
     """Agents, distributed equally over --envs (section 2.5)."""
     objectives: Size = 1
     """m, objectives meta-trained side by side, each by a population of its own: seeds as a batch axis (Table 2.1: 6)."""
-    layers: Annotated[int, (1, 32)] = 3
-    """Hidden layers of critic and policy (Table A.2; two would fit the 384 K parameters of section 2.3.3)."""
+    layers: Annotated[int, (1, 32)] = 2
+    """Hidden layers of critic and policy (Table A.2 counts the output too: section 2.3.3's 384 K parameters)."""
     hidden: Size = 350
     """Units of each (Table A.2)."""
     objective_units: Size = 32
@@ -136,17 +137,17 @@ class Args:
     length: Size = 20
     """Steps of a sub-trajectory (Table A.3)."""
     batch_size: Size = 100
-    """Sub-trajectories in an update of an agent (Table A.3)."""
+    """Sub-trajectories in an update of an agent, and in each inner step (Table A.3)."""
     buffer_size: Count = 1_000_000
     """Transitions that a replay buffer holds (not in the thesis)."""
     critic_lr: Positive = 1e-3
     """lambda_1, Adam (Table A.3)."""
     policy_lr: Positive = 1e-3
-    """lambda_2, Adam (Table A.3)."""
+    """lambda_2, Adam, of agents that an objective trains (Table A.3)."""
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
-    """Steps of Eq. 2.6 before the critic's estimate; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
+    """Steps of Eq. 2.6 before the critic's estimate, each on a batch of its own; 2 is Eq. A.2 (Figure 2.6: 1, 3, 5)."""
     inner_normalized: bool = False
     """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
     value_scaled: bool = False
@@ -182,8 +183,12 @@ class Args:
     """Share of the agents that are reset, one after the other."""
     gae_lambda: Share = 0.97
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
-    normalized_advantages: bool = False
-    """reinforce-off: advantages of mean zero and deviation one over a batch (not in the thesis)."""
+    normalized_advantages: bool = True
+    """reinforce-off: advantages of mean zero and deviation one over a batch, as in Spinning Up (not in the thesis)."""
+    reinforce_lr: Positive = 1e-3
+    """reinforce-off: Adam's learning rate for the policy (Table A.3)."""
+    td3_lr: Positive = 1e-3
+    """td3: Adam's learning rate for the policy (Table A.3)."""
     num_steps: Count = 4_000
     """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
     update_epochs: Count = 80
@@ -205,9 +210,10 @@ class Args:
     """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
 
     trial_steps: Count = 100_000_000
-    """rl2: environment steps of meta-training, of all environments (section 2.5.1, footnote 6)."""
+    """rl2: environment steps of meta-training, of all environments, without those after a trial's end (section 2.5.1,
+    footnote 6)."""
     trials: Size = 16
-    """rl2: trials of two episodes in each environment, in an update (not in the thesis)."""
+    """rl2: trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
     rl2_units: Size = 64
     """rl2: units of the LSTM (A.2.3)."""
     rl2_lr: Positive = 1e-3
@@ -242,7 +248,6 @@ LAPTOP = dict(
     num_envs=4,  # environments cost less than updates
     population=16,
     hidden=32,
-    layers=2,
     objective_units=24,
     objective_filters=16,
     inputs=("reward", "value", "next_value", "time", "gain"),
@@ -253,6 +258,8 @@ LAPTOP = dict(
     critic_lr=3e-3,  # few steps
     policy_lr=3e-4,  # small networks saturate before critics are accurate
     tau=0.02,  # likewise
+    reinforce_lr=3e-3,  # searched in `envs`, as TD3's and the next one (results page)
+    on_policy_lr=3e-3,
     inner_lr=0.02,  # of a gradient of length one
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
@@ -299,10 +306,12 @@ class Nets(NamedTuple):
     of_actions: Network
     of_hidden: Network
     units: int  # of the objective's LSTM
+    on_policy: bool  # Spinning Up's networks, whose actions the environment has to clip
 
     def act(self, phi: Tensor, obs: Tensor) -> Tensor:
-        """pi_phi(s), deterministic. phi (p, d), obs (p, ..., a) -> (p, ..., b) in [-1, 1]."""
-        return self.policy(phi, obs).tanh()
+        """pi_phi(s), deterministic. phi (p, d), obs (p, ..., a) -> (p, ..., b) in [-1, 1], or unbounded."""
+        action = self.policy(phi, obs)
+        return action if self.on_policy else action.tanh()
 
     def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
         """Q_theta(s, a) of one critic (p, ...)."""
@@ -325,19 +334,23 @@ class Nets(NamedTuple):
         parts = [net.init(m, generator) for net in (self.of_inputs, self.of_actions, self.of_hidden)]
         bound = 1 / math.sqrt(self.units)
         parts += [bound * (2 * torch.rand(m, size, generator=generator) - 1) for size in self.objective_sizes[3:]]
+        parts[-1][:, self.units : 2 * self.units] += 1  # of the forget gate
         return torch.cat(parts, -1)
 
 
-def make_nets(args: Args, obs_size: int, action_size: int) -> Nets:
+def make_nets(args: Args, obs_size: int, action_size: int, on_policy: bool = False) -> Nets:
     hidden, filters = (args.hidden,) * args.layers, (args.objective_filters,) * 2
+    squares = partial(Network, activation=half_squares)
+    spinning_up = partial(Network, activation=torch.tanh, normalized=False)  # its benchmarks have 64 and 32 units
     return Nets(
-        policy=Network((obs_size, *hidden, action_size)),
+        policy=spinning_up((obs_size, 64, 32, action_size)) if on_policy else Network((obs_size, *hidden, action_size)),
         critic=Network((obs_size + action_size, *hidden, 1)),
-        value=Network((obs_size, *hidden, 1)),
-        of_inputs=Network((len(args.inputs), *filters, 8), normalized=False, squares=True),
-        of_actions=Network((2, *filters, args.objective_filters), squares=True),
-        of_hidden=Network((args.objective_units, *filters, 1), normalized=False, squares=True),
+        value=spinning_up((obs_size, 64, 32, 1)),
+        of_inputs=squares((len(args.inputs), *filters, 8), normalized=False),
+        of_actions=squares((2, *filters, args.objective_filters), linear_output=False),
+        of_hidden=squares((args.objective_units, *filters, 1)),
         units=args.objective_units,
+        on_policy=on_policy,
     )
 
 
@@ -358,11 +371,15 @@ def standardized(x: Tensor, mask: Tensor) -> Tensor:
 
 def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tensor, value: Tensor, next_value: Tensor) -> Tensor:
     """L_alpha at every step (section 2.3.2, A.2.1, Figure 2.2). alpha (p, d): an objective for each agent; action (p, s, t, b)
-    is pi_phi(s), the one input that a gradient flows through; values (p, s, t). Returns l_t (p, s, t), zero where mask is."""
+    is pi_phi(s), the one input that a gradient flows through; values (p, s, t), which are standardised together, so that V_t of
+    one step is V_{t+1} of the step before, and a terminal state's is zero. Returns l_t (p, s, t), zero where mask is."""
     of_inputs, of_actions, of_hidden, *lstm = alpha.split(nets.objective_sizes, -1)
     w_x, w_h, bias = (part.unflatten(-1, shape) for part, shape in zip(lstm, nets.lstm_shapes, strict=True))
-    inputs = {"reward": batch.reward, "value": value, "next_value": next_value, "gain": next_value - value}
-    inputs = {name: standardized(x, batch.mask) for name, x in inputs.items() if name in args.inputs} | {"time": batch.time}
+    has_next = batch.mask * (1 - batch.terminated)
+    both = standardized(torch.cat([value, next_value], 2), torch.cat([batch.mask, has_next], 2))
+    inputs = {"reward": standardized(batch.reward, batch.mask), "time": batch.time}
+    inputs |= {"value": both[:, :, : value.shape[2]], "next_value": has_next * both[:, :, value.shape[2] :]}
+    inputs["gain"] = has_next * standardized(next_value - value, has_next)
     x = nets.of_inputs(of_inputs, torch.stack([inputs[name] for name in args.inputs], -1))
     pair = torch.stack([batch.action, action], -1)  # (p, s, t, b, 2)
     embedding = nets.of_actions(of_actions, pair).mean(-2)  # Eq. A.1: whatever the number of action dimensions
@@ -408,7 +425,8 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
 
 
 def grad_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """The gradient of L_alpha with respect to the policies (p, d)."""
+    """The gradient of the mean of L_alpha over all steps with respect to the policies (p, d). That of the sum would be clipped
+    to length one always, however small the objective's gradient is."""
     estimates = values(nets, state, batch)
 
     def loss(phi: Tensor) -> Tensor:
@@ -462,29 +480,28 @@ def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: T
     for now in range(1, group.steps + 1):
         group.step_async()
         group.step_wait(now - 1)
-        learn(args, group, policy_gradient, alpha, group.sample(now), now)
+        learn(args, group, policy_gradient, alpha, now)
         callback(now)
 
 
-def learn(
-    args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, batch: Batch, now: int, share: Tensor | None = None
-) -> None:
-    """One update of critics, and with delay of policies, of all agents in a group."""
+def learn(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, now: int, share: Tensor | None = None) -> None:
+    """One update of critics, and with delay of policies, of all agents in a group, each on a batch of its own."""
     noise = group.draws(torch.randn, args.batch_size, args.length, group.env.action_size)
-    group.state |= group.update_critics(group.state, batch, noise)
+    group.state |= group.update_critics(group.state, group.sample(now), noise)
     if now % args.policy_frequency == 0:
-        group.state |= group.update_policies(policy_gradient, alpha, group.state, batch, share)
+        group.state |= group.update_policies(policy_gradient, alpha, group.state, group.sample(now), share)
 
 
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
 def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
-    """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient,
-    each on sub-trajectories of its own. alpha (p, d). Returns (p,)."""
+    """Eq. 2.6 and A.2: minus the critic's estimate of the actions after one or more steps along the objective's gradient.
+    alpha (p, d); batch: --batch-size sub-trajectories for each step, and as many for the estimate alone, which is on all of
+    them as in the authors' release. Returns (p,)."""
     phi = state["phi"]
-    size = args.batch_size // (args.inner_steps + 1)
-    for tau in (Batch(*parts) for parts in zip(*(x.split(size, 1)[: args.inner_steps] for x in batch), strict=True)):
+    *steps, _ = (Batch(*parts) for parts in zip(*(x.split(args.batch_size, 1) for x in batch), strict=True))
+    for tau in steps:
         estimates = values(nets, state, tau)
 
         def loss(phi: Tensor) -> Tensor:
@@ -501,14 +518,13 @@ def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch)
     return -improvement
 
 
-def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d); the mean loss, 0 if one is not
-    finite; and which gradients are valid (p,): not those of agents whose policies are not trained yet, nor ones that are not
-    finite."""
+def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each agent, the clipped gradient of meta_loss with respect to its objective (p, d), zero where it is not finite or the
+    policy is not trained yet; and the mean loss, 0 if one is not finite."""
     g, loss = gradient(lambda alpha: meta_loss(args, nets, alpha, state, batch).sum())(alpha)
     g = clipped(args, g)
     valid = (state["age"] >= args.frozen_steps) & g.isfinite().all(-1)
-    return torch.where(valid[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g), valid.to(g.dtype)
+    return torch.where(valid[:, None], g, 0), loss.nan_to_num(0, 0, 0) / len(g)
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
@@ -520,24 +536,24 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
         reset_some(args, groups, step)
         now = step + 1
         annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
-        share = torch.tensor(min(max(annealed, 0.0), 1.0), device=run.device)
+        share = None if annealed >= 1 else torch.tensor(max(annealed, 0.0), device=run.device)
         grads = torch.zeros_like(alpha)
-        valid = torch.zeros(len(alpha), 1, device=run.device)  # how many agents' gradients each objective has
 
         for group in groups:
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            batch, own = group.sample(now), alpha[group.which]
-            learn(args, group, grad_objective, own, batch, now, share)
+            own = alpha[group.which]
+            learn(args, group, grad_objective, own, now, share)
             if now % args.policy_frequency == 0:
-                g, loss, valid_agents = group.meta_gradient(own, group.state, batch)
-                grads.index_add_(0, group.which, g)
-                valid.index_add_(0, group.which, valid_agents[:, None])
-                group.state["meta_loss_sum"] = group.state["meta_loss_sum"] + loss
+                batch = group.sample(now, args.inner_steps + 1)
+                g, loss = group.meta_gradient(own, group.state, batch)
+                grads.index_add_(0, group.which, g)  # the sum over agents
+                first = (now - 1) // args.log_every > (now - 1 - args.policy_frequency) // args.log_every  # in its line
+                group.state["meta_loss_sum"] = loss + group.state["meta_loss_sum"] * (not first)
             group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
         if now % args.policy_frequency == 0:
-            alpha.grad = es.all_reduce_mean(grads) / es.all_reduce_mean(valid).clamp(min=1 / run.world)
+            alpha.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
         history[5 * step // iterations] = alpha
         if now % args.log_every == 0:
@@ -551,11 +567,15 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
 # Agents of an environment: initial networks, replay buffers, processes
 # ======================================================================================================================
 def init_agents(nets: Nets, p: int) -> State:
-    """Initial networks of p agents, and Adam's moments and steps for them."""
+    """Initial networks of p agents, and Adam's moments and steps for them; with `on_policy` values and log deviations."""
     phi, *theta = (net.init(p, torch.default_generator) for net in (nets.policy, nets.critic, nets.critic))
-    state = {"phi": phi, "theta": torch.stack(theta)}
-    state |= {f"target_{name}": x.clone() for name, x in state.items()}
-    for name in ("phi", "theta"):
+    trained = {"phi": phi, "theta": torch.stack(theta)}
+    state = {f"target_{name}": x.clone() for name, x in trained.items()}
+    if nets.on_policy:
+        trained["psi"] = nets.value.init(p, torch.default_generator)
+        trained["log_std"] = torch.full((p, nets.policy.sizes[-1]), -0.5)
+    state |= trained
+    for name in trained:
         state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
         state[f"{name}_steps"] = torch.zeros(p, 1)
     return state
@@ -599,16 +619,24 @@ class Group:
     """
 
     def __init__(
-        self, args: Args, name: str, which: Tensor, steps: int, device: torch.device, fuse: Callable, own: Tensor | None = None
+        self,
+        args: Args,
+        name: str,
+        which: Tensor,
+        steps: int,
+        device: torch.device,
+        fuse: Callable,
+        own: Tensor | None = None,
+        on_policy: bool = False,
     ):
         """which (n,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not.
         own (p,): the agents among the n of this process; agents of the same number have the same initial networks and the
-        same random numbers."""
+        same random numbers. on_policy: with the networks that `train_on_policy` needs."""
         self.args, self.name, self.total, self.device = args, name, len(which), device
         self.own = (torch.arange(len(which)) if own is None else own).to(device)
         self.which = which.to(device)[self.own]
         self.env = make_env(name, len(self.own) * args.num_envs, device)
-        self.nets = make_nets(args, self.env.obs_size, self.env.action_size)
+        self.nets = make_nets(args, self.env.obs_size, self.env.action_size, on_policy)
         self.act, self.update_critics, self.update_policies, self.meta_gradient = (
             fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, meta_gradient)
         )
@@ -704,9 +732,9 @@ class Group:
             x = whole[name].to(self.device).index_select(agent_axis(name), self.own)
             self.state[name] = x.to(own.dtype).view(own.shape)
 
-    def sample(self, now: int) -> Batch:
-        """A batch from every agent's buffer; now: steps of each copy so far."""
-        draws = self.draws(torch.rand, self.args.batch_size, 2)
+    def sample(self, now: int, batches: int = 1) -> Batch:
+        """One or more batches from every agent's buffer; now: steps of each copy so far."""
+        draws = self.draws(torch.rand, batches * self.args.batch_size, 2)
         return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
 
     def latest(self, now: int, steps: int) -> tuple[Batch, Tensor]:
@@ -716,14 +744,16 @@ class Group:
 
 
 def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
-    """Metrics of each environment over the last --log-every iterations. Sets their sums to zero."""
-    updates = now // args.policy_frequency - (now - args.log_every) // args.policy_frequency
+    """Metrics of each environment over the last --log-every iterations; without an update of the objective in them, its last
+    meta-loss. Sets the sum of rewards to zero."""
+    updates = max(1, now // args.policy_frequency - (now - args.log_every) // args.policy_frequency)
     counts = {"meta_loss": updates, "reward": args.log_every}
     metrics = {}
     for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
         total = group.state[f"{name}_sum"]
         metrics[f"{group.name}_{name}"] = es.all_reduce_mean(total.mean() / counts[name])
-        group.state[f"{name}_sum"] = torch.zeros_like(total)
+    for group in groups:
+        group.state["reward_sum"] = torch.zeros_like(group.state["reward_sum"])
     return metrics
 
 
@@ -768,14 +798,9 @@ def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch
 
 def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
     """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
-    2017); policies are Gaussian with deviations of their own, values have a network of their own. Calls callback(now) after
-    each step of an agent's copies."""
+    2017), with Spinning Up's networks; policies are Gaussian with deviations of their own. Calls callback(now) after each step
+    of an agent's copies."""
     nets, state, b = group.nets, group.state, group.env.action_size
-    state["psi"] = nets.value.init(group.total, torch.default_generator).to(group.device)
-    state["log_std"] = torch.full((group.total, b), -0.5, device=group.device)
-    for name in ("psi", "log_std"):
-        state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
-        state[f"{name}_steps"] = torch.zeros(group.total, 1, device=group.device)
 
     def log_policy(params: Tensor, tau: Batch) -> Tensor:
         phi, log_std = params.split([nets.policy.d, b], -1)
@@ -815,8 +840,11 @@ def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
     """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of
-    the last fifth of an agent's training by it, in one environment after the other. All of a generation have the same random
-    numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each fifth."""
+    the last fifth of an agent's training by it, in one environment after the other. Agents act with their policies from the
+    first step on: the fitness of a short training that began with random actions would not depend on the objective. All of a
+    generation have the same random numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each
+    fifth."""
+    args = replace(args, random_steps=0)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.pairs, sigma=args.sigma, seed=args.seed, rank_shaping=True)
     for generation in run.steps(args.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
@@ -855,13 +883,15 @@ class RL2(torch.nn.Module):
         return -(z**2 / 2 + self.log_std[: action.shape[-1]]).sum(-1)
 
     def trial(self, env: Env, draws: Callable, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two episodes in every copy: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask (t, e) of steps before
-        the end of the second one. draws: like torch.rand or torch.randn, by name."""
+        """Two episodes in every copy, until all have ended: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask
+        (t, e) of steps before the end of the second one. draws: like torch.rand or torch.randn, by name."""
         world, obs = env.reset(draws("rand", env.num_envs, env.lifetime_draws))
         action = torch.zeros(env.num_envs, env.action_size, device=obs.device)
         reward = ended = episodes = torch.zeros(env.num_envs, device=obs.device)
         state, transitions = None, []
-        for _ in range(2 * (env.max_steps or 1000)):
+        for t in range(2 * (env.max_steps or 1000)):
+            if t % 20 == 0 and (episodes >= 2).all():
+                break
             inputs = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
             inputs = torch.cat([*inputs, reward[:, None], ended[:, None]], -1)
             hidden, state = self.lstm(inputs[None], state)
@@ -876,42 +906,62 @@ class RL2(torch.nn.Module):
 
 
 def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
-    """PPO on trials in all environments; within a trial, returns do not end with the first episode. Changes net in place."""
+    """PPO on trials in all environments; within a trial, returns do not end with the first episode. An update has as many steps
+    of every environment, however short its episodes are. Changes net in place."""
     adam = torch.optim.Adam(net.parameters(), args.rl2_lr)
-    all_envs = [make_env(name, args.trials, run.device) for name in args.envs]
-    steps = sum(2 * args.trials * (env.max_steps or 1000) for env in all_envs)
-
-    def draws(name: str, *shape: int) -> Tensor:
-        return getattr(torch, name)(*shape, device=run.device)
-
-    for update in run.steps(max(1, args.trial_steps // steps), {"net": net, "adam": adam}):
-        trials, log = [], {}
-        for env, name in zip(all_envs, args.envs, strict=True):
-            inputs, action, reward, mask = net.trial(env, draws)
+    all_envs = [make_env(name, args.trials // run.world, run.device) for name in args.envs]
+    quota = [2 * args.trials * (env.max_steps or 1000) for env in all_envs]  # steps of each environment in an update
+    missing = torch.zeros(len(all_envs))  # of them, the steps that are not collected yet
+    count = torch.zeros((), dtype=torch.int64)  # of batches of trials
+    keep = {"net": net, "adam": adam, "missing": missing, "count": count}
+    for update in run.steps(max(1, args.trial_steps // sum(quota)), keep):
+        data, log = [], {}
+        for i, (env, name) in enumerate(zip(all_envs, args.envs, strict=True)):
+            missing[i] += quota[i]
+            batches = []
+            while missing[i] > 0:
+                generator = torch.Generator(run.device).manual_seed((args.seed + 1) * 2**31 + int(count))
+                batches.append(net.trial(env, partial(own_draws, run, generator)))
+                missing[i] -= float(es.all_reduce_mean(batches[-1][-1].sum()) * run.world)
+                count += 1
+            inputs, action, reward, mask = (pad_sequence(parts).flatten(1, 2) for parts in zip(*batches, strict=True))
             hidden, _ = net.lstm(inputs)
             value = net.value(hidden)[..., 0] * mask
             delta = reward + args.gamma * F.pad(value[1:], (0, 0, 0, 1)) - value
             advantage = discounted(delta.T, torch.full_like(delta.T, args.gamma * args.gae_lambda)).T
-            weight = standardized(advantage[None], mask[None])[0] * mask
-            trials.append((inputs, action, mask, value + advantage, weight, net.log_policy(hidden, action)))
-            log[f"{name}_return"] = reward.sum(0).mean() / 2
+            mean, variance, _ = moments(advantage, mask)
+            weight = mask * (advantage - mean) / (variance.sqrt() + 1e-5)
+            target = value + advantage
+            data.append((inputs, action, mask, target, weight, net.log_policy(hidden, action), *moments(target, mask)[1:]))
+            log[f"{name}_return"] = es.all_reduce_mean(reward.sum(0).mean() / 2)
         for _ in range(args.rl2_epochs):
             with torch.enable_grad():
                 loss = torch.zeros((), device=run.device)
-                for inputs, action, mask, target, weight, before in trials:
+                for inputs, action, mask, target, weight, before, variance, steps in data:
                     hidden, _ = net.lstm(inputs)
                     ratio = (net.log_policy(hidden, action) - before).exp()
                     near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    error = mask * (net.value(hidden)[..., 0] - target)
-                    scale = target.var() + 1e-3  # environments pay differently
-                    loss = loss - torch.minimum(ratio * weight, near * weight).sum() / mask.sum() + (error**2).mean() / scale
+                    error = mask * (net.value(hidden)[..., 0] - target) ** 2 / (variance + 1e-3)  # environments pay differently
+                    loss = loss + (error - torch.minimum(ratio * weight, near * weight)).sum() / steps
                 adam.zero_grad()
                 loss.backward()
-            for p in net.parameters():
-                p.grad = es.all_reduce_mean(p.grad)
+            es.average_gradients(net.parameters())
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             adam.step()
-        run.log(update, {name: es.all_reduce_mean(value) for name, value in log.items()})
+        run.log(update, log)
+
+
+def own_draws(run: "Run", generator: torch.Generator, name: str, copies: int, *shape: int) -> Tensor:
+    """Random numbers for the copies of this process; all processes draw those of all copies."""
+    draw = getattr(torch, name)(copies * run.world, *shape, generator=generator, device=run.device)
+    return draw[run.rank * copies :][:copies]
+
+
+def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of x where mask is 1, over all processes, and how many there are in one."""
+    count = es.all_reduce_mean(mask.sum())
+    mean = es.all_reduce_mean((x * mask).sum()) / count
+    return mean, es.all_reduce_mean((mask * (x - mean) ** 2).sum()) / count, count
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
@@ -973,16 +1023,20 @@ def test_in_env(
     """Rows of learners whose agents are one batch, in an environment."""
     number = test_envs(args).index(name)
     key = 1009 * args.seed + number
+    rates = {"td3": args.td3_lr, "reinforce-off": args.reinforce_lr}
+    args = replace(args, policy_lr=rates.get(learners[0], args.policy_lr))
     if learners == ["rl2"]:
-        curve = returns_of_rl2(args, rl2, name, key)
+        curve, resets = returns_of_rl2(args, rl2, name, key), [0]
     else:
         agents = args.objectives * args.test_seeds
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-        group = Group(args, name, torch.arange(agents * len(learners)), args.test_steps, run.device, fuser(run))
+        which, on_policy = torch.arange(agents * len(learners)), learners[0] in ON_POLICY
+        group = Group(args, name, which, args.test_steps, run.device, fuser(run), on_policy=on_policy)
         curve = returns(args, group, learners[0], alpha, bar, key)
         group.env.close()
+        resets = group.state["diverged"].view(len(learners), -1).sum(1).tolist()
 
     rows = []
     novelty = "none" if name in args.envs else "domain"
@@ -990,6 +1044,7 @@ def test_in_env(
         for step, values in curve:
             of_learner = values.chunk(len(learners))[index]
             row = result_row(learner, name, novelty, "return", step, of_learner)
+            row |= {"agents_reset": resets[index]} if resets[index] else {}  # agents that were not finite
             rows.append(row | {"values": of_learner.tolist()} if args.each else row)
     return rows
 
@@ -1049,14 +1104,15 @@ class LearnedObjective:
     """A meta-trained objective for the policies of your own agents, a differentiable loss.
 
         objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
-        loss = objective(actions, policy(obs), rewards, values, next_values, times, mask)
+        loss = objective(actions, policy(obs), rewards, values, next_values, times, mask, terminated)
         loss.backward()
 
     actions and policy_actions are (s, t, b), in [-1, 1]: s sub-trajectories of t steps, of any action size, the actions taken
     and those of the policy now, through which the gradient flows. The others are (s, t): rewards; the critic's values of
-    policy actions in this state and in the next one, 0 after a terminal state; times, the step in the episode over its time
-    limit; mask, 1 for steps before the end of an episode (default: all). Raises ValueError for other shapes. Inputs are
-    standardised over the batch, so it should hold a hundred steps or more.
+    policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 for steps
+    before the end of an episode (default: all); terminated, 1 where the next state is terminal, so that its value is not used
+    (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it should hold a hundred
+    steps or more.
     """
 
     def __init__(self, args: Args, alpha: Tensor):
@@ -1074,7 +1130,7 @@ class LearnedObjective:
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
             args = None
-        if args is None:
+        if args is None or alpha.shape[-1] != sum(make_nets(args, 1, 1).objective_sizes):
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
         return LearnedObjective(args, alpha[index].to(device))
 
@@ -1087,16 +1143,18 @@ class LearnedObjective:
         next_values: Tensor,
         times: Tensor,
         mask: Tensor | None = None,
+        terminated: Tensor | None = None,
     ) -> Tensor:
         """The mean of the objective over steps, ()."""
         mask = torch.ones_like(rewards) if mask is None else mask
-        scalars = rewards, values, next_values, times, mask
+        terminated = torch.zeros_like(rewards) if terminated is None else terminated
+        scalars = rewards, values, next_values, times, mask, terminated
         if actions.ndim != 3 or policy_actions.shape != actions.shape or any(x.shape != actions.shape[:2] for x in scalars):
             raise ValueError("Actions have to be (s, t, b), and all other inputs (s, t).")
         actions, policy_actions = actions[None], policy_actions[None]
-        rewards, values, next_values, times, mask = (x[None].float() for x in scalars)
+        rewards, values, next_values, times, mask, terminated = (x[None].float() for x in scalars)
         zeros = torch.zeros_like(actions[..., :1])
-        batch = Batch(zeros, actions, rewards, torch.zeros_like(rewards), times, zeros, mask)
+        batch = Batch(zeros, actions, rewards, terminated, times, zeros, mask)
         losses = objective(self.args, self.nets, self.alpha[None], batch, policy_actions, values, next_values)
         return masked_mean(losses, mask).squeeze(0)
 
@@ -1331,6 +1389,8 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
         raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
+    if args.learner == "rl2" and args.trials % world:
+        raise UserError(f"--trials {args.trials} cannot be shared by {world} processes.")
     if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --num-envs.")
 
@@ -1339,10 +1399,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     longest = min(args.buffer_size, args.test_steps) // args.num_envs
     if learners & set(ON_POLICY) and max(2, args.num_steps // args.num_envs) > longest:
         raise UserError("--num-steps has to be at most --buffer-size and --test-steps.")
-    if args.learner == "metagenrl" and args.log_every < args.policy_frequency:
-        raise UserError("--log-every has to be at least --policy-frequency, so that each line of metrics.csv has a meta-loss.")
-    if args.batch_size <= args.inner_steps:
-        raise UserError("--batch-size has to be larger than --inner-steps, which take disjoint parts of it.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
 
@@ -1410,9 +1466,12 @@ def main() -> None:
     rows = meta_test(args, objectives, rl2, run)
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
-    if resets:
-        run.info(f"{int(resets)} agents were reset because they were not finite.")
-    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=int(resets))
+    agents_reset = {"meta-training": int(resets)}
+    agents_reset |= {f"{row['learner']} in {row['task']}": row["agents_reset"] for row in rows if "agents_reset" in row}
+    for where, count in agents_reset.items():
+        if count:
+            run.info(f"{where}: {count} agents were reset because they were not finite.")
+    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=sum(agents_reset.values()))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,23 @@ from torch import Tensor
 
 class Network(NamedTuple):
     """A feed-forward network whose parameters are one row of a matrix for each agent: layers of the sizes given, layer
-    normalisation before each activation if asked for (A.2.1)."""
+    normalisation behind each activation if asked for (A.2.1)."""
 
     sizes: tuple[int, ...]
+    activation: Callable[[Tensor], Tensor] = torch.relu
     normalized: bool = True
-    squares: bool = False  # half of the units square instead of ReLU (A.2.1)
+    linear_output: bool = True  # the last layer has no activation and no normalisation
+
+    @property
+    def hidden_layers(self) -> int:
+        return len(self.sizes) - 1 - self.linear_output
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Weight and bias of each layer, and gain and shift of each normalisation."""
         shapes = []
         for i, (a, b) in enumerate(pairwise(self.sizes)):
-            shapes += [(a, b), (1, b)] + [(1, b)] * 2 * (self.normalized and i < len(self.sizes) - 2)
+            shapes += [(a, b), (1, b)] + [(1, b)] * 2 * (self.normalized and i < self.hidden_layers)
         return shapes
 
     @property
@@ -43,7 +48,7 @@ class Network(NamedTuple):
         parts = []
         for i, (a, b) in enumerate(pairwise(self.sizes)):
             parts.append((2 * torch.rand(p, (a + 1) * b, generator=generator) - 1) / math.sqrt(a))
-            if self.normalized and i < len(self.sizes) - 2:
+            if self.normalized and i < self.hidden_layers:
                 parts += [torch.ones(p, b), torch.zeros(p, b)]
         return torch.cat(parts, -1)
 
@@ -56,11 +61,11 @@ class Network(NamedTuple):
         for i in range(len(self.sizes) - 1):
             weight, bias = next(parts), next(parts)
             y = torch.baddbmm(bias, y, weight)
-            if i == len(self.sizes) - 2:
-                break
-            if self.normalized:
-                y = F.layer_norm(y, y.shape[-1:]) * next(parts) + next(parts)
-            y = half_squares(y) if self.squares else y.relu()
+            if i < self.hidden_layers:
+                y = self.activation(y)
+            if i < self.hidden_layers and self.normalized:
+                gain, shift = next(parts), next(parts)
+                y = F.layer_norm(y, y.shape[-1:]) * gain + shift
         return y.unflatten(1, x.shape[1:-1])
 
 

@@ -427,15 +427,14 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
         def iterations() -> None:
             for _ in range(args.policy_frequency):
                 now = environment()
-                batch = group.sample(now)
-                metagenrl.learn(args, group, follow, own, batch, now, share)
-            grad, _, _ = group.meta_gradient(own, group.state, batch)
-            alpha.grad = grad.mean(0, keepdim=True)
+                metagenrl.learn(args, group, follow, own, now, share)
+            grad, _ = group.meta_gradient(own, group.state, group.sample(now, args.inner_steps + 1))
+            alpha.grad = grad.sum(0, keepdim=True)
             adam.step()
 
         for _ in range(3 * args.length):
             environment()
-        batch = group.sample(3 * args.length)
+        batch, batches = (group.sample(3 * args.length, count) for count in (1, args.inner_steps + 1))
         noise = torch.randn_like(batch.action)
         return f"{agents} agents in {env}", {
             "iterations": iterations,
@@ -443,7 +442,7 @@ def measure_metagenrl(bench: Bench, agents: int) -> None:
             "sampling": lambda: group.sample(3 * args.length),
             "critics": lambda: group.update_critics(group.state, batch, noise),
             "policies": lambda: group.update_policies(follow, own, group.state, batch, share),
-            "objective": lambda: group.meta_gradient(own, group.state, batch),
+            "objective": lambda: group.meta_gradient(own, group.state, batches),
         }
 
     with torch.no_grad():
