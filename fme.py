@@ -297,7 +297,7 @@ class Solutions:
         self.args = args
         p, count, n = roots.shape
         slots = min(args.buckets * args.bucket_size, count + rounds(args) * args.num_parallel) + args.num_parallel
-        self.phi = torch.empty(p, slots, n, device=roots.device)  # takes memory as it fills
+        self.phi = torch.zeros(p, slots, n, device=roots.device)
         self.fitness = torch.zeros(p, slots, device=roots.device)
         self.id = torch.full((p, slots), -1, device=roots.device)
         self.used = torch.zeros_like(self.id)

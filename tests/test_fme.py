@@ -201,6 +201,16 @@ def test_the_buffer_is_an_obvious_one():
     assert max(len(obvious.held) for obvious in slow) <= 30
 
 
+def test_slots_that_were_never_filled_hold_no_arbitrary_numbers():
+    """They are in checkpoints, which are refused if a number is not finite."""
+    torch.use_deterministic_algorithms(True)  # torch.empty is full of NaN then
+    try:
+        solutions = fme.Solutions(ARGS, torch.zeros(2, 2, 1000))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (solutions.phi == 0).all()
+
+
 def test_a_full_bucket_drops_neither_what_was_just_selected_nor_the_best():
     """One bucket for two: of three solutions the one goes that was neither selected nor is the best."""
     solutions = fme.Solutions(replace(ARGS, buckets=1, bucket_size=3, executions=40), torch.zeros(1, 2, 1))
