@@ -149,7 +149,7 @@ TUNED = {  # where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on
     "swapping_bandit": dict(executions=4000, sigma=0.3),
 }
 TUNED_LAPTOP = {
-    "bandit": dict(populations=64, executions=100, num_parallel=25),
+    "bandit": dict(populations=16, executions=100, num_parallel=25),
     "cartpole": dict(populations=5, executions=1600, num_parallel=200),
     "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
 }

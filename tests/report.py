@@ -327,7 +327,7 @@ def draw_strip(rows: dict[str, Row]) -> None:
         metric = drawn[0]["metric"]
         curves: dict[str, dict[int, list[float]]] = {}
         for row in drawn:
-            if row["metric"] == metric:
+            if row["metric"] == metric and "%" not in row["learner"]:  # of meta-training
                 curve = curves.setdefault(row["learner"], {})
                 curve.setdefault(row["step"], []).append(row["mean"])
 

@@ -475,7 +475,7 @@ def sooner(other: str, env: str) -> Claim:
 
 
 FME = {
-    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing", fme("bandit"),
+    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing", fme("bandit", " --populations 64"),
         [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
          *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05), sooner("random_search", "bandit"),
          at("fme", "bandit", run=ACTION) > 0.95],
