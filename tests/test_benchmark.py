@@ -37,11 +37,16 @@ def images(tmp_path_factory):
     return path
 
 
-def test_gpu(tmp_path, images):
-    """The card, a script whole, the speed of its steps, its training on images and its meta-test;
-    and a call that continues this training and measures the other scripts."""
-    out = tmp_path / "out"
-    lines, printed = gpu(out, "--minutes", 4, "--data", images, "--only", "gpicl")
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, images):
+    """A call for gpicl alone: its folder, its lines, and what it printed."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    return out, *gpu(out, "--minutes", 4, "--data", images, "--only", "gpicl")
+
+
+def test_gpu(measured):
+    """The card, a script whole, the speed of its steps, its training on images and its meta-test."""
+    out, lines, printed = measured
     assert not [line for line in lines.values() if "error" in line]
     assert {line["step"] for line in lines.values()} == {1, 2, 3, 4}
     assert lines["copy"]["TB_per_s"] > 0
@@ -55,6 +60,11 @@ def test_gpu(tmp_path, images):
         (row["learner"], row["task"], row["novelty"]) for row in results["results"]
     }
 
+
+@pytest.mark.slow
+def test_gpu_again(tmp_path, images, measured):
+    """A call that continues this training and measures the other scripts."""
+    out, lines, _ = measured
     again = tmp_path / "again"
     flags = ["--minutes", 4, "--data", images, "--steps", 3, 4, "--resume", out]
     scripts = ["metagenrl", "vsml", "symla", "gla", "fme"]

@@ -574,6 +574,7 @@ def test_reinforce_is_the_gradient_of_equation_2_3():
     torch.testing.assert_close(ours, torch.autograd.grad(total, phi)[0])
 
 
+@pytest.mark.slow
 def test_compiled_updates_are_the_same():
     """torch.compile takes every update whole, second-order gradients too. (What inductor makes of it takes minutes.)"""
     args = replace(ARGS, inner_steps=2)
