@@ -150,8 +150,8 @@ TUNED = {  # where a flag is not given; sigma: of .03, .1, .3 and 1 the best, on
 }
 TUNED_LAPTOP = {
     "bandit": dict(populations=16, executions=100, num_parallel=25),
-    "cartpole": dict(populations=5, executions=1600, num_parallel=200),
-    "swapping_bandit": dict(populations=5, executions=1600, num_parallel=200),
+    "cartpole": dict(populations=5, executions=800, num_parallel=200),
+    "swapping_bandit": dict(populations=5, executions=800, num_parallel=200),
 }
 SOLVED = {"bandit": 0.95, "cartpole": 100, "swapping_bandit": 0.85}  # what counts as solved
 
