@@ -108,7 +108,7 @@ class Args:
     roots: Size | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
     fitness: Literal["failures", "steps"] = "failures"
-    """Where there are episodes: R/dt with a reward of -1 for a failure (1 per step says nothing), or steps per episode."""
+    """Where there are episodes: R/dt with a reward of -1 for a failure (1 a step is the same for all), or steps per episode."""
     lifetime: Literal["lineage", "execution"] = "lineage"
     """R/dt of a solution is over its lineage's whole lifetime (section 7.3), or over the last execution."""
     buckets: Size = 100
@@ -651,7 +651,7 @@ KEPT = ("preset", "populations", "executions", "num_parallel", "roots", "inputs"
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:

@@ -150,8 +150,8 @@ class Args:
 
     gaps: tuple[CountOrZero, ...] = (60, 0)
     """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
-    all targets are those of the last policy. one-task has the first. (Not in the thesis; 7 x 60 updates span the teacher's
-    learning.)"""
+    all targets are those of the last policy, and sequences begin at the first update. one-task has the first. (Not in the
+    thesis; 7 x 60 updates span the teacher's learning.)"""
     chunk: Size = 128
     """Steps of a chunk, at most --teacher.num-steps (not in the thesis)."""
     chunks: Size = 8
@@ -408,7 +408,7 @@ class Student(NamedTuple):
     masked: str = ""
 
     def eta(self, progress: Tensor, reward: Tensor | None = None) -> Tensor:
-        """The input that says how much better the policy should get (section 6.2). progress: from 0 to 1 in a sequence; reward:
+        """The input that sets how much better the policy should get (section 6.2). progress: from 0 to 1 in a sequence; reward:
         per step of the chunk, in meta-training."""
         if self.args.auxiliary == "progress":
             return progress
@@ -1005,7 +1005,7 @@ KEPT = ("preset",)  # the flags that a meta-test cannot change
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:

@@ -1047,7 +1047,7 @@ KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes",
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:

@@ -190,7 +190,7 @@ class Args:
     td3_lr: Positive = 1e-3
     """td3: Adam's learning rate for the policy (Table A.3)."""
     num_steps: Count = 4_000
-    """reinforce-on, ppo: steps of an agent between updates (Spinning Up, as A.2.3 says)."""
+    """reinforce-on, ppo: steps of an agent between updates (Spinning Up, A.2.3)."""
     update_epochs: Count = 80
     """reinforce-on, ppo: steps of the value function on each rollout, and of PPO's policy (Spinning Up)."""
     on_policy_lr: Positive = 3e-4
@@ -1170,7 +1170,7 @@ KEPT = ("preset",)  # the flags that a meta-test cannot change
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:

@@ -119,7 +119,7 @@ class Args:
     """Agents observe rewards minus their mean, over their standard deviation, both of the lifetime so far: then environments
     with rewards of other scales look alike (not in the thesis)."""
     rnn_size: Width = 64
-    """Units of the in-context RNN (not in the thesis, which says N = 64 for bandits; Wang et al. have 48)."""
+    """Units of the in-context RNN (the thesis: N = 64 for bandits; Wang et al.: 48)."""
     rnn_inputs: Size | None = None
     """Size of the in-context RNN's observations (default: as --envs and --test-envs need); smaller ones are padded."""
     rnn_outputs: Size | None = None
@@ -199,7 +199,7 @@ LAPTOP = dict(
     noise_end=0.03,  # the parameters themselves are tested, not their neighbourhood
     lr_decay=True,  # settles what the high rate leaves noisy
     fitness="expected",  # less noise: two and a half times less regret after two minutes
-    rnn_size=32,  # a population of 64 says little about many parameters
+    rnn_size=32,  # 64 members estimate a gradient of many parameters badly
 )
 SETTINGS = {
     "thesis": {"bandits": THESIS_BANDITS, "others": THESIS_OTHERS},
@@ -692,7 +692,7 @@ KEPT = ("preset",)  # the flags that a meta-test cannot change
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:

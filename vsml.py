@@ -1106,7 +1106,7 @@ KEPT = ("preset", "dataset")  # the flags that a meta-test cannot change
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
 class UserError(Exception):
-    """A user's mistake; the message is one sentence that says what to do."""
+    """A user's mistake; the message is one sentence with what to do."""
 
 
 def parse_args() -> tuple[Args, dict[str, Any]]:
