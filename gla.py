@@ -508,7 +508,7 @@ def subsample(
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
     for each; the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the
-    part that is this process' `own`. With gap 0 the updates are the first ones, and the policy is the last one in all of them."""
+    part that is this process' `own`. With gap 0 updates are the first ones, and the policy is the last one in all of them."""
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
