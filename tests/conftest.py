@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": "/nonexistent"} | NO_NETWORK
 PYTHON = (sys.executable,)
+torch.set_num_threads(1)  # threads that wait for a busy core burn the other one
 TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
@@ -56,20 +57,16 @@ def run_script(name, run_dir, flags, launcher=None):
     code = 0
     stdout = io.StringIO()
     stderr = io.StringIO()
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", line)
         patch.chdir(run_dir)
         for variable in ("TORCH_HOME", *NO_NETWORK):
             patch.setenv(variable, ENV[variable])
-        torch.set_num_threads(1)
         try:
             script.run_as_script(script.main)
         except SystemExit as stopped:  # Python prints a text and exits with code 1
             code = 1
             print(stopped.code, file=stderr)
-        finally:
-            torch.set_num_threads(threads)
     return subprocess.CompletedProcess(line, code, stdout.getvalue(), stderr.getvalue())
 
 
