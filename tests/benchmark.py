@@ -476,7 +476,8 @@ def measure_gla(bench: Bench) -> None:
     env_name = "heading:0" if bench.thesis else "hidden_goal:8"
     few = replace(args.teacher, agents=4, num_envs=1, updates=args.chunks, update_epochs=1)
     few = replace(few, num_steps=max(few.num_steps, args.chunk), num_minibatches=1)
-    trajectories = gla.collect(few, env_name, bench.device, lambda _: None).to(bench.device)
+    trajectories = gla.collect(few, env_name, bench.device, lambda _: None)
+    trajectories = tree_map_only(Tensor, lambda x: x.to(bench.device), trajectories)
     env = gla.make_env(env_name, 1, bench.device)
     torch.manual_seed(0)
     model = gla.GLA(args).to(bench.device)
