@@ -525,18 +525,17 @@ def meta_train(
 STORE_EVERY = 300  # seconds between files of a collection
 
 
-def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
+def collect(ppo: PPO, name: str, path: Path, device: torch.device, bar: Callable) -> Trajectories:
     """Algorithm 10, line 2: agents learn by PPO (common/ppo.py) in an environment.
 
-    With a `path` the trajectories are also written there, every five minutes and at the end, and a collection that was cut off
-    continues from there; an environment of gymnasium's is reset then.
-    Raises UserError if what is at `path` is damaged, or if a number is not finite.
+    The trajectories are also written to `path`, every five minutes and at the end. A collection that was cut off continues from
+    there; an environment of gymnasium's is reset then. Raises UserError if what is there is damaged, or a number not finite.
     """
     env = make_env(name, ppo.agents * ppo.num_envs, device)
     agents = PPOAgents(ppo, env)
     trajectories = empty_trajectories(ppo, env, "cpu")
     first = 0
-    if path and path.exists():
+    if path.exists():
         saved = read_collection(ppo, path, {"trajectories": trajectories} | agents.state())
         checkpoints.set_rng_state(saved["rng"])
         first = saved["updates"]
@@ -544,7 +543,7 @@ def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path
     stored = time.time()
     bar(first)
     for update in range(first, ppo.updates):
-        if path and time.time() - stored >= STORE_EVERY:
+        if time.time() - stored >= STORE_EVERY:
             write_collection(path, name, trajectories, agents, update)
             stored = time.time()
         new = agents.update(update)
@@ -559,8 +558,7 @@ def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path
         for update in range(ppo.updates):
             obs = trajectories.steps.obs[:, update].unflatten(0, (ppo.agents, ppo.num_envs))
             store_policy(trajectories.last_mean, trajectories.last_log_std, update, agents.policy(obs.to(device)))
-        if path:
-            write_collection(path, name, trajectories, agents, ppo.updates)
+        write_collection(path, name, trajectories, agents, ppo.updates)
     env.close()
     return trajectories
 
@@ -632,7 +630,7 @@ def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
     bar = tqdm(total=len(own) * args.teacher.updates, desc="collect", disable=run.rank > 0)
     for number, name in own:
         torch.manual_seed(args.seed + 7919 * number)
-        collect(args.teacher, name, run.device, bar.update, collection_file(folder, name))
+        collect(args.teacher, name, collection_file(folder, name), run.device, bar.update)
     if run.world > 1:
         dist.barrier()
     return read_trajectories(args, folder, run.device)
@@ -691,14 +689,19 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 def ppo_rows(
     args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over all agents. No trajectories: they are collected now."""
+    """Reward per step at each update of PPO, over all agents. No trajectories: they learn now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-    if trajectories is None:
-        with tqdm(total=ppo.updates, desc=f"PPO in {task}") as bar:
-            trajectories = collect(ppo, task, device, bar.update)
+    if trajectories:
+        rewards = trajectories.curve.unbind(1)
+    else:
+        env = make_env(task, ppo.agents * ppo.num_envs, device)
+        agents = PPOAgents(ppo, env)
+        rewards = [agents.update(update).reward.mean((1, 2)) for update in tqdm(range(ppo.updates), f"PPO in {task}")]
+        env.close()
+
     row = partial(result_row, learner, task, novelty(args, task), "reward_per_step")
     steps = ppo.num_steps * ppo.num_envs
-    return [row(steps * (update + 1), rewards) for update, rewards in enumerate(trajectories.curve.unbind(1))]
+    return [row(steps * number, values) for number, values in enumerate(rewards, 1)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -1071,14 +1074,12 @@ def check(args: Args, world: int) -> None:
         raise UserError(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
     if world > 1 and args.batch % (len(args.envs) * world):
         raise UserError(f"--batch {args.batch} cannot be divided by {len(args.envs)} environments and {world} processes.")
-    learners = {args.learner, *args.baselines}
+    transformers = {"gla", "one-task", "no-reward", "cloning"} & {args.learner, *args.baselines}
     for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
-        if not {"gla", "one-task", "no-reward", "cloning"} & learners:
-            continue
-        if (env.num_actions or env.action_size) > args.action_size:
+        if transformers and (env.num_actions or env.action_size) > args.action_size:
             raise UserError(f"--action-size {args.action_size} is too small for {name}.")
-        if not args.projected and env.obs_size > args.obs_size:
+        if transformers and not args.projected and env.obs_size > args.obs_size:
             raise UserError(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
 
 
@@ -1117,10 +1118,8 @@ def main() -> None:
 
     started = time.time()
     if args.mode == "train":
-        keep = {
-            "models": models,
-            "adam": {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()},
-        }
+        adam = {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()}
+        keep = {"models": models, "adam": adam}
         if not args.resume:
             torch.manual_seed(args.seed)
             run.save(0, keep)  # a collection that is cut off can be continued

@@ -248,10 +248,10 @@ def test_comparisons_change_one_thing():
 
 
 # ---- the teacher and the student ----------------------------------------------------------------------------------------
-def test_teachers_learn_and_their_trajectories_are_whole():
+def test_teachers_learn_and_their_trajectories_are_whole(tmp_path):
     ppo = replace(gla.LAPTOP["teacher"], agents=8, updates=40, update_epochs=4, lr=1e-2)
     torch.manual_seed(0)
-    trajectories = gla.collect(ppo, "hidden_goal:8", CPU, lambda updates: None)
+    trajectories = gla.collect(ppo, "hidden_goal:8", tmp_path / "x.pt", CPU, lambda updates: None)
     assert trajectories.curve[:, :4].mean() < 0.12 and trajectories.curve[:, -4:].mean() > 0.3
     steps = trajectories.steps
     assert steps.obs.shape == (8 * 6, 40, 16, 9) and (steps.obs.sum(-1) == 1).all() and (steps.action.sum(-1) == 1).all()
@@ -268,11 +268,11 @@ def test_teachers_learn_and_their_trajectories_are_whole():
     torch.testing.assert_close(trajectories.last_mean[:, -1], trajectories.mean[:, -1], atol=1.0, rtol=0)
 
 
-def test_the_thesis_presets_teacher_learns_continuous_control():
+def test_the_thesis_presets_teacher_learns_continuous_control(tmp_path):
     """A heading within 25 K steps, from a deviation of the actions that falls; with CleanRL's settings for choices it does not."""
     ppo = replace(gla.Args().teacher, agents=2, updates=12)
     torch.manual_seed(0)
-    trajectories = gla.collect(ppo, "heading:30", CPU, lambda updates: None)
+    trajectories = gla.collect(ppo, "heading:30", tmp_path / "x.pt", CPU, lambda updates: None)
     assert trajectories.curve[:, 0].mean() < 0.1 and trajectories.curve[:, -1].min() > 0.75
     assert trajectories.log_std[:, -1].max() < -0.3
     assert trajectories.steps.action.abs().amax() == 1 and (trajectories.steps.action.abs() == 1).float().mean() > 0.05  # executed
