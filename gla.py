@@ -33,13 +33,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,52 +54,15 @@ from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.ppo import PPO, Policy, PPOAgents, executed
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
 Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "ppo", "uniform"]
-Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
-
-
-@dataclass
-class PPO:
-    """PPO (Schulman et al. 2017), many agents at once. Nothing here is in the thesis. Defaults are CleanRL's for continuous
-    actions, but for rate, discount and lambda, with which HalfCheetah reaches 2,381 in 1 M steps, not 1,765."""
-
-    agents: Size = 16
-    """p, agents in each environment."""
-    num_envs: Size = 8
-    """e, copies of its environment that an agent acts in (CleanRL: 1, as many steps in all)."""
-    updates: Size = 488
-    """u, updates of each agent (CleanRL: as many, 1 M steps)."""
-    num_steps: Size = 256
-    """Steps of every copy between updates (CleanRL: 2,048)."""
-    update_epochs: Size = 10
-    """Passes through a rollout."""
-    num_minibatches: Count = 32
-    """Parts of a rollout, each for a step of Adam."""
-    lr: Positive = 1e-3
-    """Adam's learning rate (CleanRL: 3e-4); falls linearly to zero."""
-    gamma: Share = 0.98
-    """Discount (CleanRL: 0.99)."""
-    gae_lambda: Share = 0.92
-    """lambda of the generalised advantage estimate (CleanRL: 0.95)."""
-    clip_coef: Positive = 0.2
-    """How far probabilities may move."""
-    ent_coef: PositiveOrZero = 0.0
-    """Weight of the entropy."""
-    vf_coef: PositiveOrZero = 0.5
-    """Weight of the value's error."""
-    max_grad_norm: Positive = 0.5
-    """Largest norm of the gradient."""
-    normalised: bool = True
-    """Observations and rewards are divided by their deviations so far."""
-    hidden: Size = 64
-    """Units of both hidden layers of policy and value."""
 
 
 @dataclass
@@ -315,30 +279,6 @@ def draw_projection(args: Args, env: Env, ids: Tensor) -> Projection:
     return Projection(obs, torch.linalg.solve_triangular(lower, rows, upper=False).float())
 
 
-class Policy(NamedTuple):
-    """Distributions of native actions: logits (..., b) of choices, or means (..., b) and log deviations (..., b)."""
-
-    mean: Tensor
-    log_std: Tensor | None  # None: choices
-
-    def sample(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Actions (...) int64 with uniform (..., 1), or (..., b) with normal (..., b)."""
-        if self.log_std is None:
-            chances = self.mean.softmax(-1).cumsum(-1)
-            return (chances < uniform).sum(-1).clamp(max=self.mean.shape[-1] - 1)
-        return self.mean + self.log_std.exp() * normal
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        if self.log_std is None:
-            return self.mean.log_softmax(-1).gather(-1, action[..., None])[..., 0]
-        return -((action - self.mean) ** 2 * (-2 * self.log_std).exp() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
-
-    def entropy(self) -> Tensor:
-        if self.log_std is None:
-            return -(self.mean.softmax(-1) * self.mean.log_softmax(-1)).sum(-1)
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 def kl(p: Policy, q: Policy) -> Tensor:
     """KL(p || q) in nats (...)."""
     if p.log_std is None:
@@ -432,10 +372,6 @@ class Trajectories(NamedTuple):
         mean = mean[index]
         return Policy(mean, None if discrete else log_std[index[:2]].expand_as(mean))
 
-    def to(self, device: torch.device) -> "Trajectories":
-        """A copy on another device."""
-        return Trajectories(Steps(*(x.to(device) for x in self.steps)), *(x.to(device) for x in self[1:]))
-
 
 # ======================================================================================================================
 # The inner loop
@@ -465,11 +401,6 @@ class Context:
         return outputs
 
 
-def executed(action: Tensor, discrete: bool) -> Tensor:
-    """An action as environments execute it: a choice, or numbers between their bounds."""
-    return action if discrete else action.clamp(-1, 1)
-
-
 def next_policy(
     student: Student, context: Context, projection: Projection, last: Transition, progress: Tensor,
     discrete: bool,
@@ -477,7 +408,7 @@ def next_policy(
     """pi_theta of Eq. 6.1 after one more transition (s, 1, ...). progress (s, 1). Distributions of native actions (s, b)."""
     token = tokens(projection, last, student.eta(progress), student.masked)
     policy = native(*context.append(token), projection, discrete)
-    return Policy(*(x[:, 0] if x is not None else None for x in policy))
+    return policy.map(lambda x: x[:, 0])
 
 
 def rollout(student: Student, env: Env, projection: Projection, steps: int, generator: torch.Generator) -> Tensor:
@@ -521,7 +452,7 @@ def subsample(
     policy = trajectories.policy(gap == 0, discrete, index)
     steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
     predicted = ((update > 0) | (gap == 0)).expand_as(index[2]).flatten(1)
-    return steps, Policy(*(x.flatten(1, 2) if x is not None else None for x in policy)), predicted
+    return steps, policy.map(lambda x: x.flatten(1, 2)), predicted
 
 
 Task = tuple[Projection, Steps, Policy, Tensor]  # sequences (s, t, ...), what is predicted, and whether it is
@@ -571,7 +502,7 @@ def meta_train(
             tasks = []
             ids = args.batch * step + torch.arange(args.batch, device=run.device)
             for env_name, env_ids in zip(student.envs, ids.tensor_split(len(student.envs)), strict=True):
-                own = share(len(env_ids), run.device)
+                own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
                 batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
@@ -589,201 +520,120 @@ def meta_train(
 
 
 # ======================================================================================================================
-# PPO, the teacher
+# The trajectories of PPO
 # ======================================================================================================================
-class ActorCritic:
-    """Networks of p PPO agents, every parameter with p as its first axis: two hidden layers of tanh for the policy, two for the
-    value (CleanRL)."""
-
-    def __init__(self, ppo: PPO, env: Env, generator: torch.Generator):
-        self.discrete, self.b = env.num_actions is not None, env.num_actions or env.action_size
-        n, p = ppo.hidden, ppo.agents
-        self.obs_moments, self.return_moments = (init_moments(p, size, env.device) for size in (env.obs_size, 1))
-        sizes = {"policy": ((env.obs_size, n, n, self.b), 0.01), "value": ((env.obs_size, n, n, 1), 1.0)}
-        self.params = {}
-        for name, (widths, last) in sizes.items():
-            for i, (a, b) in enumerate(pairwise(widths)):
-                weight = torch.randn(p, max(a, b), min(a, b), generator=generator)
-                weight = torch.linalg.qr(weight)[0] if a >= b else torch.linalg.qr(weight)[0].mT
-                gain = last if i == len(widths) - 2 else math.sqrt(2)
-                self.params[f"{name} weight {i}"] = (gain * weight).to(env.device)
-                self.params[f"{name} bias {i}"] = torch.zeros(p, 1, b, device=env.device)
-        self.params["log_std"] = torch.zeros(p, 1, self.b, device=env.device)
-        for value in self.params.values():
-            value.requires_grad_()
-
-    def net(self, name: str, obs: Tensor) -> Tensor:
-        """obs (p, ..., a) -> (p, ..., b)."""
-        x = obs.flatten(1, -2)
-        for i in range(3):
-            x = torch.baddbmm(self.params[f"{name} bias {i}"], x, self.params[f"{name} weight {i}"])
-            x = x.tanh() if i < 2 else x
-        return x.unflatten(1, obs.shape[1:-1])
-
-    def policy(self, obs: Tensor) -> Policy:
-        mean = self.net("policy", obs)
-        log_std = self.params["log_std"].view(-1, *[1] * (mean.ndim - 2), self.b)
-        return Policy(mean, None if self.discrete else log_std.expand_as(mean))
+STORE_EVERY = 300  # seconds between files of a collection
 
 
-def init_moments(p: int, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Mean, variance and count before any data, for each agent."""
-    mean = torch.zeros(p, 1, size, device=device)
-    return {"mean": mean, "var": torch.ones_like(mean), "count": torch.full((), 1e-4, device=device)}
+def collect(ppo: PPO, name: str, path: Path, device: torch.device, bar: Callable) -> Trajectories:
+    """Algorithm 10, line 2: agents learn by PPO (common/ppo.py) in an environment.
 
-
-def update_moments(moments: dict[str, Tensor], x: Tensor) -> None:
-    """Add x (p, e, n) to the moments, in place (Chan et al. 1979)."""
-    var, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
-    moments["count"] += x.shape[1]
-    weight = x.shape[1] / moments["count"]  # of x
-    moments["var"].lerp_(var + (1 - weight) * (mean - moments["mean"]) ** 2, weight)
-    moments["mean"].lerp_(mean, weight)
-
-
-def standardise(moments: dict[str, Tensor], x: Tensor, centred: bool) -> Tensor:
-    """x (p, ..., n) by the deviation so far, at most ten of them (CleanRL)."""
-    mean, var = (moments[name].view(-1, *[1] * (x.ndim - 2), x.shape[-1]) for name in ("mean", "var"))
-    return ((x - mean if centred else x) / (var + 1e-8).sqrt()).clamp(-10, 10)
-
-
-def collect(ppo: PPO, name: str, device: torch.device, bar: Callable, path: Path | None = None) -> Trajectories:
-    """Algorithm 10, line 2: p agents at once learn by PPO (Schulman et al. 2017) in an environment, with CleanRL's details.
-
-    With a `path` the trajectories are also written there, every five minutes and at the end, and a collection that was cut off
-    continues from there; an environment of gymnasium's is reset then.
-    Raises UserError if what is at `path` is damaged, or if a number is not finite.
+    The trajectories are also written to `path`, every five minutes and at the end. A collection that was cut off continues from
+    there; an environment of gymnasium's is reset then. Raises UserError if what is there is damaged, or a number not finite.
     """
-    p, e, t = ppo.agents, ppo.num_envs, ppo.num_steps
-    env = make_env(name, p * e, device)
-    nets = ActorCritic(ppo, env, torch.default_generator)
-    adam = torch.optim.Adam(nets.params.values(), ppo.lr, eps=1e-5, fused=True)
-    world, obs = env.reset(torch.rand(p * e, env.lifetime_draws, device=device))
-    returns = torch.zeros(p, e, 1, device=device)
-    trajectories = empty_trajectories(ppo, name)
-    keep = {
-        "trajectories": trajectories,
-        "nets": nets.params,
-        "adam": adam,
-        "moments": [nets.obs_moments, nets.return_moments],
-        "returns": returns,
-    }
-    if env.resumable:
-        keep |= {"world": world, "obs": obs}
-    first = restore_collection(path, keep)
+    env = make_env(name, ppo.agents * ppo.num_envs, device)
+    agents = PPOAgents(ppo, env)
+    trajectories = empty_trajectories(ppo, env, "cpu")
+    first = 0
+    if path.exists():
+        saved = read_collection(ppo, path, {"trajectories": trajectories} | agents.state())
+        checkpoints.set_rng_state(saved["rng"])
+        first = saved["updates"]
+
     stored = time.time()
     bar(first)
     for update in range(first, ppo.updates):
-        if path and time.time() - stored >= STORE_EVERY:
-            keep |= {"world": world, "obs": obs} if "obs" in keep else {}
-            store_collection(ppo, name, path, keep, update)
+        if time.time() - stored >= STORE_EVERY:
+            write_collection(path, name, trajectories, agents, update)
             stored = time.time()
-        adam.param_groups[0]["lr"] = ppo.lr * (1 - update / ppo.updates)
-        world, obs, data, before, raw = collect_rollout(ppo, nets, env, world, obs, returns)
-        advantage, value = advantages(ppo, nets, data)
-        log_before = before.log_prob(data["action"])
-        batch = [data["obs"], data["action"], log_before, advantage, value, value + advantage]
-        for _ in range(ppo.update_epochs):
-            for part in torch.randperm(e * t, device=device).chunk(ppo.num_minibatches):
-                ppo_step(ppo, nets, adam, *(x.flatten(1, 2)[:, part] for x in batch))
-        action = F.one_hot(data["action"], nets.b).float() if nets.discrete else executed(data["action"], False)
-        store(trajectories.steps, update, (raw["obs"], action, raw["reward"], data["ended"]))
-        store_policy(trajectories.mean, trajectories.log_std, update, before)
-        trajectories.curve[:, update] = raw["reward"].mean((1, 2))
+        new = agents.update(update)
+        action = F.one_hot(new.action, env.num_actions).float() if env.num_actions else new.action
+        for kept, x in zip(trajectories.steps, (new.obs, action, new.reward, new.ended), strict=True):
+            kept[:, update] = x.flatten(0, 1)
+        store_policy(trajectories.mean, trajectories.log_std, update, new.policy)
+        trajectories.curve[:, update] = new.reward.mean((1, 2))
         bar(1)
-    for update in range(ppo.updates if first < ppo.updates else 0):
-        with torch.no_grad():
-            last = nets.policy(normalised_obs(ppo, nets, trajectories.steps.obs[:, update].unflatten(0, (p, e)).to(device)))
-        store_policy(trajectories.last_mean, trajectories.last_log_std, update, last)
-    if path and first < ppo.updates:
-        store_collection(ppo, name, path, keep, ppo.updates)
+
+    if first < ppo.updates:
+        for update in range(ppo.updates):
+            obs = trajectories.steps.obs[:, update].unflatten(0, (ppo.agents, ppo.num_envs))
+            store_policy(trajectories.last_mean, trajectories.last_log_std, update, agents.policy(obs.to(device)))
+        write_collection(path, name, trajectories, agents, ppo.updates)
     env.close()
     return trajectories
 
 
-@torch.no_grad()
-def collect_rollout(
-    ppo: PPO, nets: ActorCritic, env: Env, world: envs.State, obs: Tensor, returns: Tensor
-) -> tuple[envs.State, Tensor, dict[str, Tensor], Policy, dict[str, Tensor]]:
-    """Steps of every agent in all its environments until the next update. Returns their states, PPO's data (p, e, t, ...), the
-    policies that acted, and observations and rewards without normalisation. Changes moments and returns (p, e, 1) in place."""
-    data, policies, raw = [], [], []
-    for _ in range(ppo.num_steps):
-        native_obs = obs.unflatten(0, (ppo.agents, ppo.num_envs))
-        if ppo.normalised:
-            update_moments(nets.obs_moments, native_obs)
-        normal_obs = normalised_obs(ppo, nets, native_obs)
-        policy, shape = nets.policy(normal_obs), normal_obs.shape[:2]
-        action = policy.sample(torch.rand(*shape, 1, device=obs.device), torch.randn(*shape, nets.b, device=obs.device))
-        draws = torch.rand(env.num_envs, env.num_draws, device=obs.device)
-        world, step = env.step(world, executed(action, nets.discrete).flatten(0, 1), draws)
-        reward, terminated, truncated = (x.unflatten(0, shape).float() for x in step[1:4])
-        ended = terminated + truncated
-        obs = step.obs
-        raw.append({"obs": native_obs, "reward": reward, "final_obs": step.final_obs.unflatten(0, shape)})
-        if ppo.normalised:
-            returns.copy_(ppo.gamma * returns + reward[..., None])
-            update_moments(nets.return_moments, returns)
-            reward = standardise(nets.return_moments, reward[..., None], centred=False)[..., 0]
-            returns *= 1 - ended[..., None]
-        data.append({"obs": normal_obs, "action": action, "reward": reward, "terminated": terminated, "ended": ended})
-        policies.append(policy)
-    data, raw = ({name: torch.stack([x[name] for x in steps], 2) for name in steps[0]} for steps in (data, raw))
-    data["final_obs"] = normalised_obs(ppo, nets, raw["final_obs"])
-    acted = Policy(*(torch.stack(x, 2) if x[0] is not None else None for x in zip(*policies, strict=True)))
-    return world, obs, data, acted, raw
-
-
-@torch.no_grad()
-def advantages(ppo: PPO, nets: ActorCritic, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates (Schulman et al. 2016) and values (p, e, t). Time limits bootstrap."""
-    value, next_value = nets.net("value", data["obs"])[..., 0], nets.net("value", data["final_obs"])[..., 0]
-    delta = data["reward"] + ppo.gamma * (1 - data["terminated"]) * next_value - value
-    advantage, after = torch.zeros_like(value), 0
-    for k in reversed(range(ppo.num_steps)):
-        after = delta[:, :, k] + ppo.gamma * ppo.gae_lambda * (1 - data["ended"][:, :, k]) * after
-        advantage[:, :, k] = after
-    return advantage, value
-
-
-@torch.no_grad()
-def store(trajectories: Iterable[Tensor], update: int, data: Iterable[Tensor]) -> None:
-    """Store data (p, e, ...) in trajectories (p e, u, ...)."""
-    for kept, x in zip(trajectories, data, strict=True):
-        kept[:, update] = x.flatten(0, 1)
+def empty_trajectories(ppo: PPO, env: Env, device: torch.device | str) -> Trajectories:
+    """Zeros, to be filled."""
+    h, u, t, b = ppo.agents * ppo.num_envs, ppo.updates, ppo.num_steps, env.num_actions or env.action_size
+    zeros = partial(torch.zeros, device=device)
+    steps = Steps(zeros(h, u, t, env.obs_size), zeros(h, u, t, b), zeros(h, u, t), zeros(h, u, t))
+    policies = (zeros(h, u, t, b), zeros(h, u, b), zeros(h, u, t, b), zeros(h, u, b))
+    return Trajectories(steps, *policies, zeros(ppo.agents, u))
 
 
 def store_policy(mean: Tensor, log_std: Tensor, update: int, policy: Policy) -> None:
-    store([mean], update, [policy.mean])
+    """Store a policy (p, e, t, b) in mean (p e, u, t, b) and log_std (p e, u, b)."""
+    mean[:, update] = policy.mean.flatten(0, 1)
     if policy.log_std is not None:
-        store([log_std], update, [policy.log_std[:, :, 0]])  # the same in all states
+        log_std[:, update] = policy.log_std[:, :, 0].flatten(0, 1)  # the same in all states
 
 
-def normalised_obs(ppo: PPO, nets: ActorCritic, obs: Tensor) -> Tensor:
-    """PPO's observations (p, ..., a)."""
-    return standardise(nets.obs_moments, obs, centred=True) if ppo.normalised else obs
+def write_collection(path: Path, name: str, trajectories: Trajectories, agents: PPOAgents, updates: int) -> None:
+    """Write the trajectories of so many updates, and all that is needed to continue. Raises UserError at NaN."""
+    state = checkpoints.state_of({"trajectories": trajectories} | agents.state())
+    if part := checkpoints.first_not_finite(state):
+        raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --teacher.lr.")
+    parts = {"flags": asdict(agents.ppo), "updates": updates, "state": state, "rng": checkpoints.rng_state()}
+    checkpoints.write(path, parts)
 
 
-def ppo_step(
-    ppo: PPO, nets: ActorCritic, adam: torch.optim.Optimizer, obs: Tensor, action: Tensor, log_before: Tensor,
-    advantage: Tensor, value: Tensor, target: Tensor,
-) -> None:  # fmt: skip
-    """A step of PPO on a minibatch (p, m, ...) of each agent."""
-    policy, new_value = nets.policy(obs), nets.net("value", obs)[..., 0]
-    ratio = (policy.log_prob(action) - log_before).exp()
-    advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
-    near = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
-    near_value = value + (new_value - value).clamp(-ppo.clip_coef, ppo.clip_coef)
-    error = torch.maximum((new_value - target) ** 2, (near_value - target) ** 2) / 2
-    loss = -torch.minimum(ratio * advantage, near * advantage) + ppo.vf_coef * error - ppo.ent_coef * policy.entropy()
-    adam.zero_grad()
-    loss.mean(1).sum().backward()
-    grads = [x.grad for x in nets.params.values() if x.grad is not None]
-    norm = sum((g**2).flatten(1).sum(1) for g in grads).sqrt()  # of each agent
-    scale = (ppo.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-    for g in grads:
-        g *= scale[:, None, None]
-    adam.step()
+def read_collection(ppo: PPO, path: Path, keep: dict[str, Any]) -> dict[str, Any]:
+    """What write_collection wrote; restores `keep` from it. Raises UserError if it is damaged or of other flags."""
+    try:
+        saved = checkpoints.read(path, flags=dict, updates=int, state=dict, rng=list)
+        for flag, value in asdict(ppo).items():
+            if saved["flags"].get(flag) != value:
+                words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
+                raise UserError(f"The trajectories in {path} were collected with {words}.")
+        checkpoints.restore(keep, saved["state"])
+    except CheckpointError as error:
+        raise UserError(f"{error} Delete it to collect its trajectories again.") from error
+    return saved
+
+
+def collection_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(':', '-').replace('/', '-')}.pt"
+
+
+def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[str, Trajectories]:
+    """The trajectories in all of --envs. Raises UserError if some are missing, not complete or of other flags."""
+    trajectories = {}
+    for name in args.envs:
+        path = collection_file(folder, name)
+        if not path.is_file():
+            raise UserError(f"There is no {path}; give --trajectories the folder `trajectories` of a run with these --envs.")
+        trajectories[name] = empty_trajectories(args.teacher, make_env(name, 1), device)
+        saved = read_collection(args.teacher, path, {"trajectories": trajectories[name]})
+        if saved["updates"] != args.teacher.updates:
+            raise UserError(f"The trajectories in {path} are not complete; leave out --trajectories to collect them.")
+    return trajectories
+
+
+def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
+    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
+    folder = run.folder / "trajectories"
+    folder.mkdir(exist_ok=True)
+    names = dict.fromkeys(args.envs)
+    run.info(f"Collecting trajectories of {args.teacher.agents} PPO agents in each of {len(names)} environments")
+    own = list(enumerate(names, 1))[run.rank :: run.world]
+    bar = tqdm(total=len(own) * args.teacher.updates, desc="collect", disable=run.rank > 0)
+    for number, name in own:
+        torch.manual_seed(args.seed + 7919 * number)
+        collect(args.teacher, name, collection_file(folder, name), run.device, bar.update)
+    if run.world > 1:
+        dist.barrier()
+    return read_trajectories(args, folder, run.device)
 
 
 # ======================================================================================================================
@@ -824,12 +674,12 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
     """Reward per step since the last point, of rollouts with new projections. No student: random actions. number: of the
     task, a part of the seed."""
     steps = args.test_steps or args.chunks * args.chunk
+    generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
     if student:
         projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
-        generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
         rewards = rollout(student, env, projection, steps, generator)
     else:
-        rewards = uniform_rollout(env, steps, torch.Generator(env.device).manual_seed(1009 * args.seed + number))
+        rewards = uniform_rollout(env, steps, generator)
 
     points = sorted({-(-steps * part // 32) for part in range(33)})
     row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
@@ -839,14 +689,19 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 def ppo_rows(
     args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over all agents. No trajectories: they are collected now."""
+    """Reward per step at each update of PPO, over all agents. No trajectories: they learn now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-    if trajectories is None:
-        with tqdm(total=ppo.updates, desc=f"PPO in {task}") as bar:
-            trajectories = collect(ppo, task, device, bar.update)
+    if trajectories:
+        rewards = trajectories.curve.unbind(1)
+    else:
+        env = make_env(task, ppo.agents * ppo.num_envs, device)
+        agents = PPOAgents(ppo, env)
+        rewards = [agents.update(update).reward.mean((1, 2)) for update in tqdm(range(ppo.updates), f"PPO in {task}")]
+        env.close()
+
     row = partial(result_row, learner, task, novelty(args, task), "reward_per_step")
     steps = ppo.num_steps * ppo.num_envs
-    return [row(steps * (update + 1), rewards) for update, rewards in enumerate(trajectories.curve.unbind(1))]
+    return [row(steps * number, values) for number, values in enumerate(rewards, 1)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -909,16 +764,13 @@ class Agent:
     the older half of its history. Raises ValueError for other shapes.
     """
 
-    def __init__(
-        self, student: "Student", num_actions: int | None = None, action_size: int | None = None, seed: int = 0
-    ):
-        size = num_actions or action_size or 0
-        if bool(num_actions) == bool(action_size) or not 1 <= size <= student.args.action_size:
-            largest = student.args.action_size
+    def __init__(self, student: Student, num_actions: int | None = None, action_size: int | None = None, seed: int = 0):
+        largest = student.args.action_size
+        if bool(num_actions) == bool(action_size) or not 1 <= (num_actions or action_size) <= largest:
             raise ValueError(f"Give num_actions (from 2) or action_size (from 1), at most {largest}, as the Transformer has.")
         self.student = student
-        self.num_actions = num_actions
-        self.action_size = action_size
+        self.actions = {"num_actions": num_actions, "action_size": action_size}
+        self.discrete, self.b = bool(num_actions), num_actions or action_size
         self.device = next(student.model.parameters()).device
         self.seed = seed
         self.reset()
@@ -942,34 +794,25 @@ class Agent:
         if not all(x.shape in ((), obs.shape[:-1]) and x.isfinite().all() for x in (reward, done)):
             raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
 
-        s, b, args = len(several), self.num_actions or self.action_size, self.student.args
+        s = len(several)
         if self.last is None:
-            shape = ActionsAndObservations(several.shape[1], self.num_actions, self.action_size)
+            env = SimpleNamespace(obs_size=several.shape[1], **self.actions)
             ids = UNSEEN + self.seed * 2**20 + torch.arange(s, device=self.device)
-            self.projection = draw_projection(args, shape, ids)
-            self.last = first_transition(several, b)
+            self.projection = draw_projection(self.student.args, env, ids)
+            self.last = first_transition(several, self.b)
         else:
             feedback = (x.expand(s)[:, None] for x in (reward, done))
             self.last = Transition(self.last.obs, self.last.action, *feedback, several[:, None])
 
         progress = torch.full((s, 1), self.context.length / self.student.model.context, device=self.device)
-        discrete = self.num_actions is not None
-        policy = next_policy(self.student, self.context, self.projection, self.last, progress.clamp(max=1), discrete)
+        policy = next_policy(self.student, self.context, self.projection, self.last, progress.clamp(max=1), self.discrete)
         uniform = torch.rand(s, 1, generator=self.generator, device=self.device)
-        normal = torch.randn(s, b, generator=self.generator, device=self.device)
-        chosen = executed(policy.sample(uniform, normal), discrete)
-        self.last = self.last._replace(action=(F.one_hot(chosen, b).float() if discrete else chosen)[:, None])
+        normal = torch.randn(s, self.b, generator=self.generator, device=self.device)
+        chosen = executed(policy.sample(uniform, normal), self.discrete)
+        self.last = self.last._replace(action=(F.one_hot(chosen, self.b).float() if self.discrete else chosen)[:, None])
         if obs.ndim == 2:
             return chosen
-        return int(chosen) if self.num_actions else chosen[0]
-
-
-class ActionsAndObservations(NamedTuple):
-    """What draw_projection reads of an environment."""
-
-    obs_size: int
-    num_actions: int | None
-    action_size: int | None
+        return int(chosen) if self.discrete else chosen[0]
 
 
 def load_agent(
@@ -1209,124 +1052,35 @@ def check(args: Args, world: int) -> None:
         raise UserError("--envs needs at least one environment.")
     if not args.gaps or len(set(args.gaps)) < len(args.gaps):
         raise UserError("--gaps needs at least one number, and each of them once.")
-    if args.chunks * args.chunk == 1:
+    context, most = args.chunks * args.chunk, args.teacher.num_steps
+    if context == 1:
         raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
-    ppo = args.teacher
-    if args.chunk > ppo.num_steps:
-        raise UserError(f"--chunk {args.chunk} is longer than --teacher.num-steps {ppo.num_steps} between PPO's updates.")
-    context, numbers = args.chunks * args.chunk, []
-    for name, one in {"teacher": args.teacher, "ppo": args.ppo}.items():
-        steps = one.num_steps * one.num_envs
-        size = -(-steps // one.num_minibatches)
-        if size < 2 or steps % size == 1:
-            count = one.num_minibatches
+    if args.chunk > most:
+        raise UserError(f"--chunk {args.chunk} is longer than --teacher.num-steps {most} between PPO's updates.")
+    sizes = [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
+    for name, ppo in {"teacher": args.teacher, "ppo": args.ppo}.items():
+        steps, count = ppo.num_steps * ppo.num_envs, ppo.num_minibatches
+        if (part := -(-steps // count)) < 2 or steps % part == 1:
             raise UserError(f"--{name}.num-minibatches {count} leaves one step of {steps} in one of them; choose fewer.")
-        numbers += [one.agents * one.updates * steps, one.agents * one.hidden**2]
-    numbers += [args.batch * context, args.width * (context + args.obs_size + 12 * args.layers * args.width)]
-    if max(numbers) > 2**32:
+        sizes += [ppo.agents * ppo.updates * steps, ppo.agents * ppo.hidden**2]
+    if max(sizes) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
-    last = (args.chunks - 1) * max(args.gaps)
-    if last >= ppo.updates:
-        raise UserError(f"A sequence would reach update {last} of {ppo.updates}; take fewer --chunks or smaller --gaps.")
+    last, updates = (args.chunks - 1) * max(args.gaps), args.teacher.updates
+    if last >= updates:
+        raise UserError(f"A sequence would reach update {last} of {updates}; take fewer --chunks or smaller --gaps.")
     if args.width % args.heads:
         raise UserError(f"--width {args.width} cannot be divided into {args.heads} heads.")
     if args.batch < len(args.envs):
         raise UserError(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
     if world > 1 and args.batch % (len(args.envs) * world):
         raise UserError(f"--batch {args.batch} cannot be divided by {len(args.envs)} environments and {world} processes.")
-    learners = {args.learner, *args.baselines}
+    transformers = {"gla", "one-task", "no-reward", "cloning"} & {args.learner, *args.baselines}
     for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
-        if not {"gla", "one-task", "no-reward", "cloning"} & learners:
-            continue
-        if (env.num_actions or env.action_size) > args.action_size:
+        if transformers and (env.num_actions or env.action_size) > args.action_size:
             raise UserError(f"--action-size {args.action_size} is too small for {name}.")
-        if not args.projected and env.obs_size > args.obs_size:
+        if transformers and not args.projected and env.obs_size > args.obs_size:
             raise UserError(f"--obs-size {args.obs_size} is too small for {name}, without projections.")
-
-
-def share(count: int, device: torch.device) -> Tensor:
-    """The sequences, of `count`, of this process."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return torch.arange(count, device=device)[rank::world]
-
-
-STORE_EVERY = 300  # seconds between files of a collection
-
-
-def empty_trajectories(ppo: PPO, name: str) -> Trajectories:
-    """Zeros for the trajectories in an environment, on the CPU."""
-    env = make_env(name, 1)
-    b = env.num_actions or env.action_size
-    h, u, t = ppo.agents * ppo.num_envs, ppo.updates, ppo.num_steps
-    steps = Steps(torch.zeros(h, u, t, env.obs_size), torch.zeros(h, u, t, b), torch.zeros(h, u, t), torch.zeros(h, u, t))
-    policies = (torch.zeros(*sizes, b) for sizes in ((h, u, t), (h, u), (h, u, t), (h, u)))
-    return Trajectories(steps, *policies, torch.zeros(ppo.agents, u))
-
-
-def collection_file(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace(':', '-').replace('/', '-')}.pt"
-
-
-def store_collection(ppo: PPO, name: str, path: Path, keep: dict[str, Any], updates: int) -> None:
-    """Write the trajectories of so many updates, and everything that is needed to continue. Raises UserError at NaN."""
-    state = checkpoints.state_of(keep)
-    if part := checkpoints.first_not_finite(state):
-        raise UserError(f"PPO in {name}: {part} is not finite after {updates} updates. Try a smaller --teacher.lr.")
-    checkpoints.write(path, {"flags": asdict(ppo), "updates": updates, "state": state, "rng": checkpoints.rng_state()})
-
-
-def read_collection(path: Path) -> dict[str, Any]:
-    return checkpoints.read(path, flags=dict, updates=int, state=dict, rng=list)
-
-
-def restore_collection(path: Path | None, keep: dict[str, Any]) -> int:
-    """Restore a collection that was cut off, where there is one. Returns its number of updates."""
-    if path is None or not path.exists():
-        return 0
-    try:
-        saved = read_collection(path)
-        checkpoints.restore(keep, saved["state"])
-    except CheckpointError as error:
-        raise UserError(f"{error} Delete it to collect its trajectories again.") from error
-    checkpoints.set_rng_state(saved["rng"])
-    return saved["updates"]
-
-
-def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[str, Trajectories]:
-    """The trajectories in all of --envs. Raises UserError if some are missing, not complete or of other flags."""
-    read = {}
-    for name in args.envs:
-        path = collection_file(folder, name)
-        if not path.is_file():
-            raise UserError(f"There is no {path}; give --trajectories the folder `trajectories` of a run with these --envs.")
-        saved = read_collection(path)
-        for flag, value in asdict(args.teacher).items():
-            if saved["flags"].get(flag) != value:
-                words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
-                raise UserError(f"The trajectories in {path} were collected with {words}.")
-        if saved["updates"] != args.teacher.updates:
-            raise UserError(f"The trajectories in {path} are not complete; leave out --trajectories to collect them.")
-        trajectories = empty_trajectories(args.teacher, name)
-        checkpoints.restore({"trajectories": trajectories}, saved["state"])
-        read[name] = trajectories.to(device)
-    return read
-
-
-def collect_all(args: Args, run: Run) -> dict[str, Trajectories]:
-    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
-    folder = run.folder / "trajectories"
-    folder.mkdir(exist_ok=True)
-    run.info(f"Collecting trajectories of {args.teacher.agents} PPO agents in each of {len(set(args.envs))} environments")
-    own = [number for number, name in enumerate(args.envs) if number % run.world == run.rank and name not in args.envs[:number]]
-    bar = tqdm(total=len(own) * args.teacher.updates, desc="collect", disable=run.rank > 0)
-    for number in own:
-        name = args.envs[number]
-        torch.manual_seed(args.seed + 7919 * (number + 1))
-        collect(args.teacher, name, run.device, bar.update, collection_file(folder, name))
-    if run.world > 1:
-        dist.barrier()
-    return read_trajectories(args, folder, run.device)
 
 
 def make_students(args: Args) -> dict[str, Student]:
@@ -1364,10 +1118,8 @@ def main() -> None:
 
     started = time.time()
     if args.mode == "train":
-        keep = {
-            "models": models,
-            "adam": {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()},
-        }
+        adam = {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()}
+        keep = {"models": models, "adam": adam}
         if not args.resume:
             torch.manual_seed(args.seed)
             run.save(0, keep)  # a collection that is cut off can be continued

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 Seed = Annotated[int, (0, 2**32 - 1)]
 Count = Annotated[int, (1, 2**31)]
 CountOrZero = Annotated[int, (0, 2**31)]
+Size = Annotated[int, (1, 2**16)]  # of networks, rollouts and batches
 Side = Annotated[int, (1, 1024)]  # of an image, in pixels
 Share = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e30)]

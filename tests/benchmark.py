@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, envs, machine
 from common.datasets import Tasks, load
+from common.ppo import PPOAgents
 from common.rng import compile_draws
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -476,7 +477,9 @@ def measure_gla(bench: Bench) -> None:
     env_name = "heading:0" if bench.thesis else "hidden_goal:8"
     few = replace(args.teacher, agents=4, num_envs=1, updates=args.chunks, update_epochs=1)
     few = replace(few, num_steps=max(few.num_steps, args.chunk), num_minibatches=1)
-    trajectories = gla.collect(few, env_name, bench.device, lambda _: None).to(bench.device)
+    with tempfile.TemporaryDirectory() as folder:
+        trajectories = gla.collect(few, env_name, Path(folder, "x.pt"), bench.device, lambda _: None)
+    trajectories = tree_map_only(Tensor, lambda x: x.to(bench.device), trajectories)
     env = gla.make_env(env_name, 1, bench.device)
     torch.manual_seed(0)
     model = gla.GLA(args).to(bench.device)
@@ -522,14 +525,13 @@ def measure_gla(bench: Bench) -> None:
 def measure_ppo(bench: Bench, args: Any) -> None:
     """Environment steps per second of PPO, learning included, of many agents at once and of one as
     CleanRL has it."""
-    import gla
-
     cleanrl = dict(num_envs=4, num_steps=128, updates=2, update_epochs=4, num_minibatches=4, hidden=64)
-    for env, agents in itertools.product(("hidden_goal:8", "cartpole", "heading:0"), (128, 1)):
+    for name, agents in itertools.product(("hidden_goal:8", "cartpole", "heading:0"), (128, 1)):
         own = replace(args.teacher, agents=agents, **cleanrl)
-        seconds = median(partial(gla.collect, own, env, bench.device, lambda _: None), 3)
-        rate = agents * own.num_envs * own.num_steps * own.updates / seconds / 1e3
-        bench.note(f"gla: PPO in {env}, {agents} agents", K_steps_per_s=rate)
+        env = envs.make(name, agents * own.num_envs, bench.device, scaled=True)
+        seconds = median(partial(PPOAgents(own, env).update, 0), 3)
+        rate = agents * own.num_envs * own.num_steps / seconds / 1e3
+        bench.note(f"gla: PPO in {name}, {agents} agents", K_steps_per_s=rate)
 
 
 MEASURES = {  # by what matters on a GPU, but what compiles longest comes first

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,8 +86,6 @@ def test_divergence_is_that_of_numerical_integration():
     choices = gla.Policy(torch.randn(5, 4), None), gla.Policy(torch.randn(5, 4), None)
     theirs = [torch.distributions.Categorical(logits=y.mean) for y in choices]
     torch.testing.assert_close(gla.kl(*choices), torch.distributions.kl_divergence(*theirs))
-    torch.testing.assert_close(choices[0].entropy(), theirs[0].entropy())
-    torch.testing.assert_close(choices[0].log_prob(torch.arange(5) % 4), theirs[0].log_prob(torch.arange(5) % 4))
 
 
 @pytest.mark.parametrize("name", ["hidden_goal:3", "heading:30"])
@@ -108,7 +107,7 @@ def test_projections_are_a_function_of_their_ids_and_of_orthonormal_rows(name):
 
 def test_sixteen_actions_fill_the_projected_space():
     """Rows stay orthonormal where there are as many as columns, and are as often in one direction as in any other."""
-    env = gla.ActionsAndObservations(3, None, 16)
+    env = SimpleNamespace(obs_size=3, num_actions=None, action_size=16)
     action = gla.draw_projection(replace(ARGS, action_size=16), env, torch.arange(2000)).action
     torch.testing.assert_close(action @ action.mT, torch.eye(16).expand(2000, 16, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(action.mean(0), torch.zeros(16, 16), atol=0.03, rtol=0)
@@ -249,35 +248,10 @@ def test_comparisons_change_one_thing():
 
 
 # ---- the teacher and the student ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["hidden_goal:3", "heading:30"])
-def test_teachers_learn_side_by_side_as_they_would_alone(name):
-    """A step of PPO for three agents is one for each of them, clipped and all."""
-    env = gla.make_env(name, 6)
-    three = gla.ActorCritic(TEACHER, env, torch.Generator().manual_seed(1))
-    obs = torch.randn(3, 8, env.obs_size, generator=DRAWS)
-    policy = three.policy(obs)
-    draws = torch.rand(3, 8, 1, generator=DRAWS), torch.randn(3, 8, three.b, generator=DRAWS)
-    action = policy.sample(*draws).detach()
-    advantage, value, target = torch.randn(3, 3, 8, generator=DRAWS)
-    data = [obs, action, policy.log_prob(action).detach() + 0.3 * advantage, advantage, value, 30 * target]
-    alone = []
-    for agent in range(3):
-        one = gla.ActorCritic(replace(TEACHER, agents=1), env, DRAWS)
-        one.params = {key: x[agent : agent + 1].detach().clone().requires_grad_() for key, x in three.params.items()}
-        gla.ppo_step(TEACHER, one, torch.optim.SGD(one.params.values(), 0.1), *(x[agent : agent + 1] for x in data))
-        alone.append(one.params)
-    before = {key: x.detach().clone() for key, x in three.params.items()}
-    gla.ppo_step(TEACHER, three, torch.optim.SGD(three.params.values(), 0.1), *data)
-    for key, x in three.params.items():
-        torch.testing.assert_close(x.detach(), torch.cat([params[key] for params in alone]).detach())
-    step = sum(((three.params[key] - x) ** 2).flatten(1).sum(1) for key, x in before.items()).sqrt()
-    torch.testing.assert_close(step.detach(), torch.full((3,), 0.1 * TEACHER.max_grad_norm), rtol=1e-3, atol=0)  # errors are large
-
-
-def test_teachers_learn_and_their_trajectories_are_whole():
+def test_teachers_learn_and_their_trajectories_are_whole(tmp_path):
     ppo = replace(gla.LAPTOP["teacher"], agents=8, updates=40, update_epochs=4, lr=1e-2)
     torch.manual_seed(0)
-    trajectories = gla.collect(ppo, "hidden_goal:8", CPU, lambda updates: None)
+    trajectories = gla.collect(ppo, "hidden_goal:8", tmp_path / "x.pt", CPU, lambda updates: None)
     assert trajectories.curve[:, :4].mean() < 0.12 and trajectories.curve[:, -4:].mean() > 0.3
     steps = trajectories.steps
     assert steps.obs.shape == (8 * 6, 40, 16, 9) and (steps.obs.sum(-1) == 1).all() and (steps.action.sum(-1) == 1).all()
@@ -294,11 +268,11 @@ def test_teachers_learn_and_their_trajectories_are_whole():
     torch.testing.assert_close(trajectories.last_mean[:, -1], trajectories.mean[:, -1], atol=1.0, rtol=0)
 
 
-def test_the_thesis_presets_teacher_learns_continuous_control():
+def test_the_thesis_presets_teacher_learns_continuous_control(tmp_path):
     """A heading within 25 K steps, from a deviation of the actions that falls; with CleanRL's settings for choices it does not."""
     ppo = replace(gla.Args().teacher, agents=2, updates=12)
     torch.manual_seed(0)
-    trajectories = gla.collect(ppo, "heading:30", CPU, lambda updates: None)
+    trajectories = gla.collect(ppo, "heading:30", tmp_path / "x.pt", CPU, lambda updates: None)
     assert trajectories.curve[:, 0].mean() < 0.1 and trajectories.curve[:, -1].min() > 0.75
     assert trajectories.log_std[:, -1].max() < -0.3
     assert trajectories.steps.action.abs().amax() == 1 and (trajectories.steps.action.abs() == 1).float().mean() > 0.05  # executed
@@ -325,18 +299,6 @@ def test_a_compiled_transformer_has_the_same_loss_and_gradient(name):
     gradients = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
-
-
-def test_moments_are_those_of_everything_seen():
-    seen = 3 + 2 * torch.randn(2, 40, 5, generator=DRAWS)
-    moments = gla.init_moments(2, 5, CPU)
-    for part in seen.split([1, 7, 32], 1):
-        gla.update_moments(moments, part)
-    torch.testing.assert_close(moments["mean"], seen.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(moments["var"], seen.var(1, keepdim=True, correction=0), rtol=1e-4, atol=1e-4)
-    z = gla.standardise(moments, seen, centred=True)
-    torch.testing.assert_close(z.std(1, correction=0), torch.ones(2, 5), rtol=1e-3, atol=1e-3)
-    assert gla.standardise(moments, 1e6 * seen.abs(), centred=False).unique().tolist() == [10]
 
 
 def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
@@ -599,19 +561,6 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, finished, complai
 
 
 # ---- what a release has to reach: python -m pytest -m slow --------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cartpole", "pendulum"])
-def test_ppo_alone_solves(name):
-    """CartPole: the pole is up for whole episodes of 500 steps. Pendulum: -200 in an episode of 200 steps, exploring."""
-    ppo = gla.PPO(agents=2, num_steps=128, updates=150, num_minibatches=8, gamma=0.99 if name == "cartpole" else 0.95)
-    torch.manual_seed(0)
-    trajectories = gla.collect(ppo, name, CPU, lambda updates: None)
-    if name == "cartpole":
-        assert trajectories.steps.ended[:, -20:].mean() < 1 / 450
-    else:
-        assert trajectories.curve[:, -25:].mean() > -1
-
-
 @pytest.mark.slow
 def test_ppo_alone_runs_like_a_cheetah(tmp_path):
     """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring (README's command)."""
