@@ -13,7 +13,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     Eq. A.1, section A.2.1 -> objective
     Algorithm 6            -> meta_train
     Algorithm 7            -> train_agents
-    Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), RL2, evolve (EPG)
+    Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), meta_train_rl2, evolve (EPG)
     Figures 2.3 to 2.6     -> meta_test
 
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
@@ -24,8 +24,9 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
-observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form a
-group; in it, every network of every agent is one row of a matrix, and all agents take a step at once.
+observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form
+a group; in it, every network of every agent is one row of a matrix, and all agents take a step at once. Replay buffers and
+batches are in common/agents.py, networks in common/networks.py, PPO and RL^2 in common/policy_gradients.py.
 """
 
 import math
@@ -34,8 +35,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -44,19 +44,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import checkpoints, envs, es, machine
+from common import checkpoints, envs, es, machine, policy_gradients
+from common.agents import Agents, Batch, State, masked_mean, masked_std, mean_returns, standardized, sub_trajectories
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.networks import Network, adam, gradient, half_squares
+from common.networks import Network, adam, gradient, half_squares, init_adam
+from common.policy_gradients import RL2, discounted, update_agents
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
@@ -65,6 +65,54 @@ from common.results import MetricsLog, result_row, table, to_json
 Name = Literal["metagenrl", "epg", "rl2", "untrained", "td3", "reinforce-off", "reinforce-on", "ppo"]
 Input = Literal["reward", "value", "next_value", "time", "gain"]
 Size = Annotated[int, (1, 2**14)]  # of an axis
+
+
+@dataclass
+class PPOArgs:
+    """PPO, and REINFORCE on fresh data; defaults are Spinning Up's (A.2.3)."""
+
+    num_steps: Count = 4_000
+    """Steps of an agent between updates."""
+    update_epochs: Count = 80
+    """Steps of Adam on each rollout, for the value function and PPO's policy."""
+    lr: Positive = 3e-4
+    """Adam's learning rate for the policy; the value function has --critic-lr."""
+    clip_coef: Share = 0.2
+    """How far probabilities may move."""
+    target_kl: Positive = 0.015
+    """An agent's policy stays as it is once it has moved this far on a rollout (Spinning Up: 1.5 times 0.01)."""
+
+
+@dataclass
+class EPGArgs:
+    """EPG, which meta-learns the same objective by evolution."""
+
+    generations: Count = 1_000
+    """Outer steps (not in the thesis, which allows 1 G environment steps)."""
+    pairs: Size = 32
+    """Pairs of objectives in a generation (A.2.3: V = 64)."""
+    sigma: Positive = 0.05
+    """Standard deviation of the noise on their parameters (not in the thesis)."""
+    life_steps: Count = 8_192
+    """Steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
+
+
+@dataclass
+class RL2Args:
+    """RL^2, an LSTM that is the agent and the learning, meta-trained by PPO."""
+
+    trial_steps: Count = 100_000_000
+    """Steps of meta-training in all environments, without those after a trial's end (section 2.5.1, footnote 6)."""
+    trials: Size = 16
+    """Trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
+    units: Size = 64
+    """Units of the LSTM (A.2.3)."""
+    lr: Positive = 1e-3
+    """Adam's learning rate (not in the thesis)."""
+    epochs: Count = 4
+    """Steps of PPO on the trials of an update (not in the thesis)."""
+    sizes: tuple[Size, Size] | None = None
+    """Observations and action dimensions (default: as the environments need); fewer are padded with zeros (A.2.3)."""
 
 
 @dataclass
@@ -95,15 +143,13 @@ class Args:
     """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium are reset at each."""
 
     learner: Name = "metagenrl"
-    """What trains agents at meta-test time. Meta-learned: metagenrl; epg, the same objective found by evolution; rl2, an LSTM
-    that is the agent itself. untrained: the objective before meta-training; td3: the critic's gradient; reinforce-off:
-    REINFORCE with GAE on replayed data; reinforce-on: on fresh data; ppo."""
+    """What trains agents at meta-test time. Meta-learned: metagenrl, epg, rl2. untrained: the objective before meta-training;
+    td3: the critic's gradient; reinforce-off: REINFORCE with GAE on replayed data; reinforce-on: on fresh data; ppo."""
     baselines: tuple[Name, ...] = ("untrained", "td3", "reinforce-off")
     """What else trains agents, for as many steps; nothing that would have to be meta-learned."""
 
     envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
-    """Environments to meta-train in (section 2.5). Gymnasium's have their own names, or
-    package.module:Name-v0."""
+    """Environments to meta-train in (section 2.5). Gymnasium's have their own names, or package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Hopper-v4",)
     """Environments to meta-test in, beside --envs (section 2.5)."""
     test_seen: bool = True
@@ -113,8 +159,7 @@ class Args:
     test_steps: Count = 1_000_000
     """Steps of each agent, meta-test (section 2.5)."""
     num_envs: Size = 1
-    """e, copies of its environment that an agent acts in (not in the thesis). There is one update for each step of all copies,
-    so more copies mean fewer updates for as many environment steps."""
+    """e, copies of its environment that an agent acts in; there is one update for a step of all of them (not in the thesis)."""
 
     population: Size = 20
     """Agents, distributed equally over --envs (section 2.5)."""
@@ -129,8 +174,7 @@ class Args:
     objective_filters: Annotated[int, (2, 2**14)] = 32
     """Units of the objective's other layers, which are 3 deep (Table A.2)."""
     inputs: tuple[Input, ...] = ("reward", "value", "next_value", "time")
-    """The objective's inputs at each step beside both actions (section 2.3.2). gain: next_value minus value. Leave some out for
-    the ablation of Figure 2.5."""
+    """The objective's inputs beside both actions (section 2.3.2; fewer: Figure 2.5). gain: next_value minus value."""
     bound: Positive = 1000.0
     """eta, bound of the objective's value at each step (Table A.2)."""
 
@@ -151,8 +195,7 @@ class Args:
     inner_normalized: bool = False
     """Scale the gradient in Eq. 2.6 to length one (not in the thesis)."""
     value_scaled: bool = False
-    """Divide the critic's value in Eq. 2.6 by its standard deviation over the batch, so that environments weigh alike (not in
-    the thesis)."""
+    """Divide the critic's value in Eq. 2.6 by its deviation over the batch: environments weigh alike (not in the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
     max_grad_norm: Positive = 1.0
@@ -168,8 +211,7 @@ class Args:
     policy_frequency: Count = 2
     """Updates of the critic for each one of policy and objective (A.2.2)."""
     exploration_noise: tuple[PositiveOrZero, ...] = (0.1,)
-    """Standard deviation of noise on actions taken (Table A.3). Several: one for each of an agent's environments (not in the
-    thesis)."""
+    """Standard deviation of noise on actions taken (Table A.3). Several: one for each of --num-envs (not in the thesis)."""
     random_steps: CountOrZero = 10_000
     """Steps of an agent that are random, at first (Table A.3)."""
     frozen_steps: CountOrZero = 0
@@ -177,10 +219,7 @@ class Args:
     anneal_steps: CountOrZero = 10_000
     """Steps, after --frozen-steps, in which the objective's gradient takes over from the critic's in meta-training (A.2.2)."""
     reset_every: CountOrZero = 0
-    """Steps after which some agents are reset, with empty buffers, so that the objective is still trained on fresh agents; 0:
-    never (not in the thesis)."""
-    reset_share: Annotated[float, (0.001, 1)] = 0.25
-    """Share of the agents that are reset, one after the other."""
+    """Steps after which another quarter of the agents is reset, so that some are fresh; 0: never (not in the thesis)."""
     gae_lambda: Share = 0.97
     """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
     normalized_advantages: bool = True
@@ -189,45 +228,12 @@ class Args:
     """reinforce-off: Adam's learning rate for the policy (Table A.3)."""
     td3_lr: Positive = 1e-3
     """td3: Adam's learning rate for the policy (Table A.3)."""
-    num_steps: Count = 4_000
-    """reinforce-on, ppo: steps of an agent between updates (Spinning Up, A.2.3)."""
-    update_epochs: Count = 80
-    """reinforce-on, ppo: steps of the value function on each rollout, and of PPO's policy (Spinning Up)."""
-    on_policy_lr: Positive = 3e-4
-    """reinforce-on, ppo: Adam's learning rate for the policy; the value function has --critic-lr (Spinning Up)."""
-    clip_coef: Share = 0.2
-    """ppo: how far probabilities may move (Spinning Up)."""
-    target_kl: Positive = 0.015
-    """ppo: an agent's policy stays as it is once it has moved this far on a rollout (Spinning Up: 1.5 times 0.01)."""
-
-    generations: Count = 1_000
-    """epg: outer steps (not in the thesis, which allows 1 G environment steps)."""
-    pairs: Size = 32
-    """epg: pairs of objectives in a generation (A.2.3: V = 64)."""
-    sigma: Positive = 0.05
-    """epg: standard deviation of the noise on their parameters (not in the thesis)."""
-    life_steps: Count = 8_192
-    """epg: steps that an agent is trained for (A.2.3: 128 updates of 64 steps)."""
-
-    trial_steps: Count = 100_000_000
-    """rl2: environment steps of meta-training, of all environments, without those after a trial's end (section 2.5.1,
-    footnote 6)."""
-    trials: Size = 16
-    """rl2: trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
-    rl2_units: Size = 64
-    """rl2: units of the LSTM (A.2.3)."""
-    rl2_lr: Positive = 1e-3
-    """rl2: Adam's learning rate (not in the thesis)."""
-    rl2_epochs: Count = 4
-    """rl2: steps of PPO on the trials of an update (not in the thesis)."""
-    rl2_inputs: Size | None = None
-    """rl2: size of its observations (default: as --envs and --test-envs need); fewer are padded with zeros (A.2.3)."""
-    rl2_outputs: Size | None = None
-    """rl2: action dimensions, likewise."""
+    ppo: PPOArgs = field(default_factory=PPOArgs)
+    epg: EPGArgs = field(default_factory=EPGArgs)
+    rl2: RL2Args = field(default_factory=RL2Args)
 
     test_seeds: Size = 6
-    """Agents that each learner trains in each environment, for each of --objectives (Figure 2.3: 2 for each of 6 objectives, 6
-    for the others)."""
+    """Agents that each learner trains in each environment, for each objective (Figure 2.3: 2 for each of 6; others: 6)."""
     evaluations: Count = 20
     """Times that agents are evaluated along the way, without noise."""
     episodes: Size = 4
@@ -238,6 +244,11 @@ class Args:
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: Count = 100
     """Iterations that a line of metrics.csv is the mean of."""
+
+    def __post_init__(self):
+        for name, flags in (("ppo", PPOArgs), ("epg", EPGArgs), ("rl2", RL2Args)):
+            if isinstance(values := getattr(self, name), dict):  # of a checkpoint
+                setattr(self, name, flags(**values))
 
 
 LAPTOP = dict(
@@ -258,8 +269,10 @@ LAPTOP = dict(
     critic_lr=3e-3,  # few steps
     policy_lr=3e-4,  # small networks saturate before critics are accurate
     tau=0.02,  # likewise
-    reinforce_lr=3e-3,  # searched in `envs`, as TD3's and the next one (results page)
-    on_policy_lr=3e-3,
+    reinforce_lr=3e-3,  # searched in `envs`, as TD3's and PPO's (results page)
+    ppo=PPOArgs(num_steps=400, lr=3e-3),
+    epg=EPGArgs(generations=10, pairs=8, life_steps=6_000),  # three minutes
+    rl2=RL2Args(trial_steps=1_000_000),  # five times what MetaGenRL's agents have
     inner_lr=0.02,  # of a gradient of length one
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
@@ -269,11 +282,6 @@ LAPTOP = dict(
     frozen_steps=2_000,  # until the critics have learned something
     anneal_steps=3_200,
     reset_every=1_600,
-    num_steps=400,
-    generations=10,  # three minutes
-    pairs=8,
-    life_steps=6_000,
-    trial_steps=1_000_000,  # five times what MetaGenRL's agents have
     checkpoint_every=500,
     log_every=20,
     test_seeds=5,
@@ -284,18 +292,6 @@ PRESETS = {"thesis": {}, "laptop": LAPTOP}
 # ======================================================================================================================
 # The learner
 # ======================================================================================================================
-class Batch(NamedTuple):
-    """Sub-trajectories from replay buffers, for p agents. Where an episode ended early, mask is 0."""
-
-    obs: Tensor  # (p, s, t, a)
-    action: Tensor  # (p, s, t, b), taken
-    reward: Tensor  # (p, s, t)
-    terminated: Tensor  # (p, s, t)
-    time: Tensor  # (p, s, t), from 0 at the beginning of an episode to 1 at its time limit
-    next_obs: Tensor  # (p, s, t, a)
-    mask: Tensor  # (p, s, t)
-
-
 class Nets(NamedTuple):
     """The networks of agents in one environment, and of the objective."""
 
@@ -354,25 +350,10 @@ def make_nets(args: Args, obs_size: int, action_size: int, on_policy: bool = Fal
     )
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean (p,) of x (p, s, t) where mask is 1."""
-    return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-
-
-def masked_std(x: Tensor, mask: Tensor) -> Tensor:
-    """Standard deviation (p,) of x (p, s, t) where mask is 1."""
-    return masked_mean((x - masked_mean(x, mask)[:, None, None]) ** 2, mask).sqrt()
-
-
-def standardized(x: Tensor, mask: Tensor) -> Tensor:
-    """x (p, s, t) with mean zero and deviation one over an agent's batch."""
-    return (x - masked_mean(x, mask)[:, None, None]) / (masked_std(x, mask)[:, None, None] + 1e-5)
-
-
 def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tensor, value: Tensor, next_value: Tensor) -> Tensor:
     """L_alpha at every step (section 2.3.2, A.2.1, Figure 2.2). alpha (p, d): an objective for each agent; action (p, s, t, b)
-    is pi_phi(s), the one input that a gradient flows through; values (p, s, t), which are standardised together, so that V_t of
-    one step is V_{t+1} of the step before, and a terminal state's is zero. Returns l_t (p, s, t), zero where mask is."""
+    is pi_phi(s), the one input that a gradient flows through; values (p, s, t), standardised by one mean and deviation, so that
+    V_t of one step is V_{t+1} of the step before, and a terminal state's is zero. Returns l_t (p, s, t), zero where mask is."""
     of_inputs, of_actions, of_hidden, *lstm = alpha.split(nets.objective_sizes, -1)
     w_x, w_h, bias = (part.unflatten(-1, shape) for part, shape in zip(lstm, nets.lstm_shapes, strict=True))
     has_next = batch.mask * (1 - batch.terminated)
@@ -399,10 +380,6 @@ def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tenso
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
-METRICS = ("meta_loss", "reward")  # of meta-training
-State = dict[str, Tensor]  # everything of a group's agents: parameters, targets, Adam's moments, buffer, environments
-
-
 def values(nets: Nets, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
     """V_t and V_{t+1} = Q_theta(s, pi_phi(s)) (p, s, t), constants; a terminal state's is zero."""
     obs = torch.cat([batch.obs, batch.next_obs], 2)
@@ -549,221 +526,80 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 batch = group.sample(now, args.inner_steps + 1)
                 g, loss = group.meta_gradient(own, group.state, batch)
                 grads.index_add_(0, group.which, g)  # the sum over agents
-                first = (now - 1) // args.log_every > (now - 1 - args.policy_frequency) // args.log_every  # in its line
-                group.state["meta_loss_sum"] = loss + group.state["meta_loss_sum"] * (not first)
-            group.state["reward_sum"] = group.state["reward_sum"] + group.rewards
+                group.note("meta_loss", loss)
+            group.note("reward", group.rewards)
         if now % args.policy_frequency == 0:
             alpha.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
         history[5 * step // iterations] = alpha
         if now % args.log_every == 0:
-            run.log(step, means(args, groups, now))
+            run.log(step, {f"{group.name}_{name}": mean for group in groups for name, mean in group.means().items()})
         if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
             for group in groups:
-                group.reset_diverged(now)
+                group.reset_diverged(now, "phi", "theta")
 
 
 # ======================================================================================================================
-# Agents of an environment: initial networks, replay buffers, processes
+# Agents of an environment
 # ======================================================================================================================
 def init_agents(nets: Nets, p: int) -> State:
-    """Initial networks of p agents, and Adam's moments and steps for them; with `on_policy` values and log deviations."""
+    """Initial networks of p agents, and the state of Adam for them; with `on_policy` also values and log deviations."""
     phi, *theta = (net.init(p, torch.default_generator) for net in (nets.policy, nets.critic, nets.critic))
     trained = {"phi": phi, "theta": torch.stack(theta)}
     state = {f"target_{name}": x.clone() for name, x in trained.items()}
     if nets.on_policy:
         trained["psi"] = nets.value.init(p, torch.default_generator)
         trained["log_std"] = torch.full((p, nets.policy.sizes[-1]), -0.5)
-    state |= trained
-    for name in trained:
-        state |= {f"{name}_m": torch.zeros_like(state[name]), f"{name}_v": torch.zeros_like(state[name])}
-        state[f"{name}_steps"] = torch.zeros(p, 1)
-    return state
+    return state | trained | init_adam(trained)
 
 
-def sample(args: Args, env: Env, state: State, now: Tensor, draws: Tensor) -> Batch:
-    """Sub-trajectories of --length steps, each within an episode, from every agent's buffer: copy and first step are
-    uniform. now (): steps of each copy so far; draws (p, s, 2) uniform."""
-    buffer = state["buffer"]
-    p, e, capacity, _ = buffer.shape
-    size = (now - state["first_step"]).clamp(max=capacity)[:, None, None]
-    copy, first = (draws * torch.stack([torch.full_like(size, e), size], -1)[:, 0]).long().unbind(-1)
-    t = first[..., None] + torch.arange(args.length, device=draws.device)
-    agent = torch.arange(p, device=draws.device)[:, None, None]
-    batch, ended = unpacked(env, buffer[agent, copy[..., None], (now - size + t) % capacity])
-    after_end = F.pad(ended.cumsum(-1)[..., :-1], (1, 0)) > 0
-    mask = ((t < size) & ~after_end).to(ended.dtype)
-    return Batch(batch.obs, batch.action, batch.reward, batch.terminated, batch.time, batch.next_obs, mask)
-
-
-def unpacked(env: Env, steps: Tensor) -> tuple[Batch, Tensor]:
-    """Entries of a buffer as a batch without a mask, and where episodes ended."""
-    a, b = env.obs_size, env.action_size
-    obs, action, *scalars, next_obs = steps.split([a, b, 1, 1, 1, 1, a], -1)
-    reward, terminated, time, ended = (x[..., 0] for x in scalars)
-    return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
-
-
-def agent_axis(name: str) -> int:
-    """Which axis of something in a group's state is the agents'; critics are two."""
-    return int("theta" in name and not name.endswith("steps"))
-
-
-class Group:
-    """Agents in copies of one environment, their networks and replay buffers; under torchrun those of this process.
-
-    state: phi, theta (2, p, d) and their targets, Adam's moments and steps; age (p,) in environment steps; first_step (p,),
-    the step of its copies at which an agent was reset; diverged (p,), how often since it was not finite; reward_sum and
-    meta_loss_sum (p,), since the last line of metrics.csv; buffer (p, e, capacity, ...); obs (p, e, a); and the state of the
-    environments.
-    """
+class Group(Agents):
+    """Agents of one environment, trained as one batch; under torchrun those of this process. state, beside that of Agents: phi
+    (p, d) and theta (2, p, d), their targets, and Adam's moments and steps."""
 
     def __init__(
-        self,
-        args: Args,
-        name: str,
-        which: Tensor,
-        steps: int,
-        device: torch.device,
-        fuse: Callable,
-        own: Tensor | None = None,
-        on_policy: bool = False,
-    ):
+        self, args: Args, name: str, which: Tensor, steps: int, device: torch.device, fuse: Callable,
+        own: Tensor | None = None, on_policy: bool = False,
+    ):  # fmt: skip
         """which (n,): the objective of each agent. steps: of an agent in its environment. fuse: compiles a function, or not.
-        own (p,): the agents among the n of this process; agents of the same number have the same initial networks and the
-        same random numbers. on_policy: with the networks that `train_on_policy` needs."""
-        self.args, self.name, self.total, self.device = args, name, len(which), device
-        self.own = (torch.arange(len(which)) if own is None else own).to(device)
+        own (p,): the agents among the n of this process (default: all). on_policy: with the networks of `train_on_policy`."""
+        own = torch.arange(len(which)) if own is None else own
+        self.args, self.name, self.steps = args, name, steps // args.num_envs
+        env = make_env(name, len(own) * args.num_envs, device)
+        self.nets = make_nets(args, env.obs_size, env.action_size, on_policy)
+        capacity = max(1, min(args.buffer_size // args.num_envs, self.steps))
+        super().__init__(env, partial(init_agents, self.nets), len(which), own, capacity, metrics=("meta_loss", "reward"))
         self.which = which.to(device)[self.own]
-        self.env = make_env(name, len(self.own) * args.num_envs, device)
-        self.nets = make_nets(args, self.env.obs_size, self.env.action_size, on_policy)
+        noise = [args.exploration_noise[i % len(args.exploration_noise)] for i in range(args.num_envs)]
+        self.noise = torch.tensor(noise, device=device)[:, None]
         self.act, self.update_critics, self.update_policies, self.meta_gradient = (
             fuse(partial(f, args, self.nets)) for f in (act, update_critics, update_policies, meta_gradient)
         )
-        self.sample_from = fuse(partial(sample, args, self.env))
-        noise = [args.exploration_noise[i % len(args.exploration_noise)] for i in range(args.num_envs)]
-        self.noise = torch.tensor(noise, device=device)[:, None]
-        self.external = not self.env.resumable
-        self.pool = ThreadPoolExecutor(1) if self.external else None
-        self.sharded = dist.is_initialized() and len(self.own) < self.total
-        self.steps = steps // args.num_envs
-        width = 2 * self.env.obs_size + self.env.action_size + 4
-        capacity = max(1, min(args.buffer_size // args.num_envs, self.steps))
-        self.state = {"buffer": torch.zeros(len(self.own), args.num_envs, capacity, width, device=device)}
-        self.state |= {"first_step": torch.zeros_like(self.which), "age": torch.zeros_like(self.which)}
-        self.state |= {"diverged": torch.zeros_like(self.which)} | self.init_agents()
-        self.state |= {f"{name}_sum": torch.zeros(len(self.own), device=device) for name in METRICS}
-        self.reset_envs(0)
-
-    def draws(self, draw: Callable, *shape: int) -> Tensor:
-        """Random numbers for this process' agents; all processes draw those of all agents."""
-        return draw(self.total, *shape, device=self.device)[self.own]
-
-    def init_agents(self) -> State:
-        """Initial networks of this process' agents."""
-        all_agents = init_agents(self.nets, self.total)
-        return {name: x.to(self.device).index_select(-2, self.own) for name, x in all_agents.items()}
-
-    def reset_envs(self, now: int) -> None:
-        """New episodes everywhere; now: steps of each copy so far."""
-        buffer, ended = self.state["buffer"], self.env.obs_size + self.env.action_size + 3
-        buffer[:, :, (now - 1) % buffer.shape[2], ended] = 1
-        draws = self.draws(torch.rand, self.args.num_envs, self.env.lifetime_draws)
-        world, obs = self.env.reset(draws.flatten(0, 1))
-        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": obs.unflatten(0, (-1, self.args.num_envs))}
-
-    def reset_agents(self, now: int, where: Tensor) -> None:
-        """Fresh networks and empty buffers for the agents in `where` (p,)."""
-        for name, fresh in self.init_agents().items():
-            self.state[name] = torch.where(where[:, None], fresh, self.state[name])
-        self.state["age"] = torch.where(where, 0, self.state["age"])
-        self.state["first_step"] = torch.where(where, now, self.state["first_step"])
-
-    def reset_diverged(self, now: int) -> None:
-        """Reset agents that are not finite, and count them."""
-        diverged = ~(self.state["phi"].isfinite().all(-1) & self.state["theta"].isfinite().all(-1).all(0))
-        any_diverged = diverged.any().float()
-        if es.all_reduce_mean(any_diverged) if self.sharded else any_diverged:  # all processes draw fresh agents, or none
-            self.reset_agents(now, diverged)
-            self.state["diverged"] = self.state["diverged"] + diverged
+        self.sample_from = fuse(partial(sub_trajectories, env, length=args.length))
 
     def step_async(self, std: Tensor | None = None) -> None:
-        """Act in every copy. Environments of gymnasium then step in a thread until `step_wait`. std (p, 1, b): explore with
-        these deviations, from the first step on, and leave the bounds of actions to the environment."""
-        e, b = self.args.num_envs, self.env.action_size
-        noise, uniform = (self.draws(draw, e, b) for draw in (torch.randn, torch.rand))
+        """Act in every copy. std (p, 1, b): explore with these deviations, from the first step on, and leave the bounds of
+        actions to the environment."""
+        noise, uniform = (self.draws(draw, self.copies, self.env.action_size) for draw in (torch.randn, torch.rand))
         if std is None:
             action = self.act(self.state, self.noise * noise, uniform)
         else:
             action = self.nets.act(self.state["phi"], self.state["obs"]) + std * noise
-        before = {name[4:]: x for name, x in self.state.items() if name.startswith("env_")}
-        step = partial(self.env.step, before, action.flatten(0, 1), self.draws(torch.rand, e, self.env.num_draws).flatten(0, 1))
-        self.pending = before, action, self.pool.submit(step).result if self.external else step
-
-    def step_wait(self, now: int) -> None:
-        """Add the transitions to the buffers; `rewards` (p,) are their means. now: steps of each copy before this one."""
-        before, action, step = self.pending
-        world, step = step()
-        e, capacity = self.args.num_envs, self.state["buffer"].shape[2]
-        time = before["steps"] / max(1, (self.env.max_steps or 1000) - 1)
-        ended = step.terminated | step.truncated
-        rest = torch.stack([step.reward, step.terminated, time, ended], -1)
-        transition = torch.cat([self.state["obs"].flatten(0, 1), action.flatten(0, 1), rest, step.final_obs], -1)
-        self.state["buffer"][:, :, now % capacity] = transition.unflatten(0, (-1, e))
-        self.state |= {f"env_{name}": x for name, x in world.items()} | {"obs": step.obs.unflatten(0, (-1, e))}
-        self.state["age"] = self.state["age"] + e
-        self.rewards = step.reward.unflatten(0, (-1, e)).mean(1)
-
-    def state_dict(self) -> State:
-        """The state of all agents of all processes."""
-        whole = {}
-        for name, x in self.state.items():
-            x = x.unflatten(0, (-1, self.args.num_envs)) if name.startswith("env_") else x
-            parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if self.sharded else [x]
-            if self.sharded:
-                dist.all_gather(parts, x.contiguous())
-            axis = agent_axis(name)
-            whole[name] = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-        return whole
-
-    def load_state_dict(self, whole: State) -> None:
-        """The opposite, on any number of processes. Raises KeyError or RuntimeError where a part is missing or does not fit."""
-        for name, own in self.state.items():
-            x = whole[name].to(self.device).index_select(agent_axis(name), self.own)
-            self.state[name] = x.to(own.dtype).view(own.shape)
+        super().step_async(action)
 
     def sample(self, now: int, batches: int = 1) -> Batch:
         """One or more batches from every agent's buffer; now: steps of each copy so far."""
         draws = self.draws(torch.rand, batches * self.args.batch_size, 2)
         return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
 
-    def latest(self, now: int, steps: int) -> tuple[Batch, Tensor]:
-        """The last steps of every copy (p, e, t) in order, and where episodes ended."""
-        buffer = self.state["buffer"]
-        return unpacked(self.env, buffer[:, :, torch.arange(now - steps, now) % buffer.shape[2]])
-
-
-def means(args: Args, groups: list[Group], now: int) -> dict[str, Tensor]:
-    """Metrics of each environment over the last --log-every iterations; without an update of the objective in them, its last
-    meta-loss. Sets the sum of rewards to zero."""
-    updates = max(1, now // args.policy_frequency - (now - args.log_every) // args.policy_frequency)
-    counts = {"meta_loss": updates, "reward": args.log_every}
-    metrics = {}
-    for group, name in product(sorted(groups, key=lambda group: group.name), METRICS):
-        total = group.state[f"{name}_sum"]
-        metrics[f"{group.name}_{name}"] = es.all_reduce_mean(total.mean() / counts[name])
-    for group in groups:
-        group.state["reward_sum"] = torch.zeros_like(group.state["reward_sum"])
-    return metrics
-
 
 def reset_some(args: Args, groups: list[Group], step: int) -> None:
-    """Reset a part of the agents, one part after the other (--reset-every); and after a checkpoint, the environments that it
+    """Reset a quarter of the agents, one after the other (--reset-every); and after a checkpoint, the environments that it
     cannot hold."""
-    every, parts = args.reset_every // args.num_envs, round(1 / args.reset_share)
+    every = args.reset_every // args.num_envs
     for group in groups:
         if every and step and step % every == 0:
-            group.reset_agents(step, group.own % parts == step // every % parts)
+            group.reset_agents(step, group.own % 4 == step // every % 4)
         if step % args.checkpoint_every == 0 and group.external:
             group.reset_envs(step)
 
@@ -771,14 +607,6 @@ def reset_some(args: Args, groups: list[Group], step: int) -> None:
 # ======================================================================================================================
 # Baselines
 # ======================================================================================================================
-def discounted(x: Tensor, keep: Tensor) -> Tensor:
-    """y_t = x_t + keep_t y_{t+1} over the last axis."""
-    y = [torch.zeros_like(x[..., 0])]
-    for t in reversed(range(x.shape[-1])):
-        y.append(x[..., t] + keep[..., t] * y[-1])
-    return torch.stack(y[:0:-1], -1)
-
-
 def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of minus Eq. 2.3 on replayed data, which biases it: REINFORCE with generalised advantages (Schulman et al.
     2015) within sub-trajectories, as if the policy were Gaussian with the deviation of exploration."""
@@ -797,63 +625,36 @@ def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch
 
 
 def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
-    """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), one step of Adam on each rollout, or PPO (Schulman et al.
-    2017), with Spinning Up's networks; policies are Gaussian with deviations of their own. Calls callback(now) after each step
-    of an agent's copies."""
-    nets, state, b = group.nets, group.state, group.env.action_size
-
-    def log_policy(params: Tensor, tau: Batch) -> Tensor:
-        phi, log_std = params.split([nets.policy.d, b], -1)
-        log_std = log_std[:, None, None]
-        z = (tau.action - nets.act(phi, tau.obs)) / log_std.exp()
-        return -(z**2 / 2 + log_std).sum(-1)
-
-    rollout = max(2, args.num_steps // args.num_envs)
+    """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), or PPO, both as in Spinning Up; policies are Gaussian with
+    deviations of their own. Calls callback(now) after each step of an agent's copies."""
+    flags, nets = args.ppo, group.nets
+    rollout = max(2, flags.num_steps // args.num_envs)
+    clip_coef, epochs = (flags.clip_coef, flags.update_epochs) if ppo else (math.inf, 1)
+    settings = dict(clip_coef=clip_coef, policy_epochs=epochs, policy_lr=flags.lr, target_kl=flags.target_kl)
+    settings |= dict(value_epochs=flags.update_epochs, value_lr=args.critic_lr, gamma=args.gamma, gae_lambda=args.gae_lambda)
     for now in range(1, group.steps + 1):
-        group.step_async(state["log_std"].exp()[:, None])
+        group.step_async(group.state["log_std"].exp()[:, None])
         group.step_wait(now - 1)
         if now % rollout == 0:
-            tau, ended = group.latest(now, rollout)
-            value, next_value = (nets.value(state["psi"], obs)[..., 0] for obs in (tau.obs, tau.next_obs))
-            delta = tau.reward + args.gamma * (1 - tau.terminated) * next_value - value
-            advantage = discounted(delta, args.gamma * args.gae_lambda * (1 - ended))
-            target, weight = value + advantage, standardized(advantage, tau.mask)
-            before = log_policy(torch.cat([state["phi"], state["log_std"]], -1), tau)
-
-            def loss(params: Tensor) -> Tensor:
-                ratio = (log_policy(params, tau) - before).exp()  # noqa: B023 (called at once)
-                near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) if ppo else ratio
-                return -torch.minimum(ratio * weight, near * weight).mean((1, 2)).sum()  # noqa: B023
-
-            for _ in range(args.update_epochs if ppo else 1):
-                params = torch.cat([state["phi"], state["log_std"]], -1)
-                close = (before - log_policy(params, tau)).mean((1, 2)) < args.target_kl
-                g = gradient(loss)(params)[0].split([nets.policy.d, b], -1)
-                for name, part in zip(("phi", "log_std"), g, strict=True):
-                    state |= adam(state, name, part, args.on_policy_lr, close)
-            all_agents = torch.ones_like(close)
-            for _ in range(args.update_epochs):
-                g = gradient(lambda psi: ((nets.value(psi, tau.obs)[..., 0] - target) ** 2).mean((1, 2)).sum())  # noqa: B023
-                state |= adam(state, "psi", g(state["psi"])[0], args.critic_lr, all_agents)
+            update_agents(group.state, nets.policy, nets.value, *group.latest(now, rollout), **settings)
         callback(now)
 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of
-    the last fifth of an agent's training by it, in one environment after the other. Agents act with their policies from the
-    first step on: the fitness of a short training that began with random actions would not depend on the objective. All of a
-    generation have the same random numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each
-    fifth."""
+    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of the last fifth of
+    an agent's training by it, in one environment after the other. Agents act with their policies from the first step on: the
+    fitness of a short training that began with random actions would not depend on the objective. All of a generation have the
+    same random numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each fifth."""
     args = replace(args, random_steps=0)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
-    settings = dict(pairs=args.pairs, sigma=args.sigma, seed=args.seed, rank_shaping=True)
-    for generation in run.steps(args.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
+    settings = dict(pairs=args.epg.pairs, sigma=args.epg.sigma, seed=args.seed, rank_shaping=True)
+    for generation in run.steps(args.epg.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
         name = args.envs[generation % len(args.envs)]
 
         def evaluate(population: Tensor, _: Tensor) -> Tensor:
             torch.manual_seed(1009 * args.seed + generation)  # noqa: B023 (called at once)
             own = torch.zeros(len(population), dtype=torch.int64)
-            group = Group(args, name, own[:1], args.life_steps, run.device, fuser(run), own)  # noqa: B023
+            group = Group(args, name, own[:1], args.epg.life_steps, run.device, fuser(run), own)  # noqa: B023
             rewards = []
             train_agents(args, group, grad_objective, population, lambda now: rewards.append(group.rewards))
             return -torch.stack(rewards[-len(rewards) // 5 :]).mean(0).nan_to_num(-1e9)
@@ -861,107 +662,17 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
         grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
         alpha.grad = grads[None]
         optimizer.step()
-        history[5 * generation // args.generations] = alpha
+        history[5 * generation // args.epg.generations] = alpha
         run.log(generation, {"reward": -losses.mean()})
 
 
-class RL2(torch.nn.Module):
-    """RL^2 (Duan et al. 2016; Wang et al. 2016): one LSTM is the agent and the learning. Its inputs are the observation, the
-    last action, the reward and whether an episode ended; it is not reset for two episodes (A.2.3)."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.a, self.b = args.rl2_inputs, args.rl2_outputs
-        self.lstm = torch.nn.LSTM(self.a + self.b + 2, args.rl2_units)
-        self.action = torch.nn.Linear(args.rl2_units, self.b)
-        self.value = torch.nn.Linear(args.rl2_units, 1)
-        self.log_std = torch.nn.Parameter(torch.full((self.b,), -0.5))
-
-    def log_policy(self, hidden: Tensor, action: Tensor) -> Tensor:
-        """Of actions (..., b), as far as the environment has dimensions."""
-        z = (action - self.action(hidden)[..., : action.shape[-1]]) / self.log_std[: action.shape[-1]].exp()
-        return -(z**2 / 2 + self.log_std[: action.shape[-1]]).sum(-1)
-
-    def trial(self, env: Env, draws: Callable, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two episodes in every copy, until all have ended: inputs (t, e, ...), actions (t, e, b), rewards (t, e) and the mask
-        (t, e) of steps before the end of the second one. draws: like torch.rand or torch.randn, by name."""
-        world, obs = env.reset(draws("rand", env.num_envs, env.lifetime_draws))
-        action = torch.zeros(env.num_envs, env.action_size, device=obs.device)
-        reward = ended = episodes = torch.zeros(env.num_envs, device=obs.device)
-        state, transitions = None, []
-        for t in range(2 * (env.max_steps or 1000)):
-            if t % 20 == 0 and (episodes >= 2).all():
-                break
-            inputs = [F.pad(obs, (0, self.a - obs.shape[-1])), F.pad(action, (0, self.b - action.shape[-1]))]
-            inputs = torch.cat([*inputs, reward[:, None], ended[:, None]], -1)
-            hidden, state = self.lstm(inputs[None], state)
-            std = noise * self.log_std[: env.action_size].exp()
-            action = self.action(hidden[0])[:, : env.action_size] + std * draws("randn", *action.shape)
-            mask = (episodes < 2).float()
-            world, step = env.step(world, action, draws("rand", env.num_envs, env.num_draws))
-            obs, reward, ended = step.obs, step.reward, (step.terminated | step.truncated).float()
-            transitions.append((inputs, action, reward * mask, mask))
-            episodes = episodes + ended
-        return tuple(torch.stack(parts) for parts in zip(*transitions, strict=True))
-
-
 def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
-    """PPO on trials in all environments; within a trial, returns do not end with the first episode. An update has as many steps
-    of every environment, however short its episodes are. Changes net in place."""
-    adam = torch.optim.Adam(net.parameters(), args.rl2_lr)
-    all_envs = [make_env(name, args.trials // run.world, run.device) for name in args.envs]
-    quota = [2 * args.trials * (env.max_steps or 1000) for env in all_envs]  # steps of each environment in an update
-    missing = torch.zeros(len(all_envs))  # of them, the steps that are not collected yet
-    count = torch.zeros((), dtype=torch.int64)  # of batches of trials
-    keep = {"net": net, "adam": adam, "missing": missing, "count": count}
-    for update in run.steps(max(1, args.trial_steps // sum(quota)), keep):
-        data, log = [], {}
-        for i, (env, name) in enumerate(zip(all_envs, args.envs, strict=True)):
-            missing[i] += quota[i]
-            batches = []
-            while missing[i] > 0:
-                generator = torch.Generator(run.device).manual_seed((args.seed + 1) * 2**31 + int(count))
-                batches.append(net.trial(env, partial(own_draws, run, generator)))
-                missing[i] -= float(es.all_reduce_mean(batches[-1][-1].sum()) * run.world)
-                count += 1
-            inputs, action, reward, mask = (pad_sequence(parts).flatten(1, 2) for parts in zip(*batches, strict=True))
-            hidden, _ = net.lstm(inputs)
-            value = net.value(hidden)[..., 0] * mask
-            delta = reward + args.gamma * F.pad(value[1:], (0, 0, 0, 1)) - value
-            advantage = discounted(delta.T, torch.full_like(delta.T, args.gamma * args.gae_lambda)).T
-            mean, variance, _ = moments(advantage, mask)
-            weight = mask * (advantage - mean) / (variance.sqrt() + 1e-5)
-            target = value + advantage
-            data.append((inputs, action, mask, target, weight, net.log_policy(hidden, action), *moments(target, mask)[1:]))
-            log[f"{name}_return"] = es.all_reduce_mean(reward.sum(0).mean() / 2)
-        for _ in range(args.rl2_epochs):
-            with torch.enable_grad():
-                loss = torch.zeros((), device=run.device)
-                for inputs, action, mask, target, weight, before, variance, steps in data:
-                    hidden, _ = net.lstm(inputs)
-                    ratio = (net.log_policy(hidden, action) - before).exp()
-                    near = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    error = mask * (net.value(hidden)[..., 0] - target) ** 2 / (variance + 1e-3)  # environments pay differently
-                    loss = loss + (error - torch.minimum(ratio * weight, near * weight)).sum() / steps
-                adam.zero_grad()
-                loss.backward()
-            es.average_gradients(net.parameters())
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-            adam.step()
-        run.log(update, log)
-
-
-def own_draws(run: "Run", generator: torch.Generator, name: str, copies: int, *shape: int) -> Tensor:
-    """Random numbers for the copies of this process; all processes draw those of all copies."""
-    draw = getattr(torch, name)(copies * run.world, *shape, generator=generator, device=run.device)
-    return draw[run.rank * copies :][:copies]
-
-
-def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of x where mask is 1, over all processes, and how many there are in one."""
-    count = es.all_reduce_mean(mask.sum())
-    mean = es.all_reduce_mean((x * mask).sum()) / count
-    return mean, es.all_reduce_mean((mask * (x - mean) ** 2).sum()) / count, count
+    """RL^2: an LSTM is trained by PPO on trials in all environments. Changes net in place."""
+    all_envs = [(name, make_env(name, args.rl2.trials // run.world, run.device)) for name in args.envs]
+    settings = {name: getattr(args, name) for name in ("gamma", "gae_lambda", "max_grad_norm", "seed")}
+    settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "lr")}
+    settings |= {"clip_coef": args.ppo.clip_coef, "rank": run.rank, "world": run.world}
+    policy_gradients.meta_train(net, all_envs, run.steps, run.log, **settings)
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
@@ -970,12 +681,8 @@ def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int,
     env = make_env(name, args.test_seeds * args.episodes, device)
     generator = torch.Generator(device).manual_seed(key)
     curve = []
-
-    def draws(name: str, *shape: int) -> Tensor:
-        return getattr(torch, name)(*shape, generator=generator, device=device)
-
     for part in range(args.evaluations + 1):
-        reward = net.trial(env, draws, noise=0.0)[2].sum(0) / 2
+        reward = net.trial(env, generator, noise=0.0)[2].sum(0) / 2
         curve.append((args.test_steps * part // args.evaluations, reward.unflatten(0, (args.test_seeds, -1)).mean(-1)))
     env.close()
     return curve
@@ -1053,14 +760,15 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
     """The curve of agents that learn in a group: environment steps, and returns (p,)."""
     env = make_env(group.name, group.total * args.episodes, group.device)
     points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
-    curve = [(0, evaluate(args, group, env, key))]
+    evaluate = partial(mean_returns, env, lambda obs: group.nets.act(group.state["phi"], obs), group.total, key)
+    curve = [(0, evaluate())]
 
     def callback(now: int) -> None:
         if now % 50 == 0:
             bar.update(50 / group.steps * 0.999)
         if now in points:
-            group.reset_diverged(now)
-            curve.append((now * args.num_envs, evaluate(args, group, env, key)))
+            group.reset_diverged(now, "phi", "theta")
+            curve.append((now * args.num_envs, evaluate()))
 
     if learner in ON_POLICY:
         train_on_policy(args, group, learner == "ppo", callback)
@@ -1068,24 +776,6 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
         train_agents(args, group, POLICY_GRADIENTS.get(learner, grad_objective), alpha, callback)
     env.close()
     return curve
-
-
-def evaluate(args: Args, group: Group, env: Env, key: int) -> Tensor:
-    """Mean return (p,) of --episodes episodes of each agent, without noise, always in the same starting states."""
-    generator = torch.Generator(group.device).manual_seed(key)
-    draw = partial(torch.rand, env.num_envs, generator=generator, device=group.device)
-    world, obs = env.reset(draw(env.lifetime_draws))
-    total, alive = torch.zeros(2, env.num_envs, device=group.device)
-    alive += 1
-    for _ in range(env.max_steps or 1000):
-        action = group.nets.act(group.state["phi"], obs.unflatten(0, (group.total, -1))).flatten(0, 1)
-        world, step = env.step(world, action, draw(env.num_draws))
-        total += alive * step.reward
-        alive *= 1 - (step.terminated | step.truncated).to(alive.dtype)
-        obs = step.obs
-        if group.external and not alive.any():
-            break
-    return total.unflatten(0, (group.total, -1)).mean(-1)
 
 
 LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained objective", "td3": "TD3", "ppo": "PPO"}
@@ -1387,18 +1077,19 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     agents = args.population // len(args.envs)
     if args.population % len(args.envs):
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
-    if agents * args.objectives % world or (args.learner == "epg" and args.pairs % world):
-        raise UserError(f"{agents} agents in an environment, or --pairs {args.pairs}, cannot be shared by {world} processes.")
-    if args.learner == "rl2" and args.trials % world:
-        raise UserError(f"--trials {args.trials} cannot be shared by {world} processes.")
-    if min(args.env_steps, args.test_steps, args.life_steps, args.reset_every or args.num_envs) < args.num_envs:
-        raise UserError("--env-steps, --test-steps, --life-steps and --reset-every have to be at least --num-envs.")
+    if agents * args.objectives % world:
+        raise UserError(f"{agents * args.objectives} agents in an environment cannot be shared by {world} processes.")
+    for learner, flag, count in (("epg", "pairs", args.epg.pairs), ("rl2", "trials", args.rl2.trials)):
+        if args.learner == learner and count % world:
+            raise UserError(f"--{learner}.{flag} {count} cannot be shared by {world} processes.")
+    if min(args.env_steps, args.test_steps, args.epg.life_steps, args.reset_every or args.num_envs) < args.num_envs:
+        raise UserError("--env-steps, --test-steps, --epg.life-steps and --reset-every have to be at least --num-envs.")
 
     if args.evaluations > args.test_steps // args.num_envs:
         raise UserError("--evaluations has to be at most --test-steps divided by --num-envs.")
     longest = min(args.buffer_size, args.test_steps) // args.num_envs
-    if learners & set(ON_POLICY) and max(2, args.num_steps // args.num_envs) > longest:
-        raise UserError("--num-steps has to be at most --buffer-size and --test-steps.")
+    if learners & set(ON_POLICY) and max(2, args.ppo.num_steps // args.num_envs) > longest:
+        raise UserError("--ppo.num-steps has to be at most --buffer-size and --test-steps.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
 
@@ -1418,10 +1109,10 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     outputs = max(env.action_size for env in made)
     if args.learner != "rl2":
         return args
-    args = replace(args, rl2_inputs=args.rl2_inputs or inputs, rl2_outputs=args.rl2_outputs or outputs)
-    if args.rl2_inputs < inputs or args.rl2_outputs < outputs:
-        raise UserError(f"RL^2 needs at least --rl2-inputs {inputs} --rl2-outputs {outputs} in these environments.")
-    return args
+    sizes = args.rl2.sizes or (inputs, outputs)
+    if sizes[0] < inputs or sizes[1] < outputs:
+        raise UserError(f"RL^2 needs at least --rl2.sizes {inputs} {outputs} in these environments.")
+    return replace(args, rl2=replace(args.rl2, sizes=sizes))
 
 
 @torch.no_grad()
@@ -1429,7 +1120,7 @@ def main() -> None:
     args, checkpoint = parse_args()
     args = checked(args, checkpoint, int(os.environ.get("WORLD_SIZE", 1)))
     torch.manual_seed(args.seed)  # for RL2 alone: Run sets the seed again
-    rl2 = RL2(args) if args.learner == "rl2" else None
+    rl2 = RL2(*args.rl2.sizes, args.rl2.units) if args.learner == "rl2" else None
     run = Run(args, checkpoint)
     generator = torch.Generator().manual_seed(args.seed)
     untrained = make_nets(args, 1, 1).init_objective(args.objectives, generator).to(run.device)

@@ -93,6 +93,12 @@ def gradient(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, 
     return both
 
 
+def init_adam(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Moments and steps of `adam` before the first one. params: (..., p, d)."""
+    moments = {f"{name}_{moment}": torch.zeros_like(x) for name, x in params.items() for moment in "mv"}
+    return moments | {f"{name}_steps": torch.zeros(x.shape[-2], 1) for name, x in params.items()}
+
+
 def adam(state: dict[str, Tensor], name: str, g: Tensor, lr: float, where: Tensor) -> dict[str, Tensor]:
     """A step of Adam (Kingma and Ba 2014) for the agents in `where` (p,), each counting its own steps. g (..., p, d)."""
     where = where[:, None]

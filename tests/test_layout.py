@@ -41,15 +41,18 @@ def test_a_script_imports_no_script_and_shares_its_plumbing(path):
     assert plumbing(path) == plumbing(ROOT / "vsml.py")
 
 
+FURTHER = {  # imports with a reason
+    "common.cloning": {"common.cells", "common.learners"},
+    "common.ppo": {"common.flags"},  # a user types its settings
+    "common.policy_gradients": {"common.networks", "common.es"},  # many agents, and means over processes
+}
+
+
 @pytest.mark.parametrize("name", COMMON)
 def test_a_common_module_stands_alone_but_for_random_numbers_and_the_base_of_its_kind(name):
-    allowed = {"common.rng"}
+    allowed = FURTHER.get(name, set()) | {"common.rng"}
     if name.startswith("common.envs"):
         allowed = {"common.envs.base"}
-    if name == "common.cloning":
-        allowed |= {"common.cells", "common.learners"}
-    if name == "common.ppo":
-        allowed |= {"common.flags"}  # its settings are typed by a user
     assert imported(COMMON[name]) - {"common"} <= allowed
 
 

@@ -349,57 +349,6 @@ def group(args=ARGS, name="pendulum", p=3, steps=60):
     return metagenrl.Group(args, name, torch.zeros(p, dtype=torch.int64), steps, torch.device("cpu"), lambda f: f)
 
 
-@pytest.mark.parametrize("capacity", [30, 1000])
-def test_sub_trajectories_stay_within_an_episode_and_the_buffer(capacity):
-    """continuous_cartpole ends early; a small buffer is overwritten; an agent begins anew."""
-    args = replace(ARGS, buffer_size=2 * capacity, batch_size=200, random_steps=10**9)
-    agents = group(args, "continuous_cartpole", steps=200)
-    episode = torch.zeros(3, 2, dtype=torch.int64)
-    note = []  # of every copy and step: the episode, the step in it, the observation
-    for now in range(100):
-        before, steps = agents.state["obs"].clone(), agents.state["env_steps"].view(3, 2).clone()
-        agents.step_async()
-        agents.step_wait(now)
-        note.append((episode.clone(), steps, before))
-        episode += agents.state["env_steps"].view(3, 2) == 0
-        if now == 79:
-            agents.reset_agents(80, torch.tensor([False, True, False]))
-    assert (episode > 2).all()
-    known = {}
-    for now, (episodes, steps, obs) in enumerate(note):
-        for agent in range(3):
-            for copy in range(2):
-                key = (agent, *obs[agent, copy].tolist())
-                known[key] = (now, copy, int(episodes[agent, copy]), int(steps[agent, copy]))
-    batch = agents.sample(100)
-    lengths = set()
-    for agent in range(3):
-        for s in range(200):
-            inside = batch.mask[agent, s].bool()
-            length = int(inside.sum())
-            lengths.add(length)
-            assert inside[:length].all() and length >= 1
-            found = [known[agent, *x.tolist()] for x in batch.obs[agent, s, :length]]
-            assert len({(copy, which) for _, copy, which, _ in found}) == 1
-            steps = [step for _, _, _, step in found]
-            assert steps == list(range(steps[0], steps[0] + length))
-            oldest = max(100 - min(capacity, 100), 80 if agent == 1 else 0)
-            assert found[0][0] >= oldest
-            torch.testing.assert_close(batch.time[agent, s, :length], torch.tensor(steps) / 499.0)
-            torch.testing.assert_close(batch.next_obs[agent, s, : length - 1], batch.obs[agent, s, 1:length])
-    assert lengths == set(range(1, 6))
-
-
-def test_episodes_of_one_step_are_at_time_zero():
-    agents = group()
-    agents.env.max_steps = agents.env.env.max_steps = 1
-    for step in range(4):
-        agents.step_async()
-        agents.step_wait(step)
-    batch, ended = agents.latest(4, 4)
-    assert ended.all() and (batch.time == 0).all()
-
-
 def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
     agents = group()
     with torch.no_grad():
@@ -412,7 +361,7 @@ def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
         alpha = agents.nets.init_objective(3, DRAWS)
         g, _ = metagenrl.meta_gradient(ARGS, agents.nets, alpha, agents.state, agents.sample(4, 2))
         assert (g != 0).any(-1).tolist() == [True, False, True] and g.isfinite().all()
-        agents.reset_diverged(4)
+        agents.reset_diverged(4, "phi", "theta")
     assert agents.state["diverged"].tolist() == [0, 1, 0] and agents.state["phi"].isfinite().all()
     assert torch.equal(agents.state["phi"][::2], before[::2]) and agents.state["age"].tolist() == [8, 0, 8]
     assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["first_step"].tolist() == [0, 4, 0]
@@ -497,7 +446,8 @@ def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
 
 def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     """EPG's agents act with their policies, although --random-steps is longer than their training, as in the thesis."""
-    args = replace(ARGS, random_steps=10_000, life_steps=80, generations=1, pairs=4, sigma=0.5)
+    epg = metagenrl.EPGArgs(life_steps=80, generations=1, pairs=4, sigma=0.5)
+    args = replace(ARGS, random_steps=10_000, epg=epg)
     losses, estimate = [], metagenrl.es.estimate
     monkeypatch.setattr(metagenrl.es, "estimate", lambda noise, x, *rest: losses.append(x) or estimate(noise, x, *rest))
     run = Sick([])
@@ -516,8 +466,13 @@ def test_every_learner_has_a_rate_of_its_own(learner, rate):
     run.compiles = False
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        evaluate = metagenrl.evaluate
-        patch.setattr(metagenrl, "evaluate", lambda *x: moved.append(x[1].state["phi"]) or evaluate(*x))
+        train = metagenrl.train_agents
+
+        def train_and_note(args, group, policy_gradient, alpha, callback):
+            moved.append(group.state["phi"])
+            train(args, group, policy_gradient, alpha, lambda now: moved.append(group.state["phi"]) or callback(now))
+
+        patch.setattr(metagenrl, "train_agents", train_and_note)
         alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
         metagenrl.test_in_env(args, "pendulum", [learner], {"untrained": alpha}, None, run, metagenrl.tqdm(disable=True))
     assert (moved[2] - moved[0]).abs().max() == pytest.approx(rate, rel=0.02)
@@ -542,7 +497,7 @@ def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
     which = torch.zeros(2, dtype=torch.int64)
     agents = metagenrl.Group(metagenrl.Args(), "pendulum", which, 4, torch.device("cpu"), lambda f: f, on_policy=True)
     layers = [layer for a, b in ((3, 64), (64, 32), (32, 1)) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
-    net, phi, obs = torch.nn.Sequential(*layers[:-1]), 3 * agents.state["phi"], torch.randn(2, 7, 3, generator=DRAWS)
+    net, phi, obs = torch.nn.Sequential(*layers[:-1]), 5 * agents.state["phi"], torch.randn(2, 7, 3, generator=DRAWS)
     at = 0
     for layer in net[::2]:
         for x in (layer.weight.T, layer.bias):
@@ -598,9 +553,13 @@ def test_an_agent_learns():
         which = torch.zeros(4, dtype=torch.int64)
         agents = metagenrl.Group(args, "point_mass", which, 10_000, torch.device("cpu"), lambda f: f)
         env = metagenrl.make_env("point_mass", 16)
-        before = metagenrl.evaluate(args, agents, env, 0)
+
+        def act(obs):
+            return agents.nets.act(agents.state["phi"], obs)
+
+        before = metagenrl.mean_returns(env, act, 4, 0)
         metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0), lambda now: None)
-        after = metagenrl.evaluate(args, agents, env, 0)
+        after = metagenrl.mean_returns(env, act, 4, 0)
     assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
 
 
@@ -707,8 +666,8 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
 @pytest.mark.parametrize("learner", ["epg", "rl2", "ppo"])
 def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
-    flags = f"--learner {learner} --baselines reinforce-on --num-steps 16 --update-epochs 2 --generations 4 --pairs 2 --life-steps 40"
-    flags += " --trial-steps 3600 --trials 2 --rl2-units 5 --checkpoint-every 2"
+    flags = f"--learner {learner} --baselines reinforce-on --ppo.num-steps 16 --ppo.update-epochs 2 --checkpoint-every 2"
+    flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 3600 --rl2.trials 2 --rl2.units 5"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
     found = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
@@ -723,62 +682,6 @@ def test_other_learners(learner, tmp_path):
     assert command(tmp_path, flags, tiny="").returncode == 0
     again = [row for row in rows(tmp_path / "done") if row["learner"] == learner]
     assert rows(tmp_path / "test") == again
-
-
-def test_rl2_hears_what_happened_and_its_trials_are_two_episodes():
-    args = replace(ARGS, rl2_inputs=5, rl2_outputs=2, rl2_units=4)
-    torch.manual_seed(0)
-    net, env = metagenrl.RL2(args), metagenrl.make_env("continuous_cartpole", 3)
-    with torch.no_grad():
-        heard, action, reward, going = net.trial(env, lambda name, *shape: getattr(torch, name)(*shape, generator=DRAWS))
-        hidden, _ = net.lstm(heard)
-    t, ended = len(heard), heard[:, :, 8]
-    assert heard.shape == (t, 3, 9) and (heard[:, :, [4, 6]] == 0).all()  # padding
-    assert t - 20 < going.sum(0).max() <= t and t < 500  # it stops soon after the last second episode
-    torch.testing.assert_close(heard[1:, :, 5], action[:-1, :, 0])
-    assert (heard[0, :, 5:] == 0).all() and (heard[1:, :, 7] == 1).all()
-    for copy in range(3):
-        ends = ended[:, copy].nonzero()[:, 0].tolist()  # heard one step later
-        assert going[:, copy].tolist() == [float(step < ends[1]) for step in range(t)]
-        assert reward[:, copy].sum() == ends[1]
-    far = torch.distributions.Normal(net.action(hidden)[..., :1], net.log_std[:1].exp()).log_prob(action)[..., 0]
-    ours = net.log_policy(hidden, action)
-    torch.testing.assert_close(ours - ours[0], far - far[0])
-
-
-class Recorded(metagenrl.RL2):
-    """RL2 that notes its trials."""
-
-    def trial(self, env, draws, noise=1.0):
-        self.trials.append(super().trial(env, draws, noise))
-        return self.trials[-1]
-
-
-def trials_of(rank, world, **flags):
-    args = replace(ARGS, envs=("continuous_cartpole",), rl2_inputs=4, rl2_outputs=1, rl2_units=4)
-    args = replace(args, trials=2, rl2_epochs=1, **flags)
-    torch.manual_seed(0)
-    net, run = Recorded(args), Sick([])
-    net.trials, run.rank, run.world = [], rank, world
-    with torch.no_grad():
-        metagenrl.meta_train_rl2(args, net, run)
-    return net.trials
-
-
-def test_rl2_is_trained_on_as_many_steps_as_are_counted():
-    """A fresh policy's episodes are 30 of 500 possible steps long, and what comes after a trial is not experience."""
-    trials = trials_of(0, 1, trial_steps=6000)
-    steps = sum(float(mask.sum()) for *_, mask in trials)
-    assert 6000 <= steps < 6000 + 2 * max(float(mask.sum()) for *_, mask in trials) and len(trials) > 10
-
-
-def test_processes_of_rl2_make_trials_of_their_own():
-    """Those of two processes together are the trials of one."""
-    whole, *parts = (trials_of(rank, world, trial_steps=2000)[0] for rank, world in ((0, 1), (0, 2), (1, 2)))
-    assert not torch.equal(parts[0][0][0], parts[1][0][0])
-    for part, x in zip(parts, whole[0].unbind(1), strict=True):
-        steps = min(len(part[0]), len(x))
-        torch.testing.assert_close(part[0][:steps, 0], x[:steps])
 
 
 CHECKPOINT = "--mode test --checkpoint {done}/checkpoint.pt"
@@ -829,16 +732,16 @@ MISTAKES = {
     "--env-steps 3": "at least --num-envs",
     "--reset-every 3": "at least --num-envs",
     "--evaluations 11": "--evaluations has to be at most",
-    "--baselines ppo --num-steps 44": "--num-steps has to be at most",
+    "--baselines ppo --ppo.num-steps 44": "--ppo.num-steps has to be at most",
     "--exploration-noise": "--exploration-noise needs",
     "--exploration-noise 0": "reinforce-off",
     "--exploration-noise nan": "--exploration-noise has to be",
     "--inputs": "--inputs needs",
     "--gamma 1.01": "--gamma has to be",
-    "--reset-share 0": "--reset-share has to be",
+    "--ppo.clip-coef 1.5": "--ppo.clip-coef has to be",
     "--baselines epg": "epg is meta-learned in a run of its own",
     "--learner epg --baselines --objectives 2": "leave out --objectives",
-    "--learner rl2 --baselines --rl2-inputs 3": "RL.2 needs at least --rl2-inputs 6",
+    "--learner rl2 --baselines --rl2.sizes 3 9": "RL.2 needs at least --rl2.sizes 6 2",
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
