@@ -44,6 +44,7 @@ def measured(tmp_path_factory, images):
     return out, *gpu(out, "--minutes", 4, "--data", images, "--only", "gpicl")
 
 
+@pytest.mark.slow
 def test_gpu(measured):
     """The card, a script whole, the speed of its steps, its training on images and its meta-test."""
     out, lines, printed = measured

@@ -268,6 +268,7 @@ def test_teachers_learn_and_their_trajectories_are_whole(tmp_path):
     torch.testing.assert_close(trajectories.last_mean[:, -1], trajectories.mean[:, -1], atol=1.0, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_thesis_presets_teacher_learns_continuous_control(tmp_path):
     """A heading within 25 K steps, from a deviation of the actions that falls; with CleanRL's settings for choices it does not."""
     ppo = replace(gla.Args().teacher, agents=2, updates=12)
