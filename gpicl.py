@@ -35,7 +35,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -58,7 +58,7 @@ from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed,
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.optimizers import SignOfAverage, Statistics
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, read_metrics, result_row, table, to_json
 from common.rng import compile_draws, integers, key
 
 # ======================================================================================================================
@@ -919,36 +919,14 @@ LABELS |= {"forest": "random forest"}
 NOVELTY = {"none": "seen tasks", "task": "unseen tasks", "domain": "unseen dataset"}
 
 
-def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each column of metrics.csv, without cells that are no finite number."""
-    lines = (folder / "metrics.csv").read_text(errors="replace").splitlines()
-    columns, *lines = [line.split(",") for line in lines] or [[]]
-    points: dict[str, list[tuple[int, float]]] = {}
-    for cells in lines:
-        for name, cell in zip(columns[2:], cells[2:], strict=False):
-            try:
-                point = int(cells[0]), float(cell)
-            except ValueError:
-                continue
-            if math.isfinite(point[1]):
-                points.setdefault(name, []).append(point)
-    return points
-
-
-def line_rows(panel: str, line: str, points: Iterable[tuple[float, float]]) -> list[dict[str, Any]]:
-    """Rows of a line for plot, from points (x, y): the mean and the standard deviation of all y at each x."""
-    values: dict[float, list[float]] = {}
-    for x, y in points:
-        values.setdefault(x, []).append(y)
-    return [result_row(line, panel, "", "", x, torch.tensor(ys, dtype=torch.float64)) for x, ys in values.items()]
-
-
 def draw_meta_loss(path: Path, learners: list[str], columns: dict[str, list[tuple[int, float]]]) -> None:
     """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others."""
-    rows = []
     tasks = {"": "meta-training tasks", "_unseen": "unseen tasks", "_domain": "unseen dataset"}
-    for name, (what, label) in itertools.product(learners, tasks.items()):
-        rows += line_rows(name, label, columns.get(f"{name}_loss{what}", ()))
+    rows = [
+        {"task": name, "learner": label, "step": step, "mean": loss, "std": 0.0}
+        for name, (what, label) in itertools.product(learners, tasks.items())
+        for step, loss in columns.get(f"{name}_loss{what}", ())
+    ]
     plot(rows, path, xlabel="meta-step", ylabel="cross-entropy in nats", titles=LABELS, columns=3)
 
 

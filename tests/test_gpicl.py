@@ -752,14 +752,6 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
         gpicl.InContextLearner.load(tmp_path / "none.pt")
 
 
-def test_what_is_no_number_in_metrics_is_skipped(tmp_path):
-    lines = ["step,seconds,transformer_loss,other", "1,0.1,2.5,1.0", "3,0.2,2.x5,2.0", "5,0.3,nan,", "7,0.4,2.25,4.0,9"]
-    (tmp_path / "metrics.csv").write_text("\n".join([*lines, "x,1,1,1", "9"]))
-    assert gpicl.read_metrics(tmp_path) == {"transformer_loss": [(1, 2.5), (7, 2.25)], "other": [(1, 1.0), (3, 2.0), (7, 4.0)]}
-    (tmp_path / "metrics.csv").write_text("")
-    assert gpicl.read_metrics(tmp_path) == {}
-
-
 def test_an_untrained_network_of_features():
     net, side, mean, std = gpicl.pretrained("untrained", "data")
     again, *_ = gpicl.pretrained("untrained", "data")
