@@ -12,7 +12,7 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     Algorithm 9    -> train_tasks (the task distribution), meta_train (the loop)
     Section 5.4.2  -> state_size
     Section 5.4.3  -> train_tasks (bias), SignOfAverage, plateau_end
-    Section 5.4.4  -> embed (features of pre-trained networks)
+    Section 5.4.4  -> embed, common/features.py (features of pre-trained networks)
     Appendix D.4   -> OuterProductLSTM, VSML, VSMLWithoutSymmetries
     Appendix D.5   -> MLP, OnlineSGD, search_rates
 
@@ -53,6 +53,7 @@ from tqdm import tqdm
 from common import checkpoints, es, kernels, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
+from common.features import FeatureError, Network, pretrained, trained
 from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.learners import Classifier, Learner, Params, pad
@@ -725,7 +726,7 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
 
 def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
     """The dataset seen through a pre-trained network without its last layer (section 5.4.4), normalised by mean and std of
-    the train split's features. Raises DatasetError where there are no images, and UserError where there are no weights."""
+    the train split's features. Raises DatasetError where there are no images."""
     if len(dataset.shape) != 3 or dataset.x is None or dataset.x.dtype != torch.uint8:
         raise DatasetError(f"'{dataset.name}' has no stored uint8 images to compute features of; leave it out with --features.")
     x = features(dataset, network, data_dir)
@@ -738,76 +739,23 @@ def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
     """Features (examples, n) on the CPU. They are kept in data_dir/features, under a name with a digest of the images."""
     digest = hashlib.sha256(dataset.x.numpy(force=True)).hexdigest()[:16]
     path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}-{digest}.pt")
-    if path.exists():
-        try:
-            return checkpoints.read(path).view(len(dataset), -1)
-        except (CheckpointError, AttributeError, RuntimeError) as error:
-            raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
-    net, side, mean, std = pretrained(network, data_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    net, parts = net.to(dataset.device), []
-    mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
-    with torch.no_grad():
-        for images in tqdm(dataset.x.split(64), desc=f"{network} on {dataset.name} {dataset.split}"):
-            images = images.float().expand(-1, 3, -1, -1) / 255
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            parts.append(net((images - mean) / std).float().cpu())
-    x = torch.cat(parts)
+    if kept := checkpoints.read_cache(path, features=Tensor):
+        return kept["features"]
+    x = feature_network(network, data_dir).features(dataset.x, f"{network} on {dataset.name} {dataset.split}")
     if int(os.environ.get("RANK", 0)) == 0:
-        checkpoints.write(path, x)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write(path, {"features": x})
     return x
 
 
 @cache
-def pretrained(network: str, data_dir: str) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    """A network from images (s, 3, side, side) to features (s, n), the side, and the mean and std of the pixels that it
-    expects."""
-    if network == "fashion_mnist":
-        train = load(network, "train", data_dir, size=28, channels=3)
-        return classifier(train)[:-1].eval(), 28, (train.mean,) * 3, (train.std,) * 3
-    if network == "clip":
-        try:
-            import open_clip
-        except ImportError as error:
-            raise UserError('--features clip needs open_clip: pip install "cleanmeta[clip]".') from error
-        make = lambda: open_clip.create_model("ViT-B-32", pretrained="laion2b_s34b_b79k").visual  # noqa: E731 (Appendix D.6)
-        mean, std = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
-    else:
-        import torchvision.models
-
-        weights = None if network == "untrained" else "IMAGENET1K_V1"
-        make = lambda: getattr(torchvision.models, network if weights else "resnet18")(weights=weights)  # noqa: E731
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            net = make()
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            text = f"The weights of {network} are not at hand and could not be downloaded"
-            raise UserError(f"{text}; use --features none, or untrained as a control.") from error
-    if network != "clip":
-        net.fc = nn.Identity()
-    return net.eval(), 224, mean, std
-
-
-@torch.enable_grad()
-def classifier(train: Dataset, epochs: int = 3) -> nn.Sequential:
-    """A small convolutional network from images (s, 3, 28, 28) to logits, trained by Adam. It stands in where there are no
-    weights of ImageNet."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [layer for a, b in ((3, 32), (32, 64), (64, 128)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())]
-        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, train.num_classes))
-        net = net.to(train.device)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        labels = torch.arange(train.num_classes, device=train.device).repeat_interleave(train.counts)
-        for _ in tqdm(range(epochs), desc=f"training a network on {train.name}"):
-            for batch in torch.randperm(len(train)).to(train.device).split(128):
-                loss = F.cross_entropy(net(train.inputs(batch).view(-1, *train.shape)), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return net
+def feature_network(name: str, data_dir: str) -> Network:
+    """That of --features."""
+    if name != "fashion_mnist":
+        return pretrained(name)
+    train = load(name, "train", data_dir, size=28, channels=3)
+    labels = torch.arange(train.num_classes).repeat_interleave(train.counts)
+    return trained(train.x, labels, train.mean, train.std)
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
@@ -1018,7 +966,7 @@ class InContextLearner(Learner):
 # The run
 # ======================================================================================================================
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
-USER_ERRORS = (CheckpointError, DatasetError, FlagError)
+USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch")  # that a meta-test cannot change
 
