@@ -178,11 +178,11 @@ class OnlineSGD(Recurrent):
         """Learn from the last example, whose label is now there, then predict."""
         layers, t = list(state["layers"]), state["t"]
         error = state["predicted"] - label  # gradient of the cross-entropy with respect to the logits; zero before the first
+        decay = 0.01 * (t > 0) if self.rule == "adamw" else None
         for k in reversed(range(len(layers))):
             (weight, *moments), inputs = layers[k], state["inputs"][k]
             lr = self.log_lr[k].exp() if len(self.log_lr) else self.lr
-            decayed = weight * (1 - 0.01 * lr * (t > 0)) if self.rule == "adamw" else weight
-            layers[k] = descend(decayed, inputs, error, lr, t.clamp(min=1), *moments)
+            layers[k] = descend(weight, inputs, error, lr, t.clamp(min=1), *moments, decay=decay)
             if k > 0:  # backpropagation through ReLUs
                 error = (weight @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
         inputs = []
