@@ -12,9 +12,9 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     Algorithm 9    -> train_tasks (the task distribution), meta_train (the loop)
     Section 5.4.2  -> state_size
     Section 5.4.3  -> train_tasks (bias), SignOfAverage, plateau_end
-    Section 5.4.4  -> embed (features of pre-trained networks)
-    Appendix D.4   -> OuterProductLSTM, VSML, VSMLWithoutSymmetries
-    Appendix D.5   -> MLP, OnlineSGD, search_rates
+    Section 5.4.4  -> embed, common/features.py (features of pre-trained networks)
+    Appendix D.4   -> common/incontext.py (LSTMs, VSML without and with symmetries)
+    Appendix D.5   -> common/incontext.py (online SGD and Adam, MAML), search_rates
 
     python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
@@ -35,14 +35,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,22 +49,22 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, es, kernels, machine
+from common import checkpoints, es, incontext, kernels, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
+from common.features import FeatureError, Network, pretrained, trained
 from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.optimizers import SignOfAverage, Statistics
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, read_metrics, result_row, table, to_json
 from common.rng import compile_draws, integers, key
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-FITTED = ("logistic", "neighbors", "forest")  # by scikit-learn, once for each prediction
-FIXED = ("sgd", "adam", "untrained", *FITTED)  # not meta-trained
+FIXED = ("sgd", "adam", "untrained", *incontext.FITTED)  # not meta-trained
 Name = Literal[
     "transformer", "lstm", "outer_lstm", "vsml", "vsml_nosym", "mlp", "maml", "sgd", "adam", "untrained",
     "logistic", "neighbors", "forest",
@@ -332,7 +331,6 @@ def rollout(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-UNSEEN = FIRST_ID["test"]  # ids from here on are never meta-trained on
 ENDLESS = 2**39  # K, where no task comes twice
 
 
@@ -486,183 +484,9 @@ def chance_loss(datasets: list[Dataset]) -> float:
 
 
 # ======================================================================================================================
-# Baselines
+# Baselines (common/incontext.py)
 # ======================================================================================================================
-class MLP(nn.Module):
-    """A classifier that sees one example at a time: two hidden layers with ReLUs (Figure 5.2a; N_D = 1 in Eq. 5.2)."""
-
-    def __init__(self, args: Args, num_inputs: int, num_classes: int):
-        super().__init__()
-        n = args.width
-        self.layers = nn.Sequential(nn.Linear(num_inputs, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, num_classes))
-
-    def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, list]:
-        return self.layers(x), []
-
-
-class LSTM(nn.Module):
-    """The in-context LSTM (Hochreiter et al. 2001; Table 5.2)."""
-
-    def __init__(self, args: Args, num_inputs: int, num_classes: int):
-        super().__init__()
-        self.label_scale = args.label_scale
-        self.lstm = nn.LSTM(num_inputs + num_classes, args.width, args.lstm_layers, batch_first=True)
-        self.head = nn.Linear(args.width, num_classes)
-
-    def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        h, state = self.lstm(torch.cat([x, self.label_scale * label], -1), state)
-        return self.head(h), state
-
-
-class Recurrent(nn.Module):
-    """A learner that reads a sequence by step(x (s, a), label (s, c), state) -> logits (s, c), state."""
-
-    def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        if state is None:
-            state = self.initial_state(len(x))
-        steps = []
-        for x_t, label_t in zip(x.unbind(1), label.unbind(1), strict=True):
-            logits, state = self.step(x_t, label_t, state)
-            steps.append(logits)
-        return torch.stack(steps, 1), state
-
-    def zeros(self, *shape: int) -> Tensor:
-        parameter = next(self.parameters())
-        return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-
-
-class OuterProductLSTM(Recurrent):
-    """An LSTM whose cell is a matrix for each head, written and gated by outer products and read by a query (Appendix D.4)."""
-
-    def __init__(self, args: Args, num_inputs: int, num_classes: int):
-        super().__init__()
-        self.heads, self.size, self.label_scale = args.heads, args.key_size, args.label_scale
-        self.gates = nn.Linear(num_inputs + num_classes + self.heads * self.size, 8 * self.heads * self.size)
-        self.key_scale = nn.Parameter(torch.zeros(()))
-        self.head = nn.Linear(self.heads * self.size, num_classes)
-
-    def initial_state(self, s: int) -> tuple[Tensor, Tensor]:
-        return self.zeros(s, self.heads * self.size), self.zeros(s, self.heads, self.size, self.size)
-
-    def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """cell (s, h, i, j)."""
-        hidden, cell = state
-        parts = self.gates(torch.cat([x, self.label_scale * label, hidden], -1)).unflatten(
-            -1, (self.heads, 8, self.size)
-        )  # (s, h, 8, i)
-        k1, k2, query, out = parts.split([3, 3, 1, 1], 2)
-        i, g, f = (F.softplus(self.key_scale) * k1.tanh()[..., None] * k2.tanh()[..., None, :]).unbind(2)
-        cell = (f + 1).sigmoid() * cell + i.sigmoid() * g
-        hidden = (out.sigmoid() * (query @ cell).tanh()).flatten(1)
-        return self.head(hidden), (hidden, cell)
-
-
-class SubRNNs(nn.Module):
-    """A grid of LSTMs with shared weights. The inputs of each are those of its row a and of its column b, and the messages of
-    its row and of its column at the tick before (Eq. 4.9; Appendix D.4). Messages are averaged."""
-
-    def __init__(self, args: Args, row_inputs: int, column_inputs: int, n: int):
-        super().__init__()
-        m, self.ticks = args.message_size, args.micro_ticks
-        self.from_row, self.from_column = nn.Linear(row_inputs + m, 4 * n), nn.Linear(column_inputs + m, 4 * n)
-        self.recurrent = nn.Linear(n, 4 * n, bias=False)
-        self.to_row, self.to_column = nn.Linear(n, m), nn.Linear(n, m)
-
-    def forward(self, row: Tensor, column: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """row (s, a, i), column (s, b, j), h and c (s, a, b, n). Returns messages to the columns (s, b, m), h and c."""
-        for _ in range(self.ticks):
-            from_row = self.from_row(torch.cat([row, self.to_row(h.mean(2))], -1))
-            from_column = self.from_column(torch.cat([column, self.to_column(h.mean(1))], -1))
-            i, j, f, o = (from_row[:, :, None] + from_column[:, None] + self.recurrent(h)).chunk(4, -1)
-            c = (f + 1).sigmoid() * c + i.sigmoid() * j.tanh()
-            h = o.sigmoid() * c.tanh()
-        return self.to_column(h.mean(1)), h, c
-
-
-class VSML(Recurrent):
-    """One layer of VSML with self-messages (Appendix D.4). A row's input is one of the network's; a column's are the error of
-    the last prediction and the last label. Logits are the first of the messages to the columns."""
-
-    def __init__(self, args: Args, num_inputs: int, num_classes: int):
-        super().__init__()
-        self.shape = (num_inputs, num_classes, args.state_size)
-        self.grid = SubRNNs(args, 1, 2, args.state_size)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # averages over many inputs are small
-
-    def initial_state(self, s: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.zeros(s, *self.shape), self.zeros(s, *self.shape), self.zeros(s, self.shape[1])
-
-    def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        *state, predicted = state
-        messages, *state = self.grid(x[..., None], torch.stack([predicted - label, label], -1), *state)
-        logits = self.scale * messages[..., 0]
-        return logits, (*state, logits.softmax(-1))
-
-
-class VSMLWithoutSymmetries(Recurrent):
-    """The same grid between two learned linear projections: no symmetry between inputs, nor between classes (Appendix D.4)."""
-
-    def __init__(self, args: Args, num_inputs: int, num_classes: int):
-        super().__init__()
-        self.shape, self.label_scale = (args.grid, args.grid, 4 * args.state_size), args.label_scale
-        self.project = nn.Linear(num_inputs + num_classes, 2 * args.grid)
-        self.grid = SubRNNs(args, 1, 1, 4 * args.state_size)
-        self.head = nn.Linear(args.grid * args.message_size, num_classes)
-
-    def initial_state(self, s: int) -> tuple[Tensor, Tensor]:
-        return self.zeros(s, *self.shape), self.zeros(s, *self.shape)
-
-    def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        row, column = self.project(torch.cat([x, self.label_scale * label], -1))[..., None].chunk(2, 1)
-        messages, *state = self.grid(row, column, *state)
-        return self.head(messages.flatten(1)), tuple(state)
-
-
-class OnlineSGD(Recurrent):
-    """A network without or with one hidden layer of ReLUs that learns by backpropagation from one example at a time: by SGD,
-    Adam (Kingma and Ba 2015) or AdamW. Its state is the weights. MAML (Finn et al. 2017) is the same with SGD and initial
-    weights that are meta-trained, through the updates (Appendix D.5)."""
-
-    RULES = ("sgd", "adam", "adamw")
-
-    def __init__(self, num_inputs: int, num_classes: int, rule: str, hidden: int, lr: float | Tensor):
-        """lr may be a tensor (s, 1, 1), a rate for each sequence."""
-        super().__init__()
-        self.rule, self.lr = rule, lr
-        self.log_lr = nn.ParameterList()  # for each weight, where rates are meta-trained
-        sizes = (num_inputs, hidden, num_classes) if hidden else (num_inputs, num_classes)
-        self.weights = nn.ParameterList(torch.empty(b, a) for a, b in itertools.pairwise(sizes))
-        self.biases = nn.ParameterList(torch.empty(b) for b in sizes[1:])
-
-    def initial_state(self, s: int) -> dict[str, Any]:
-        first = [torch.cat([w.T, b[None]]).expand(s, -1, -1) for w, b in zip(self.weights, self.biases, strict=True)]
-        moments = [torch.zeros_like(weight) for weight in first for _ in range(2 if self.rule != "sgd" else 0)]
-        inputs = [self.zeros(s, weight.shape[1]) for weight in first]
-        return dict(weights=first, moments=moments, inputs=inputs, predicted=self.zeros(s, first[-1].shape[2]), t=self.zeros(1))
-
-    def step(self, x: Tensor, label: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Learn from the last example, whose label is now there, then predict."""
-        weights, moments, t = list(state["weights"]), list(state["moments"]), state["t"]
-        error = state["predicted"] - label  # gradient of the cross-entropy with respect to the logits; zero before the first
-        for k in reversed(range(len(weights))):
-            inputs = state["inputs"][k]
-            gradient = inputs[..., None] * error[:, None]
-            if k > 0:
-                error = (weights[k] @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
-            if self.rule != "sgd":
-                one, two = torch.lerp(gradient, moments[2 * k], 0.9), torch.lerp(gradient**2, moments[2 * k + 1], 0.999)
-                moments[2 * k : 2 * k + 2] = one, two
-                count = t.clamp(min=1)
-                gradient = one / (1 - 0.9**count) / ((two / (1 - 0.999**count)).sqrt() + 1e-8)
-            if self.rule == "adamw":
-                gradient = gradient + 0.01 * weights[k] * (t > 0)
-            lr = self.log_lr[k].exp() if len(self.log_lr) else self.lr
-            weights[k] = weights[k] - lr * gradient
-        inputs = []
-        for weight in weights:
-            inputs.append(F.pad(x.relu() if inputs else x, (0, 1), value=1.0))
-            x = (inputs[-1][:, None] @ weight).squeeze(1)
-        return x, dict(weights=weights, moments=moments, inputs=inputs, predicted=x.softmax(-1), t=t + 1)
+TUNED = {"sgd": ("sgd",), "adam": ("adam", "adamw"), "maml": ("sgd",)}  # rules to choose a setting from
 
 
 def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[int, ...] = (0, 32, 64, 128)) -> Tensor:
@@ -673,39 +497,41 @@ def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple
     x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, last_bias(args), device), args.sequence_length)
     several = rates.repeat_interleave(len(x))[:, None, None]
     for rule, units in itertools.product(rules, hidden):
-        learner = OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
+        learner = incontext.OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
         initialise(learner, args.seed)
         learner.to(device)
         _, correct = rollout(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), tasks.num_classes)
         scores = correct.float().view(len(rates), -1).mean(1)
-        best = torch.tensor([OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])
+        best = torch.tensor([incontext.OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])
         results.append((scores.max(), best))
     return max(results, key=lambda result: result[0])[1]
 
 
-@torch.no_grad()
-def fitted_correct(name: str, x: Tensor, y: Tensor, steps: list[int]) -> Tensor:
-    """Whether the predictions at some steps (counted from 1) of x (s, t, a), y (s, t) are correct, (s, len(steps)), after a
-    fit of scikit-learn's defaults to the examples before. While there is one class, it is predicted; before any, class 0."""
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-
-    def predict(x: np.ndarray, y: np.ndarray) -> int:
-        """The label of the last example, from those before it."""
-        if len(set(y[:-1])) < 2:
-            return y[0] if len(y) > 1 else 0
-        if name == "logistic":
-            model = LogisticRegression(max_iter=1000)
-        elif name == "neighbors":
-            model = KNeighborsClassifier(min(5, len(y) - 1))
-        else:
-            model = RandomForestClassifier(random_state=0)
-        return model.fit(x[:-1], y[:-1]).predict(x[-1:])[0]
-
-    xs, ys = x.numpy(force=True), y.numpy(force=True)
-    correct = [[predict(x[:step], y[:step]) == y[step - 1] for step in steps] for x, y in zip(xs, ys, strict=True)]
-    return torch.tensor(correct, device=x.device)
+def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
+    """A learner by its name with initial parameters. setting: of those in TUNED, the result of search_rates."""
+    sizes, grid = (num_inputs, num_classes), (args.message_size, args.micro_ticks)
+    if name in TUNED:
+        rule, hidden, lr = setting.tolist()
+        if name == "maml":
+            lr = args.maml_lr or lr
+        learner = incontext.OnlineSGD(*sizes, incontext.OnlineSGD.RULES[int(rule)], int(hidden), lr)
+    elif name == "mlp":
+        learner = incontext.MLP(*sizes, args.width)
+    elif name == "lstm":
+        learner = incontext.LSTM(*sizes, args.width, args.lstm_layers, args.label_scale)
+    elif name == "outer_lstm":
+        learner = incontext.OuterProductLSTM(*sizes, args.heads, args.key_size, args.label_scale)
+    elif name == "vsml":
+        learner = incontext.VSML(*sizes, args.state_size, *grid)
+    elif name == "vsml_nosym":
+        learner = incontext.VSMLWithoutSymmetries(*sizes, args.grid, 4 * args.state_size, *grid, args.label_scale)
+    else:
+        learner = Transformer(args, *sizes)
+    initialise(learner, args.seed)
+    if name == "maml" and args.meta_sgd:
+        rates = (torch.full_like(weight[0], math.log(lr)) for weight, *_ in learner.initial_state(1)["layers"])
+        learner.log_lr.extend(map(nn.Parameter, rates))
+    return learner
 
 
 # ======================================================================================================================
@@ -725,7 +551,7 @@ def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
 
 def embed(dataset: Dataset, network: str, data_dir: str) -> Dataset:
     """The dataset seen through a pre-trained network without its last layer (section 5.4.4), normalised by mean and std of
-    the train split's features. Raises DatasetError where there are no images, and UserError where there are no weights."""
+    the train split's features. Raises DatasetError where there are no images."""
     if len(dataset.shape) != 3 or dataset.x is None or dataset.x.dtype != torch.uint8:
         raise DatasetError(f"'{dataset.name}' has no stored uint8 images to compute features of; leave it out with --features.")
     x = features(dataset, network, data_dir)
@@ -738,76 +564,23 @@ def features(dataset: Dataset, network: str, data_dir: str) -> Tensor:
     """Features (examples, n) on the CPU. They are kept in data_dir/features, under a name with a digest of the images."""
     digest = hashlib.sha256(dataset.x.numpy(force=True)).hexdigest()[:16]
     path = Path(data_dir, "features", f"{network}-{dataset.name}-{dataset.split}-{digest}.pt")
-    if path.exists():
-        try:
-            return checkpoints.read(path).view(len(dataset), -1)
-        except (CheckpointError, AttributeError, RuntimeError) as error:
-            raise UserError(f"The features {path} are damaged; delete the file to compute them again.") from error
-    net, side, mean, std = pretrained(network, data_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    net, parts = net.to(dataset.device), []
-    mean, std = (torch.tensor(v, device=dataset.device)[:, None, None] for v in (mean, std))
-    with torch.no_grad():
-        for images in tqdm(dataset.x.split(64), desc=f"{network} on {dataset.name} {dataset.split}"):
-            images = images.float().expand(-1, 3, -1, -1) / 255
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            parts.append(net((images - mean) / std).float().cpu())
-    x = torch.cat(parts)
+    if kept := checkpoints.read_cache(path, features=Tensor):
+        return kept["features"]
+    x = feature_network(network, data_dir).features(dataset.x, f"{network} on {dataset.name} {dataset.split}")
     if int(os.environ.get("RANK", 0)) == 0:
-        checkpoints.write(path, x)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write(path, {"features": x})
     return x
 
 
 @cache
-def pretrained(network: str, data_dir: str) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    """A network from images (s, 3, side, side) to features (s, n), the side, and the mean and std of the pixels that it
-    expects."""
-    if network == "fashion_mnist":
-        train = load(network, "train", data_dir, size=28, channels=3)
-        return classifier(train)[:-1].eval(), 28, (train.mean,) * 3, (train.std,) * 3
-    if network == "clip":
-        try:
-            import open_clip
-        except ImportError as error:
-            raise UserError('--features clip needs open_clip: pip install "cleanmeta[clip]".') from error
-        make = lambda: open_clip.create_model("ViT-B-32", pretrained="laion2b_s34b_b79k").visual  # noqa: E731 (Appendix D.6)
-        mean, std = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
-    else:
-        import torchvision.models
-
-        weights = None if network == "untrained" else "IMAGENET1K_V1"
-        make = lambda: getattr(torchvision.models, network if weights else "resnet18")(weights=weights)  # noqa: E731
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            net = make()
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            text = f"The weights of {network} are not at hand and could not be downloaded"
-            raise UserError(f"{text}; use --features none, or untrained as a control.") from error
-    if network != "clip":
-        net.fc = nn.Identity()
-    return net.eval(), 224, mean, std
-
-
-@torch.enable_grad()
-def classifier(train: Dataset, epochs: int = 3) -> nn.Sequential:
-    """A small convolutional network from images (s, 3, 28, 28) to logits, trained by Adam. It stands in where there are no
-    weights of ImageNet."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [layer for a, b in ((3, 32), (32, 64), (64, 128)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())]
-        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, train.num_classes))
-        net = net.to(train.device)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        labels = torch.arange(train.num_classes, device=train.device).repeat_interleave(train.counts)
-        for _ in tqdm(range(epochs), desc=f"training a network on {train.name}"):
-            for batch in torch.randperm(len(train)).to(train.device).split(128):
-                loss = F.cross_entropy(net(train.inputs(batch).view(-1, *train.shape)), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return net
+def feature_network(name: str, data_dir: str) -> Network:
+    """That of --features."""
+    if name != "fashion_mnist":
+        return pretrained(name)
+    train = load(name, "train", data_dir, size=28, channels=3)
+    labels = torch.arange(train.num_classes).repeat_interleave(train.counts)
+    return trained(train.x, labels, train.mean, train.std)
 
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
@@ -872,22 +645,16 @@ def meta_test(
 
 @torch.no_grad()
 def measured(
-    args: Args,
-    learners: dict[str, nn.Module],
-    task: str,
-    novelty: str,
-    tasks: Tasks,
-    num_classes: int,
-    ids: Tensor | None,
+    args: Args, learners: dict[str, nn.Module], task: str, novelty: str, tasks: Tasks, num_classes: int, ids: Tensor | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
     parts = {name: [] for name in learners}
-    fitted = {name: [] for name in FITTED if name in args.baselines}
+    fitted = {name: [] for name in incontext.FITTED if name in args.baselines}
     for x, y in test_data(args, tasks, args.test_seeds, args.test_steps or args.sequence_length, ids):
         for name, learner in learners.items():
             parts[name].append(rollout(learner, x, y, num_classes))
         for name in fitted:
-            fitted[name].append(fitted_correct(name, x, y, plotted_steps(x.shape[1])))
+            fitted[name].append(incontext.fitted_correct(name, x, y, plotted_steps(x.shape[1])))
 
     rows, curve = [], []
     for name, correct in fitted.items():
@@ -919,36 +686,14 @@ LABELS |= {"forest": "random forest"}
 NOVELTY = {"none": "seen tasks", "task": "unseen tasks", "domain": "unseen dataset"}
 
 
-def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each column of metrics.csv, without cells that are no finite number."""
-    lines = (folder / "metrics.csv").read_text(errors="replace").splitlines()
-    columns, *lines = [line.split(",") for line in lines] or [[]]
-    points: dict[str, list[tuple[int, float]]] = {}
-    for cells in lines:
-        for name, cell in zip(columns[2:], cells[2:], strict=False):
-            try:
-                point = int(cells[0]), float(cell)
-            except ValueError:
-                continue
-            if math.isfinite(point[1]):
-                points.setdefault(name, []).append(point)
-    return points
-
-
-def line_rows(panel: str, line: str, points: Iterable[tuple[float, float]]) -> list[dict[str, Any]]:
-    """Rows of a line for plot, from points (x, y): the mean and the standard deviation of all y at each x."""
-    values: dict[float, list[float]] = {}
-    for x, y in points:
-        values.setdefault(x, []).append(y)
-    return [result_row(line, panel, "", "", x, torch.tensor(ys, dtype=torch.float64)) for x, ys in values.items()]
-
-
 def draw_meta_loss(path: Path, learners: list[str], columns: dict[str, list[tuple[int, float]]]) -> None:
     """Figures 5.6 and 5.8: meta-losses on the tasks that are trained on and on others."""
-    rows = []
     tasks = {"": "meta-training tasks", "_unseen": "unseen tasks", "_domain": "unseen dataset"}
-    for name, (what, label) in itertools.product(learners, tasks.items()):
-        rows += line_rows(name, label, columns.get(f"{name}_loss{what}", ()))
+    rows = [
+        {"task": name, "learner": label, "step": step, "mean": loss, "std": 0.0}
+        for name, (what, label) in itertools.product(learners, tasks.items())
+        for step, loss in columns.get(f"{name}_loss{what}", ())
+    ]
     plot(rows, path, xlabel="meta-step", ylabel="cross-entropy in nats", titles=LABELS, columns=3)
 
 
@@ -996,10 +741,7 @@ class InContextLearner(Learner):
 
     @staticmethod
     def load(
-        checkpoint: str | Path = "pretrained",
-        num_classes: int | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
+        checkpoint: str | Path = "pretrained", num_classes: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
     ) -> Classifier:
         """A trained learner to be used from Python: see Classifier. checkpoint: "pretrained", or a checkpoint.pt of this
         script. Raises CheckpointError or UserError for what is no checkpoint of this script. What it returns raises
@@ -1040,7 +782,7 @@ class InContextLearner(Learner):
 # The run
 # ======================================================================================================================
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
-USER_ERRORS = (CheckpointError, DatasetError, FlagError)
+USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
 KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch")  # that a meta-test cannot change
 
@@ -1235,11 +977,6 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-TUNED = {"sgd": ("sgd",), "adam": ("adam", "adamw"), "maml": ("sgd",)}  # rules to choose a setting from
-KINDS = {"transformer": Transformer, "untrained": Transformer, "lstm": LSTM, "outer_lstm": OuterProductLSTM, "mlp": MLP}
-KINDS |= {"vsml": VSML, "vsml_nosym": VSMLWithoutSymmetries}
-
-
 def with_budget(args: Args) -> Args:
     """The learner's steps and batch size where the flags name none."""
     steps, batch = STEPS.get(args.learner, 50_000), BATCH.get(args.learner, 128)
@@ -1250,7 +987,7 @@ def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.dataset:
         raise UserError("--dataset needs at least one dataset.")
-    if args.learner in FITTED:
+    if args.learner in incontext.FITTED:
         raise UserError(f"--learner {args.learner} is a baseline; name it in --baselines.")
     if args.weight_decay and args.meta_optimizer != "adamw":
         raise UserError("--weight-decay is for --meta-optimizer adamw.")
@@ -1270,28 +1007,11 @@ def check(args: Args) -> None:
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
 
 
-def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
-    """A learner by its name with initial parameters. setting: of those in TUNED, the result of search_rates."""
-    if name not in TUNED:
-        learner = KINDS[name](args, num_inputs, num_classes)
-        initialise(learner, args.seed)
-        return learner
-    rule, hidden, lr = setting.tolist()
-    if name == "maml":
-        lr = args.maml_lr or lr
-    learner = OnlineSGD(num_inputs, num_classes, OnlineSGD.RULES[int(rule)], int(hidden), lr)
-    initialise(learner, args.seed)
-    if name == "maml" and args.meta_sgd:
-        shapes = [(w.shape[1] + 1, w.shape[0]) for w in learner.weights]
-        learner.log_lr.extend(nn.Parameter(torch.full(shape, math.log(lr))) for shape in shapes)
-    return learner
-
-
 def compiled(run: Run, learner: nn.Module, num_classes: int) -> Any:
     """meta_loss of a learner, compiled as a whole, or, for those that go step by step, each step."""
-    if run.compiles and isinstance(learner, Recurrent):
+    if run.compiles and isinstance(learner, incontext.Recurrent):
         learner.step = torch.compile(learner.step, dynamic=False)
-    whole = run.compiles and not isinstance(learner, (Recurrent, LSTM))
+    whole = run.compiles and not isinstance(learner, (incontext.Recurrent, incontext.LSTM))
     loss = partial(meta_loss, learner, num_classes=num_classes)
     return torch.compile(loss, dynamic=False) if whole else loss
 
@@ -1310,7 +1030,7 @@ def main() -> None:
     args, checkpoint = parse_args()
     args = with_budget(args)
     check(args)
-    names = [name for name in dict.fromkeys([args.learner, *args.baselines]) if name not in FITTED]
+    names = [name for name in dict.fromkeys([args.learner, *args.baselines]) if name not in incontext.FITTED]
     run = Run(args, checkpoint)
     if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
         compile_draws()  # fewer tasks save less time than compiling takes

@@ -322,15 +322,19 @@ class Hebbian(Learner):
 # ==================================================================================================
 # Baselines by gradient descent
 # ==================================================================================================
-def descend(weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
+def descend(
+    weight: Tensor, x: Tensor, error: Tensor, lr: Tensor, t: Tensor, *moments: Tensor, decay: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """One step of gradient descent on weight (p, s, a, b) with inputs x (p, s, a) and the gradient
-    error (p, s, b) at its outputs; with two moments, by Adam (Kingma and Ba 2015, Algorithm 1).
-    Returns the new weight and moments."""
+    error (p, s, b) at its outputs; with two moments, by Adam (Kingma and Ba 2015, Algorithm 1), with
+    weight decay as well by AdamW. Returns the new weight and moments."""
     step = grad = x[..., :, None] * error[..., None, :]
     if moments:
         beta1, beta2, eps = 0.9, 0.999, 1e-8
         moments = torch.lerp(grad, moments[0], beta1), torch.lerp(grad**2, moments[1], beta2)
         step = moments[0] / (1 - beta1**t) / ((moments[1] / (1 - beta2**t)).sqrt() + eps)
+    if decay is not None:
+        step = step + decay * weight
     return weight - lr * step, *moments
 
 

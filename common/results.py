@@ -1,6 +1,7 @@
 """What a run measures: metrics.csv and TensorBoard in training, rows of results.json in tests."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +62,22 @@ class MetricsLog:
     def append(self, cells: list[Any]) -> None:
         with open(self.path, "a") as file:
             file.write(",".join(map(str, cells)) + "\n")
+
+
+def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each column of metrics.csv, without cells that are no finite number."""
+    lines = (folder / "metrics.csv").read_text(errors="replace").splitlines()
+    columns, *lines = [line.split(",") for line in lines] or [[]]
+    points: dict[str, list[tuple[int, float]]] = {}
+    for cells in lines:
+        for name, cell in zip(columns[2:], cells[2:], strict=False):
+            try:
+                point = int(cells[0]), float(cell)
+            except ValueError:
+                continue
+            if math.isfinite(point[1]):
+                points.setdefault(name, []).append(point)
+    return points
 
 
 def _report_thread(error: Any) -> None:

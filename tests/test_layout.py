@@ -43,6 +43,7 @@ def test_a_script_imports_no_script_and_shares_its_plumbing(path):
 
 FURTHER = {  # imports with a reason
     "common.cloning": {"common.cells", "common.learners"},
+    "common.incontext": {"common.learners"},  # one rule of gradient descent
     "common.ppo": {"common.flags"},  # a user types its settings
     "common.policy_gradients": {"common.networks", "common.es"},  # many agents, and means over processes
 }

@@ -25,7 +25,7 @@ from common import checkpoints, machine
 from common.checkpoints import CheckpointError
 from common.figures import matrix, plot
 from common.flags import Count, FlagError, Positive, Share, check_ranges, ranges
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, read_metrics, result_row, table, to_json
 
 SCRIPTS = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
 TINY = "--preset laptop --meta-steps 6 --sequences 2 --sequence-length 6 --test-seeds 2 --test-steps 12 --checkpoint-every 2"
@@ -195,6 +195,14 @@ def test_metrics_of_a_resumed_run(tmp_path):
     (tmp_path / "metrics.csv").write_text(text.replace("step,", "sXep,", 1))  # without its header it starts again
     MetricsLog(tmp_path, 4).write(4, {"loss": 0.5})
     assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == ["step", "4"]
+
+
+def test_what_is_no_number_in_metrics_is_skipped(tmp_path):
+    lines = ["step,seconds,transformer_loss,other", "1,0.1,2.5,1.0", "3,0.2,2.x5,2.0", "5,0.3,nan,", "7,0.4,2.25,4.0,9"]
+    (tmp_path / "metrics.csv").write_text("\n".join([*lines, "x,1,1,1", "9"]))
+    assert read_metrics(tmp_path) == {"transformer_loss": [(1, 2.5), (7, 2.25)], "other": [(1, 1.0), (3, 2.0), (7, 4.0)]}
+    (tmp_path / "metrics.csv").write_text("")
+    assert read_metrics(tmp_path) == {}
 
 
 def test_results_are_valid_json_and_a_table(tmp_path):
