@@ -381,7 +381,7 @@ class Row(NamedTuple):
     itself. thesis: the commands at that preset, where they differ. needs: why it was never run."""
 
     figure: str
-    says: str
+    claim: str
     laptop: str | dict[str, str]
     claims: list[Claim] | Callable[[str], list[Claim]]
     thesis: str | dict[str, str] | None = None

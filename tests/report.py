@@ -150,9 +150,9 @@ def status_table(rows: dict[str, Row]) -> str:
     for name, row in rows.items():
         verdict, numbers = status(name, row)
         anchor = "earlier-runs" if verdict == "earlier run" else name.lower()
-        link = f"[{name}](.github/results/{SCRIPTS[name[0]]}.md#{anchor})"
-        lines.append([row.figure, f"`{name}`", verdict, numbers, row.says, link])
-    return table(["figure", "`reproduce.py`", "verdict", "here", "thesis", "page"], lines)
+        link = f"[`{name}`](.github/results/{SCRIPTS[name[0]]}.md#{anchor})"
+        lines.append([row.figure, link, verdict, numbers, row.claim])
+    return table(["figure", "`reproduce.py`", "verdict", "here", "thesis"], lines)
 
 
 def page_text(script: str, rows: dict[str, Row]) -> str:
@@ -163,7 +163,7 @@ def page_text(script: str, rows: dict[str, Row]) -> str:
             f'<a id="{name.lower()}"></a>{row.figure}',
             f"`python tests/reproduce.py {name}`",
             *status(name, row),
-            row.says,
+            row.claim,
         ]
         for name, row in own.items()
     ]

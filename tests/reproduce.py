@@ -642,7 +642,7 @@ def show(name: str, preset: str) -> None:
     entry = checked(name, row, preset)
     if entry is None:
         raise UserError(f"there are no saved rows at the {preset} preset; leave out --check to run it.")
-    print(f"\n{name} ({row.figure}), {preset} preset: {weakest(entry[2])}. The thesis: {row.says}.")
+    print(f"\n{name} ({row.figure}), {preset} preset: {weakest(entry[2])}. The thesis: {row.claim}.")
     for outcome in entry[2]:
         sides = f"{text(outcome.left)} and {text(outcome.right)}"
         difference = f"{text(outcome.difference)} ± {text(outcome.error)} (seeds: {outcome.seeds})"
@@ -667,7 +667,7 @@ def main() -> None:
     if min(args.seeds, args.jobs) < 1:
         raise UserError("--seeds and --jobs have to be at least 1.")
     if args.list or not (args.rows or args.tables or args.figures):
-        print("\n".join(f"{name:4} {row.figure:20} {status(name, row)[0]:28} {row.says}" for name, row in ROWS.items()))
+        print("\n".join(f"{name:4} {row.figure:20} {status(name, row)[0]:28} {row.claim}" for name, row in ROWS.items()))
     if args.rows and args.preset == "auto":
         import torch
 

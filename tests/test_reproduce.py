@@ -368,8 +368,8 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     ]
     status = (fake / "README.md").read_text()
     assert status.startswith("Before.") and status.endswith("After.\n")
-    assert "| Fig. 1 | `V1` | reproduced | 2 vs 0 (1/1) | grows |" in status
-    assert "| Fig. 2 | `V2` | earlier run |" in status
+    assert "| Fig. 1 | [`V1`](.github/results/vsml.md#v1) | reproduced | 2 vs 0 (1/1) | grows |" in status
+    assert "| Fig. 2 | [`V2`](.github/results/vsml.md#earlier-runs) | earlier run |" in status
     page = (fake / "pages" / "vsml.md").read_text()
     assert "| a, t > 0 | 2 | 0 | 2 ± 0.577 | reproduced |" in page and "about a minute a seed" in page
     assert all(path.read_text() == text for path, text in report.tables(reproduce.ROWS).items())
