@@ -143,7 +143,7 @@ def test_numbers_that_are_made_of_more_than_a_row():
 def test_every_experiment_of_the_thesis_has_an_entry():
     counts = {"M": 7, "V": 10, "S": 5, "G": 13, "L": 4, "F": 3}  # G13 is not of the thesis
     assert list(ROWS) == [f"{letter}{number}" for letter, count in counts.items() for number in range(1, count + 1)]
-    assert all(row.figure and row.says and row.claims_at(preset) for row in ROWS.values() for preset in PRESETS)
+    assert all(row.figure and row.claim and row.claims_at(preset) for row in ROWS.values() for preset in PRESETS)
 
 
 def parsed(command, preset, cache={}):  # noqa: B006 (remembers what was parsed)
