@@ -52,7 +52,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import cells, checkpoints, cloning, es, kernels, machine
+from common import cells, checkpoints, cloning, convolutions, es, kernels, machine
 from common.checkpoints import CheckpointError
 from common.cloning import Backprop, Clone
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, load
@@ -559,18 +559,6 @@ def meta_train(
 # ======================================================================================================================
 # Faster forms (tests compare them with the readable ones)
 # ======================================================================================================================
-def fast_cell(args: Args, use: str) -> Callable | None:
-    """The form of lstm_cell for a CPU and a use. None: the readable one, whose products a GPU computes
-    on tensor cores."""
-    if args.device == "cuda":
-        return None
-    if use == "test":
-        return torch.compile(cells.fused_lstm_cell, options=cells.options(args.state_size))  # for all sizes
-    if args.meta_optimizer == "es":
-        return partial(cells.fused_lstm_cell, tanh=cells.rational_tanh)
-    return None if args.conv else cells.TrainableCell.apply
-
-
 def compile_step(args: Args, learner: Learner) -> None:
     """Compile one_example of a learner that is meta-trained, once for each shape, or once for all."""
     shapes = len(args.dataset) * len(args.sizes or (0,)) * len(args.classes or (0,))
@@ -654,7 +642,7 @@ def next_batch(
 # ======================================================================================================================
 class DeepVSML(VSML):
     """VSML with a layer norm on messages, a backward pass and convolutional layers below the dense ones,
-    each where its flag is on."""
+    each where its flag is on. common/convolutions.py has the geometry."""
 
     def __init__(self, args: Args, cell: Callable | None = None):
         super().__init__(args, cell)
@@ -685,16 +673,11 @@ class DeepVSML(VSML):
         return layers
 
     def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
-        """Of square images of one or three channels, if there are convolutions. Raises ValueError for others."""
-        sizes = []
-        channels = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
-        if self.args.conv and channels * math.isqrt(num_inputs // channels) ** 2 != num_inputs:
-            raise ValueError(f"Convolutions need square images, and {num_inputs} inputs are none.")
-        for out in self.args.conv:
-            conv = Conv(9 * channels, out, math.isqrt(num_inputs // channels))
-            sizes.append((conv.a, conv.b, num_inputs, out * conv.positions))
-            channels, num_inputs = out, out * conv.positions
-        return sizes + super().sizes_of_layers(num_inputs, num_outputs)
+        """Convolutions need square images of one or three channels. Raises ValueError for others."""
+        convs = convolutions.layers(num_inputs, self.args.conv)
+        sizes = [(conv.a, conv.b, conv.num_inputs, conv.num_outputs) for conv in convs]
+        below = convs[-1].num_outputs if convs else num_inputs
+        return sizes + super().sizes_of_layers(below, num_outputs)
 
     def update(self, params: Params, k: int, layer: Layer) -> tuple[Layer, Tensor, Tensor]:
         """A convolutional layer ticks at all positions q of the image, on another patch at each, and keeps
@@ -703,7 +686,7 @@ class DeepVSML(VSML):
             return super().update(params, k, layer)
         h, c, fwd_msg, bwd_msg = layer
         a, b = h.shape[2:4]
-        conv = Conv(a, b, math.isqrt(fwd_msg.shape[2] // (a // 9)))
+        conv = convolutions.Conv(a, b, math.isqrt(fwd_msg.shape[2] // (a // 9)))
         patches = conv.patches(fwd_msg)
         above = bwd_msg.unflatten(2, (b, conv.positions)).transpose(2, 3)
         for _ in range(self.args.micro_ticks):
@@ -717,36 +700,6 @@ class DeepVSML(VSML):
 def make_vsml(args: Args, cell: Callable | None = None) -> VSML:
     deep = args.conv or args.backward_pass or args.norm_messages
     return (DeepVSML if deep else VSML)(args, cell)
-
-
-class Conv(NamedTuple):
-    """A convolution with one sub-RNN for each weight of its kernel (appendix B.2.2). Messages lie as
-    (channels, rows, columns), flattened."""
-
-    a: int  # inputs of a patch
-    b: int  # channels out
-    side: int  # of the image in pixels
-    kernel: int = 3
-    stride: int = 2
-
-    @property
-    def positions(self) -> int:
-        return ((self.side - 1) // self.stride + 1) ** 2
-
-    def patches(self, msg: Tensor) -> Tensor:
-        """Messages of pixels (p, s, channels * side * side, m) -> of patches (p, s, q, a, m)."""
-        p, s, _, m = msg.shape
-        image = msg.movedim(-1, 2).reshape(p * s * m, -1, self.side, self.side)
-        patches = F.unfold(image, self.kernel, padding=self.kernel // 2, stride=self.stride)
-        return patches.view(p, s, m, self.a, self.positions).permute(0, 1, 4, 3, 2)
-
-    def pixels(self, msg: Tensor) -> Tensor:
-        """Messages of patches -> of pixels: the mean over the patches that a pixel lies in."""
-        msg = msg.permute(0, 1, 4, 3, 2)  # (p, s, m, a, q)
-        options = dict(kernel_size=self.kernel, padding=self.kernel // 2, stride=self.stride)
-        add = partial(F.fold, output_size=(self.side, self.side), **options)
-        sums, counts = (add(v.flatten(0, 2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
-        return (sums / counts).view(*msg.shape[:3], -1).transpose(2, 3)
 
 
 # ======================================================================================================================
@@ -1374,7 +1327,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
             learner.forward_part = torch.compile(learner.forward_part, dynamic=False)
             learner.backward_part = torch.compile(learner.backward_part, dynamic=False)
     elif name == "vsml":
-        learner = make_vsml(args, fast_cell(args, use) if run.compiles else None)
+        learner = make_vsml(args, cells.fastest(args, use) if run.compiles else None)
     else:
         deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend

@@ -23,7 +23,7 @@ from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from sklearn.datasets import load_wine
 
 import vsml
-from common import cells, checkpoints, es
+from common import cells, checkpoints, convolutions, es
 from common.datasets import Tasks, load
 from common.machine import can_compile
 from common.rng import fold, key
@@ -252,7 +252,7 @@ def test_conv_equals_a_loop_over_positions():
     side, channels, out = 5, 2, 3
     args = replace(ARGS, micro_ticks=1, conv=(out,))
     theta, n, m = some_theta(args), args.state_size, args.message_size
-    learner, conv = vsml.make_vsml(args), vsml.Conv(9 * channels, out, side)
+    learner, conv = vsml.make_vsml(args), convolutions.Conv(9 * channels, out, side)
     params = learner.params(theta)
     generator = torch.Generator().manual_seed(3)
     h, c = torch.randn(2, 1, 1, 9 * channels, out, n, generator=generator)
