@@ -125,8 +125,7 @@ class Args:
     """Learners trained and tested beside the first one, on the same number of meta-steps."""
 
     dataset: tuple[str, ...] = ("mnist",)
-    """Datasets to meta-train on: names, or files, my.npz with the arrays x_train y_train x_test y_test (section
-    3.4.2: mnist; digits needs no download)."""
+    """Datasets to meta-train on: names, or files, my.npz with x_train y_train x_test y_test (section 3.4.2: mnist)."""
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape."""
     sizes: tuple[Side, ...] = ()
@@ -143,8 +142,7 @@ class Args:
     permuted_labels: Share = 0.0
     """The same for permuted labels (for --augment-baselines: VSML treats all labels alike)."""
     blanked: Share = 0.0
-    """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the
-    thesis; see LAPTOP)."""
+    """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the thesis)."""
     augment_baselines: bool = False
     """The other learners see VSML's augmented tasks too (Figure B.6; no help, the thesis finds)."""
     sequence_length: Count = 500
@@ -274,11 +272,7 @@ LAPTOP = dict(
 )
 # Further, deep networks: --feed-label --norm-messages; convolutions: --backward-pass too; Omniglot:
 # --feed-label --backward-pass; the RNN has the label always.
-RELEASE = dict(
-    logit_slot=1,
-    state_init="half",
-    rnn_size=128,
-)
+RELEASE = dict(logit_slot=1, state_init="half", rnn_size=128)
 CLONE = dict(  # section 3.3.2; settings without a source are ours, which appendix B.3.1 leaves open
     learner="clone",
     baselines=("backprop",),
@@ -486,16 +480,8 @@ def es_gradient(
         accuracy.append(over_time(args, correct.float()).mean())
         return over_time(args, losses).mean(1)
 
-    grad, losses = es.gradient(
-        theta,
-        evaluate,
-        pairs=args.population,
-        sigma=args.noise_std,
-        seed=args.seed,
-        generation=step,
-        chunk=chunk,
-        rank_shaping=args.rank_shaping,
-    )
+    settings = dict(pairs=args.population, sigma=args.noise_std, rank_shaping=args.rank_shaping)
+    grad, losses = es.gradient(theta, evaluate, seed=args.seed, generation=step, chunk=chunk, **settings)
     return grad, losses.mean(), es.all_reduce_mean(torch.stack(accuracy).mean())
 
 
