@@ -1,4 +1,4 @@
-"""Figures from rows of results.json: lines over steps, and matrices of numbers."""
+"""Figures: lines over steps from rows of results.json, matrices of numbers, probabilities, errors."""
 
 import math
 from collections.abc import Sequence
