@@ -15,6 +15,7 @@ Learning Backpropagation And Improving It" (NeurIPS 2021). Results: .github/resu
     Algorithm 8    -> meta_train, around rollout and one_example
     Algorithm 13   -> rollout
     Section 3.3.2  -> common/cloning.py (learning-algorithm cloning)
+    Appendix B.3.2 -> common/learners.py (baselines), rollouts.search_rate (the rate of gradient descent)
 
     python vsml.py                                     # meta-train, then learn unseen data
     python vsml.py --mode test --checkpoint pretrained --test-datasets mnist fashion_mnist
@@ -42,21 +43,19 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import cells, checkpoints, cloning, es, kernels, machine
+from common import cells, checkpoints, cloning, convolutions, es, kernels, machine, rollouts
 from common.checkpoints import CheckpointError
 from common.cloning import Backprop, Clone
-from common.datasets import BUNDLED, FIRST_ID, GENERATED, Dataset, DatasetError, Tasks, distinct, load
-from common.figures import plot, pyplot, save
+from common.datasets import BUNDLED, GENERATED, DatasetError, Tasks, distinct, load
+from common.figures import error_map, heat_maps, plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
 from common.learners import (
     Classifier,
@@ -75,7 +74,7 @@ from common.learners import (
     pad,
 )
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.results import MetricsLog, result_row, table, to_json
+from common.results import MetricsLog, overtaken, plotted_steps, result_row, table, to_json
 from common.rng import fold, normal
 
 # ======================================================================================================================
@@ -126,8 +125,7 @@ class Args:
     """Learners trained and tested beside the first one, on the same number of meta-steps."""
 
     dataset: tuple[str, ...] = ("mnist",)
-    """Datasets to meta-train on: names, or files, my.npz with the arrays x_train y_train x_test y_test (section
-    3.4.2: mnist; digits needs no download)."""
+    """Datasets to meta-train on: names, or files, my.npz with x_train y_train x_test y_test (section 3.4.2: mnist)."""
     init: str | None = None
     """Start meta-training from this checkpoint's parameters, of a network of any shape."""
     sizes: tuple[Side, ...] = ()
@@ -144,8 +142,7 @@ class Args:
     permuted_labels: Share = 0.0
     """The same for permuted labels (for --augment-baselines: VSML treats all labels alike)."""
     blanked: Share = 0.0
-    """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the
-    thesis; see LAPTOP)."""
+    """VSML's meta-training tasks replace up to this share of their inputs by a constant (not in the thesis)."""
     augment_baselines: bool = False
     """The other learners see VSML's augmented tasks too (Figure B.6; no help, the thesis finds)."""
     sequence_length: Count = 500
@@ -275,11 +272,7 @@ LAPTOP = dict(
 )
 # Further, deep networks: --feed-label --norm-messages; convolutions: --backward-pass too; Omniglot:
 # --feed-label --backward-pass; the RNN has the label always.
-RELEASE = dict(
-    logit_slot=1,
-    state_init="half",
-    rnn_size=128,
-)
+RELEASE = dict(logit_slot=1, state_init="half", rnn_size=128)
 CLONE = dict(  # section 3.3.2; settings without a source are ours, which appendix B.3.1 leaves open
     learner="clone",
     baselines=("backprop",),
@@ -443,7 +436,7 @@ def rollout(
     if learner.rollout_fn:
         return learner.rollout_fn(theta, state, x, y)
     if block and block < y.shape[2]:
-        return in_blocks(learner, theta, state, x, y, block)
+        return rollouts.in_blocks(partial(rollout, learner, theta), state, x, y, block)
     step = learner.step or partial(one_example, learner)
     params = learner.params(theta)
     losses = x.new_empty(y.shape)
@@ -487,16 +480,8 @@ def es_gradient(
         accuracy.append(over_time(args, correct.float()).mean())
         return over_time(args, losses).mean(1)
 
-    grad, losses = es.gradient(
-        theta,
-        evaluate,
-        pairs=args.population,
-        sigma=args.noise_std,
-        seed=args.seed,
-        generation=step,
-        chunk=chunk,
-        rank_shaping=args.rank_shaping,
-    )
+    settings = dict(pairs=args.population, sigma=args.noise_std, rank_shaping=args.rank_shaping)
+    grad, losses = es.gradient(theta, evaluate, seed=args.seed, generation=step, chunk=chunk, **settings)
     return grad, losses.mean(), es.all_reduce_mean(torch.stack(accuracy).mean())
 
 
@@ -559,18 +544,6 @@ def meta_train(
 # ======================================================================================================================
 # Faster forms (tests compare them with the readable ones)
 # ======================================================================================================================
-def fast_cell(args: Args, use: str) -> Callable | None:
-    """The form of lstm_cell for a CPU and a use. None: the readable one, whose products a GPU computes
-    on tensor cores."""
-    if args.device == "cuda":
-        return None
-    if use == "test":
-        return torch.compile(cells.fused_lstm_cell, options=cells.options(args.state_size))  # for all sizes
-    if args.meta_optimizer == "es":
-        return partial(cells.fused_lstm_cell, tanh=cells.rational_tanh)
-    return None if args.conv else cells.TrainableCell.apply
-
-
 def compile_step(args: Args, learner: Learner) -> None:
     """Compile one_example of a learner that is meta-trained, once for each shape, or once for all."""
     shapes = len(args.dataset) * len(args.sizes or (0,)) * len(args.classes or (0,))
@@ -589,19 +562,6 @@ def triton_rollout(learner: VSML, theta: Tensor, state: list[Layer], x: Tensor, 
     inputs = layer.h[:, 0], layer.c[:, 0], x[:pairs, 0], y[:pairs, 0]
     h, c, losses, correct = kernels.triton_rollout(learner.params(theta), *inputs, **options)
     return [Layer(h[:, None], c[:, None], *layer[2:])], losses[:, None], correct[:, None]
-
-
-def in_blocks(
-    learner: Learner, theta: Tensor, state: State, x: Tensor, y: Tensor, block: int
-) -> tuple[State, *Metrics]:
-    """rollout, whose gradient takes the memory of `block` examples and of the states between blocks."""
-    blocks = []
-    for part in zip(x.split(block, 2), y.split(block, 2), strict=True):
-        arguments = (learner, theta, state, *part)
-        state, *metrics = recompute(rollout, *arguments, use_reentrant=False, preserve_rng_state=False)
-        blocks.append(metrics)
-    losses, correct = (torch.cat(kind, 2) for kind in zip(*blocks, strict=True))
-    return state, losses, correct
 
 
 # ======================================================================================================================
@@ -643,7 +603,7 @@ def next_batch(
     def initial_where_new(new: Tensor, old: Tensor) -> Tensor:
         return torch.where((age == 0).view(1, -1, *(1,) * (new.ndim - 2)), new, old[:, slots])
 
-    state = learner.initial_state(tasks.keys(ids, 3)[None], tasks.num_inputs, tasks.num_classes)
+    state = rollouts.initial_states(learner, tasks, ids)
     if memory:
         state = tree_map(initial_where_new, state, memory["state"])
     return tree_map(Tensor.requires_grad_, state), x, y  # always, so that one compilation does
@@ -654,7 +614,7 @@ def next_batch(
 # ======================================================================================================================
 class DeepVSML(VSML):
     """VSML with a layer norm on messages, a backward pass and convolutional layers below the dense ones,
-    each where its flag is on."""
+    each where its flag is on. common/convolutions.py has the geometry."""
 
     def __init__(self, args: Args, cell: Callable | None = None):
         super().__init__(args, cell)
@@ -684,17 +644,17 @@ class DeepVSML(VSML):
         layers[-1] = with_bwd_msg(layers[-1], torch.zeros_like(layers[-1].bwd_msg))
         return layers
 
+    def fit(self, tasks: Tasks) -> Tasks:
+        if self.args.conv and not tasks.dataset.square:
+            raise DatasetError(f"convolutions need square images, and '{tasks.dataset.name}' has none.")
+        return tasks
+
     def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
-        """Of square images of one or three channels, if there are convolutions. Raises ValueError for others."""
-        sizes = []
-        channels = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
-        if self.args.conv and channels * math.isqrt(num_inputs // channels) ** 2 != num_inputs:
-            raise ValueError(f"Convolutions need square images, and {num_inputs} inputs are none.")
-        for out in self.args.conv:
-            conv = Conv(9 * channels, out, math.isqrt(num_inputs // channels))
-            sizes.append((conv.a, conv.b, num_inputs, out * conv.positions))
-            channels, num_inputs = out, out * conv.positions
-        return sizes + super().sizes_of_layers(num_inputs, num_outputs)
+        """Convolutions need square images of one or three channels. Raises ValueError for others."""
+        convs = convolutions.layers(num_inputs, self.args.conv)
+        sizes = [(conv.a, conv.b, conv.num_inputs, conv.num_outputs) for conv in convs]
+        below = convs[-1].num_outputs if convs else num_inputs
+        return sizes + super().sizes_of_layers(below, num_outputs)
 
     def update(self, params: Params, k: int, layer: Layer) -> tuple[Layer, Tensor, Tensor]:
         """A convolutional layer ticks at all positions q of the image, on another patch at each, and keeps
@@ -703,7 +663,7 @@ class DeepVSML(VSML):
             return super().update(params, k, layer)
         h, c, fwd_msg, bwd_msg = layer
         a, b = h.shape[2:4]
-        conv = Conv(a, b, math.isqrt(fwd_msg.shape[2] // (a // 9)))
+        conv = convolutions.Conv(a, b, math.isqrt(fwd_msg.shape[2] // (a // 9)))
         patches = conv.patches(fwd_msg)
         above = bwd_msg.unflatten(2, (b, conv.positions)).transpose(2, 3)
         for _ in range(self.args.micro_ticks):
@@ -719,59 +679,6 @@ def make_vsml(args: Args, cell: Callable | None = None) -> VSML:
     return (DeepVSML if deep else VSML)(args, cell)
 
 
-class Conv(NamedTuple):
-    """A convolution with one sub-RNN for each weight of its kernel (appendix B.2.2). Messages lie as
-    (channels, rows, columns), flattened."""
-
-    a: int  # inputs of a patch
-    b: int  # channels out
-    side: int  # of the image in pixels
-    kernel: int = 3
-    stride: int = 2
-
-    @property
-    def positions(self) -> int:
-        return ((self.side - 1) // self.stride + 1) ** 2
-
-    def patches(self, msg: Tensor) -> Tensor:
-        """Messages of pixels (p, s, channels * side * side, m) -> of patches (p, s, q, a, m)."""
-        p, s, _, m = msg.shape
-        image = msg.movedim(-1, 2).reshape(p * s * m, -1, self.side, self.side)
-        patches = F.unfold(image, self.kernel, padding=self.kernel // 2, stride=self.stride)
-        return patches.view(p, s, m, self.a, self.positions).permute(0, 1, 4, 3, 2)
-
-    def pixels(self, msg: Tensor) -> Tensor:
-        """Messages of patches -> of pixels: the mean over the patches that a pixel lies in."""
-        msg = msg.permute(0, 1, 4, 3, 2)  # (p, s, m, a, q)
-        options = dict(kernel_size=self.kernel, padding=self.kernel // 2, stride=self.stride)
-        add = partial(F.fold, output_size=(self.side, self.side), **options)
-        sums, counts = (add(v.flatten(0, 2)) for v in (msg, torch.ones_like(msg[:1, :1, :1])))
-        return (sums / counts).view(*msg.shape[:3], -1).transpose(2, 3)
-
-
-# ======================================================================================================================
-# Baselines (common/learners.py), and the rate that gradient descent gets
-# ======================================================================================================================
-RATES = torch.linspace(-4, 0, 17)  # log10
-
-
-def search_rate(args: Args, learner: OnlineSGD, tasks: Tasks) -> Tensor:
-    """The rate, of four in each factor of ten, with the best accuracy in rollouts of up to 1,000 examples of
-    a train split (appendix B.3.2 searches on MNIST). The rates are members of a population."""
-    grid = RATES.to(tasks.dataset.device)[:, None]
-    length = tasks.episode or min(1000, args.test_steps, one_pass(tasks))
-    ids = torch.arange(8 if length > 100 else 64, device=tasks.dataset.device)
-    scores = []
-    for part in ids.split(4):
-        x, y = tasks.sample(part, part, length)
-        keys = tasks.keys(part, 3).expand(len(grid), -1, -1)
-        state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
-        x, y = x.expand(len(grid), -1, -1, -1), y.expand(len(grid), -1, -1)
-        _, _, correct = rollout(learner, grid, state, x, y)
-        scores.append(over_time(args, correct.float()))
-    return grid[torch.cat(scores, 1).mean(1).argmax()]
-
-
 # ======================================================================================================================
 # Meta-test and figures
 # ======================================================================================================================
@@ -782,28 +689,16 @@ LABELS |= {"sgd2": "SGD, 2 layers", "adam2": "Adam, 2 layers"}
 LABELS |= {"clone": "VSML, cloned backpropagation", "backprop": "SGD in batches"}
 
 
-def test_ids(tasks: Tasks, count: int) -> Tensor:
-    """Ids (s,) of the split's tasks and sequences, which no other split has."""
-    return FIRST_ID[tasks.dataset.split] + torch.arange(count, device=tasks.dataset.device)
-
-
-def one_pass(tasks: Tasks) -> int | float:
-    """How many examples a rollout can have without a repetition. `random` is there to be repeated."""
-    counts = tasks.dataset.counts
-    return math.inf if counts is None else int(counts.sort().values[: tasks.num_classes].sum())
-
-
 def curve(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, size: int) -> tuple[Tensor, Tensor]:
     """Whether each prediction on unseen examples was correct (seeds, t), and its cross-entropy. Each
     seed starts from its own random state. At most one pass through the data, or more with
     --repeat-examples. size: the rollouts in parallel."""
     steps = tasks.episode or args.test_steps
     if not args.repeat_examples:
-        steps = min(steps, one_pass(tasks))
+        steps = min(steps, tasks.one_pass)
     parts = []
-    for ids in test_ids(tasks, args.test_seeds).split(size):
-        keys = tasks.keys(ids, 3)[None]
-        state = learner.initial_state(keys, tasks.num_inputs, tasks.num_classes)
+    for ids in tasks.test_ids(args.test_seeds).split(size):
+        state = rollouts.initial_states(learner, tasks, ids)
         blocks = []
         for start in range(0, steps, 1000):  # memory does not grow with the examples
             x, y = tasks.sample(ids, ids, min(1000, steps - start), start)
@@ -827,45 +722,14 @@ def online_curves(args: Args, learner: Learner, theta: Tensor, tasks: Tasks, siz
     return {name: dict(enumerate(values.unbind(1), 1)) for name, values in curves.items()}
 
 
-def batch_curves(args: Args, learner: Backprop, theta: Tensor, tasks: Tasks, train: Tasks) -> Curves:
-    """Cloning: on unseen examples, after batches of train examples, which lie along s; seeds along p."""
-    size, ids = args.batch, test_ids(tasks, args.test_seeds)
-    keys = train.keys(test_ids(tasks, args.test_seeds * size), 3).view(args.test_seeds, size, 2)
-    state, params = learner.initial_state(keys, train.num_inputs, train.num_classes), learner.params(theta[None])
-    unseen = min(2000, len(tasks.dataset) or 2000) // size * size
-    start = 0 if len(tasks.dataset) else 2**32  # what is made on the fly has no splits
-    x_test, y_test = tasks.sample(ids, ids, max(unseen, size), start)
-    curves: Curves = {"accuracy": {}, "cross_entropy": {}}
-    for last, step in pairwise([0, *plotted_steps(args.test_steps)]):
-        x, y = train.sample(ids, ids, (step - last) * size, last * size)
-        x, y = (v.unflatten(1, (-1, size)).transpose(1, 2) for v in (x, y))
-        state, _, _ = rollout(learner, theta[None].expand(len(ids), -1), state, x, y)
-        logits = torch.cat([learner.predict(params, state, part)[1] for part in x_test.split(size, 1)], 1)
-        curves["accuracy"][step] = (logits.argmax(-1) == y_test).float().mean(1)
-        curves["cross_entropy"][step] = F.cross_entropy(logits.mT, y_test, reduction="none").mean(1)
-    return curves
-
-
-def plotted_steps(steps: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, 100, ..., with 400, and the last step."""
-    points = {base * 10**power for base in (1, 2, 5) for power in range(8)} | {400, steps}
-    return sorted(point for point in points if point <= steps)
-
-
 def meta_test(
-    args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks], run: "Run"
+    args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, dict[str, Tasks]], run: "Run"
 ) -> tuple[Rows, dict[str, Any]]:
-    """All learners on --split of all test datasets: result rows, further facts, and figures."""
-    rows, curves, facts, fitted = [], [], {"learning_rates": {}}, {}
-    pairs = list(product(tests, learners))
+    """All learners on all datasets that fit them: result rows, further facts, and figures."""
+    rows, curves, facts = [], [], {"learning_rates": {}}
+    pairs = [(task, name) for task, fitted in tests.items() for name in fitted]
     for task, name in tqdm(pairs, desc="meta-test", disable=run.rank > 0):
-        try:
-            tasks = replace(tests[task], dataset=fit(args, learners[name], tests[task]))
-        except DatasetError as error:
-            run.info(f"{name} is left out on {task}: {error}")
-            continue
-        fitted.setdefault(task, {})[name] = tasks
-        measure = partial(measured, args, name, learners[name], thetas[name], tasks, task)
+        measure = partial(measured, args, name, learners[name], thetas[name], tests[task][name], task)
         some, points, rate = run.once(f"{task}, {name}", measure)
         rows += some
         curves += points
@@ -876,18 +740,19 @@ def meta_test(
     axes = {"xlabel": xlabel, "ylabel": metric.replace("_", " "), "ylim": (0, 1.02)}
     plot(curves, run.folder / f"{metric}.png", labels=LABELS, columns=3, **axes)
     if args.learner == "clone":
-        facts["error"] = draw_error_map(run.folder / "error_map.png", args, learners["clone"], thetas["clone"])
+        x, w, y, target = cloning.cloned_tanh(Clone(VSML(args)), thetas["clone"])
+        error_map(x, w, y, target, run.folder / "error_map.png", title="y = tanh(x) w")
+        facts["error"] = (y - target).abs().mean().item()
     elif args.learner != "backprop" and not args.shots:
         facts["overtaken"] = {task: overtaken(args.learner, [row for row in curves if row["task"] == task]) for task in tests}
         for task, steps in facts["overtaken"].items():
             for name, step in steps.items():
                 run.info(f"{task}: {LABELS[name]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = [name for name in (args.learner, "sgd", "adam") if name in learners]
-        complete = [task for task in fitted if all(name in fitted[task] for name in shown)]
+        complete = [of for of in tests.values() if all(name in of for name in shown)]
         if complete:
-            tasks = fitted[complete[0]]
             path = run.folder / "introspection.png"
-            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, tasks)
+            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, complete[0])
     return rows, facts
 
 
@@ -898,48 +763,31 @@ def measured(
     and log10 of the learning rate of a learner that has one."""
     rate = None
     if isinstance(learner, Backprop):
-        curves = batch_curves(args, learner, theta, tasks, on_train(tasks))
+        train = tasks.reload(split="train")
+        curves = cloning.batch_curves(learner, theta, tasks, train, plotted_steps(args.test_steps))
     else:
         if isinstance(learner, OnlineSGD):
-            theta = theta if name in FIXED_RATE else search_rate(args, learner, on_train(tasks))
+            if name not in FIXED_RATE:
+                train = tasks.reload(split="train")
+                theta = rollouts.search_rate(learner, train, args.test_steps, last=args.meta_loss == "last")
             rate = theta.item()
         curves = online_curves(args, learner, theta, tasks, batch_size(args, tasks, name))
     novelty = "task" if tasks.dataset.source["name"] in args.dataset else "domain"
 
-    rows, lines = [], []
+    row = partial(result_row, name, task, novelty)
+    rows = []
     for metric, points in curves.items():
-        row = partial(result_row, name, task, novelty, metric)
-        rows += [row(step, points[step]) for step in plotted_steps(max(points)) if step in points]
-        lines.append([row(step, points[step]) for step in points if not lines])
-    return rows, lines[0], rate
-
-
-def on_train(tasks: Tasks) -> Tasks:
-    """The same tasks on the train split."""
-    return replace(tasks, dataset=tasks.dataset.reload(split="train"))
-
-
-def overtaken(ours: str, curves: Rows) -> dict[str, int]:
-    """The short horizon (Figure B.10): for learners that ours was ahead of once, the step from which on
-    they stay ahead."""
-    means: dict[str, dict[int, float]] = {}
-    for row in curves:
-        means.setdefault(row["learner"], {})[row["step"]] = row["mean"]
-    overtaken = {}
-    for name, points in means.items():
-        ahead = [step for step in points if ours in means and means[ours][step] > points[step]]
-        if name != ours and ahead and ahead[-1] < max(points):
-            overtaken[name] = min(step for step in points if step > ahead[-1])
-    return overtaken
+        rows += [row(metric, step, points[step]) for step in plotted_steps(max(points)) if step in points]
+    first = next(iter(curves))
+    return rows, [row(first, step, values) for step, values in curves[first].items()], rate
 
 
 def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
     """--split of all test datasets at all sizes, by the name that results give them; with --robustness,
     those of images in the configurations of Figure 3.7."""
     tests = {}
-    for name, size in product(
-        distinct(args.test_datasets or args.dataset + BUNDLED + GENERATED), args.test_sizes or (None,)
-    ):
+    names = distinct(args.test_datasets or args.dataset + BUNDLED + GENERATED)
+    for name, size in product(names, args.test_sizes or (None,)):
         side = size or (args.generated_size if name in GENERATED else None)
         dataset = load(name, args.split, args.data_dir, device, side)
         images = len(dataset.shape) == 3
@@ -953,133 +801,43 @@ def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
     return tests
 
 
-def fit(args: Args, learner: Learner, tasks: Tasks) -> Dataset:
-    """The dataset in a form that the learner was made for: larger images become smaller, smaller ones get
-    a border. Raises DatasetError if there is none."""
-    dataset = tasks.dataset
-    if learner.sizes is None:
-        if args.conv and isinstance(learner, VSML) and not square(dataset):
-            raise DatasetError("convolutions need square images.")
-        return dataset
-    inputs, outputs = learner.sizes
-    if tasks.num_classes > outputs:
-        raise DatasetError(f"it was made for {outputs} classes, and '{dataset.name}' has {tasks.num_classes}.")
-    channels = 1 if math.isqrt(inputs) ** 2 == inputs else 3
-    side = math.isqrt(inputs // channels)
-    if len(dataset.shape) == 3 and dataset.shape[0] != channels:
-        dataset = dataset.reload(channels=channels)
-    if dataset.num_inputs > inputs:
-        return dataset.resize(side)
-    return dataset.pad(side) if square(dataset) and len(dataset) else dataset
-
-
-def fits(args: Args, learner: Learner, tasks: Tasks) -> bool:
-    try:
-        fit(args, learner, tasks)
-    except DatasetError:
-        return False
-    return True
-
-
-def square(dataset: Dataset) -> bool:
-    """Whether its inputs are square images."""
-    return len(dataset.shape) == 3 and dataset.shape[1] == dataset.shape[2]
+def fitting_tests(learners: dict[str, Learner], tests: dict[str, Tasks], run: "Run") -> dict[str, dict[str, Tasks]]:
+    """The tests of each dataset by the learners that they fit."""
+    fitted = {task: {} for task in tests}
+    for task, name in product(tests, learners):
+        try:
+            fitted[task][name] = learners[name].fit(tests[task])
+        except DatasetError as error:
+            run.info(f"{name} is left out on {task}: {error}")
+    if not any(fitted.values()):
+        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
+    return fitted
 
 
 def introspect(
-    path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tasks: dict[str, Tasks]
+    path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks]
 ) -> dict[str, float]:
-    """Figures 3.9 and B.8: the probability of each class (rows) as examples arrive (columns); the true
-    class is framed, the predicted one dotted. First two unseen examples of each class, one after the
-    other, then a hundred random ones. Returns the share of second examples whose prediction is correct,
-    over at most --test-seeds rollouts. Gradient descent has the rate of RATES that is best at that on the
-    train split."""
-    if any(not len(of.dataset) or of.dataset.counts.min() < 2 for of in tasks.values()):
+    """Figures 3.9 and B.8: two unseen examples of each class, one after the other, then a hundred random
+    ones. Returns the share of second examples that are predicted correctly, over at most --test-seeds
+    rollouts. Gradient descent has the rate that is best at that on the train split."""
+    if any(not len(tasks.dataset) or tasks.dataset.counts.min() < 2 for tasks in tests.values()):
         return {}
-    repeats = {}
-    figure, axes = pyplot().subplots(
-        len(learners), 2, figsize=(18, 2.4 * len(learners)), width_ratios=(1, 4), squeeze=False, layout="constrained"
-    )
-    for (name, learner), pair in zip(learners.items(), axes, strict=True):
-        of, theta = tasks[name], thetas[name][None]
+    repeats, panels = {}, {}
+    for name, learner in learners.items():
+        theta = thetas[name]
         if isinstance(learner, OnlineSGD):
-            rates = RATES.to(theta)[:, None]
-            scores = second_correct(learner, rates, on_train(of), *twice_each(on_train(of), args.test_seeds))
-            theta = rates[scores.argmax()][None]
-        twice = twice_each(of, args.test_seeds)
-        repeats[name] = second_correct(learner, theta, of, *twice).item()
-        many = of.sample(test_ids(of, 1), test_ids(of, 1), min(100, len(of.dataset)))
-        for axis, (x, y) in zip(pair, (twice, many), strict=True):
-            p = probabilities(learner, theta, of, x[0], y[0])
-            axis.imshow(p.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            axis.plot(y[0].numpy(force=True), "s", mfc="none", mec="tab:red", ms=7)
-            axis.plot(p.argmax(1), ".", color="black", ms=4)
-            axis.set(title=LABELS[name], xlabel="examples seen", ylabel="class")
-    save(figure, path)
+            theta = rollouts.best_at_repeats(learner, tests[name].reload(split="train"), args.test_seeds)
+        repeats[name] = rollouts.second_correct(learner, tests[name], args.test_seeds, theta[None]).item()
+        panels[LABELS[name]] = rollouts.twice_and_many(learner, tests[name], theta)
+    heat_maps(panels, path, widths=(1, 4))
     return repeats
-
-
-def twice_each(tasks: Tasks, count: int) -> tuple[Tensor, Tensor]:
-    """x (s, t, a) and y (s, t) of at most `count` rollouts through two examples of each class, one after
-    the other."""
-    data, classes = tasks.dataset, tasks.num_classes
-    number = torch.arange(min(count, int(data.counts.min()) // 2), device=data.device)
-    first = (data.counts.cumsum(0) - data.counts)[:classes, None]
-    index = first + 2 * number[:, None, None] + torch.arange(2, device=data.device)
-    labels = torch.arange(classes, device=data.device).repeat_interleave(2)
-    return data.inputs(index.flatten(1)), labels.expand(len(index), -1)
-
-
-def second_correct(learner: Learner, thetas: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> Tensor:
-    """Share (p,) of the second of two examples x (s, t, a), y (s, t) that members (p, d) predict correctly."""
-    keys = tasks.keys(test_ids(tasks, len(x)), 3).expand(len(thetas), -1, -1)
-    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
-    x, y = x.expand(len(thetas), *x.shape), y.expand(len(thetas), *y.shape)
-    _, _, correct = rollout(learner, thetas, state, x, y)
-    return correct[:, :, 1::2].float().mean((1, 2))
-
-
-def probabilities(learner: Learner, theta: Tensor, tasks: Tasks, x: Tensor, y: Tensor) -> np.ndarray:
-    """Of the classes (t, b), predicted in a rollout through x (t, a) and y (t)."""
-    keys = tasks.keys(test_ids(tasks, 1), 3)[None]
-    state = learner.initial_state(keys, x.shape[-1], tasks.num_classes)
-    params, steps = learner.params(theta), []
-    for x_t, y_t in zip(x, y, strict=True):
-        state, logits = learner.observe(params, state, x_t[None, None], y_t[None, None])
-        steps.append(logits[0, 0].softmax(-1))
-    return torch.stack(steps).numpy(force=True)
-
-
-def draw_error_map(path: Path, args: Args, learner: Clone, theta: Tensor) -> float:
-    """Figure B.1: the cloned y = tanh(x) w, and its error everywhere. Returns the mean absolute
-    error on the grid."""
-    n = 81
-    x, w = torch.meshgrid(torch.linspace(-3, 3, n), torch.linspace(-4, 4, n), indexing="xy")
-    wb = torch.stack([w, torch.zeros_like(w)], -1).view(1, -1, 1, 1, 2).to(theta.device)
-    inputs = learner.params(theta[None]), wb, x.reshape(1, -1, 1).to(theta.device)
-    y, target = (rules.forward(*inputs).view(n, n).cpu() for rules in (Clone(VSML(args)), Backprop(args)))
-    error = (y - target).abs()
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for row in range(0, n, 20):
-        (line,) = left.plot(x[row], y[row], label=f"w = {round(w[row, 0].item())}")
-        left.plot(x[row], target[row], ":", color=line.get_color())
-    left.set(title="y = tanh(x) w (dotted: target)", xlabel="x", ylabel="y")
-    left.legend()
-    image = right.imshow(error, origin="lower", extent=(-3, 3, -4, 4), aspect="auto")
-    right.set(title=f"absolute error, {error.mean():.3f} on average", xlabel="x", ylabel="w")
-    figure.colorbar(image)
-    save(figure, path)
-    return error.mean().item()
 
 
 # ======================================================================================================================
 # Use it
 # ======================================================================================================================
 def load_classifier(
-    checkpoint: str | Path = "pretrained",
-    num_classes: int | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    checkpoint: str | Path = "pretrained", num_classes: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Classifier:
     """See common.learners.Classifier. checkpoint: "pretrained", or a checkpoint.pt of this script. Raises
     CheckpointError or UserError for what is no checkpoint of a VSML learner."""
@@ -1297,7 +1055,6 @@ def run_as_script(main: Callable[[], None]) -> None:
 HIDDEN = 160  # units of sgd2 and adam2 (appendix B.3.2)
 META_TRAINED = ("vsml", "rnn", "hebbian", "fwmemory", "clone")  # the others have at most a rate
 FIXED_RATE = ("sgd_1e-2", "adam_1e-3")
-FIXED_SIZE = ("rnn", "hebbian", "fwmemory")
 
 
 def check(args: Args, world: int) -> None:
@@ -1330,32 +1087,21 @@ def batch_size(args: Args, tasks: Tasks, name: str = "vsml") -> int:
     """How many rollouts to run at once: their states should stay in a CPU's cache, or use a GPU's
     memory well."""
     a, b = tasks.num_inputs, tasks.num_classes
-    numbers = a * b
+    numbers = {"fwmemory": 16**3, "sgd2": HIDDEN * (a + b), "adam2": HIDDEN * (a + b)}.get(name, a * b)
     if name == "vsml":
         sizes = make_vsml(args).sizes_of_layers(a, b)
         numbers = args.state_size * sum(inputs * outputs for inputs, _, _, outputs in sizes)
-    elif name == "fwmemory":
-        numbers = 16**3
-    elif name in ("sgd2", "adam2"):
-        numbers = HIDDEN * (a + b)
     return max(1, (2**18 if args.device == "cpu" else 2**26) // numbers)
 
 
-def train_tasks(args: Args, run: Run, augment: bool) -> list[Tasks]:
+def train_tasks(args: Args, run: Run) -> list[Tasks]:
     """What is meta-trained on: the train splits of the datasets, at all sizes, with all numbers of
     classes."""
-    settings: dict[str, Any] = dict(shots=args.shots, seed=args.seed)
-    if augment:
-        settings |= dict(
-            projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked
-        )
     tasks = []
     for name, size in product(args.dataset, args.sizes or (None,)):
         size = size or (args.generated_size if name in GENERATED else None)
-        dataset = load(name, "train", args.data_dir, run.device, size)
-        if args.conv and not square(dataset):
-            raise DatasetError(f"Convolutions need square images, and '{name}' has none.")
-        tasks += [Tasks(dataset, classes=classes, **settings) for classes in args.classes or (None,)]
+        plain = Tasks(load(name, "train", args.data_dir, run.device, size), shots=args.shots, seed=args.seed)
+        tasks += [replace(plain, classes=classes) for classes in args.classes or (None,)]
     return tasks
 
 
@@ -1374,7 +1120,7 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
             learner.forward_part = torch.compile(learner.forward_part, dynamic=False)
             learner.backward_part = torch.compile(learner.backward_part, dynamic=False)
     elif name == "vsml":
-        learner = make_vsml(args, fast_cell(args, use) if run.compiles else None)
+        learner = make_vsml(args, cells.fastest(args, use) if run.compiles else None)
     else:
         deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
@@ -1393,13 +1139,13 @@ def main() -> None:
     trained = [name for name in names if name in META_TRAINED]
     run = Run(args, checkpoint)
     tests = test_tasks(args, run.device)
+    datasets = train_tasks(args, run) if args.mode == "train" else []
     sizes = torch.zeros(2, dtype=torch.int64)  # numbers of inputs and outputs, where they are fixed
     if args.mode == "test":
         checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"])
     else:
-        plain, augmented = train_tasks(args, run, augment=False), train_tasks(args, run, augment=True)
-        sizes[0] = max(tasks.num_inputs for tasks in plain)
-        sizes[1] = max(tasks.num_classes for tasks in plain)
+        sizes[0] = max(tasks.num_inputs for tasks in datasets)
+        sizes[1] = max(tasks.num_classes for tasks in datasets)
 
     make = partial(make_learner, args=args, run=run, sizes=sizes.tolist())
     learners = {name: make(name, use="test") for name in names}
@@ -1412,21 +1158,18 @@ def main() -> None:
         checkpoints.restore(to_train, checkpoint["state"])
     elif args.init and not args.resume:
         checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"])
-    if not any(fits(args, learner, tasks) for learner in learners.values() for tasks in tests.values()):
-        raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
+    train = {name: [learners[name].fit(tasks) for tasks in datasets] for name in trained}
+    tests = fitting_tests(learners, tests, run)
     run.open_folder()
 
     started = time.time()
     if args.mode == "train":
-        tasks = {}
+        augment = dict(projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked)
         for name in trained:
-            tasks[name] = augmented if name == "vsml" or args.augment_baselines else plain
-            if name in FIXED_SIZE:
-                fitted = partial(fit, args, learners[name])
-                tasks[name] = [replace(now, dataset=fitted(now)) for now in tasks[name]]
-        to_train = to_train["thetas"]
+            if name == "vsml" or args.augment_baselines:
+                train[name] = [replace(tasks, **augment) for tasks in train[name]]
         outer = {name: make(name, use="train") for name in trained}
-        meta_train(args, outer, to_train, tasks, run, {"rnn_sizes": sizes})
+        meta_train(args, outer, to_train["thetas"], train, run, {"rnn_sizes": sizes})
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it

@@ -6,6 +6,7 @@ turns their sums and products into tight loops over the states. Tests compare th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,3 +82,15 @@ class TrainableCell(torch.autograd.Function):
         d_weight = h.flatten(1, -2).mT @ flat
         dh = (flat @ weight.mT).unflatten(1, h.shape[1:-1])
         return d_weight, gates.sum(-2), gates.sum(-3), dh, dc * f
+
+
+def fastest(args: Any, use: str) -> Callable | None:
+    """The form for a use, "train" or "test", with the flags of vsml.py. None: lstm_cell, whose products a
+    GPU computes on tensor cores."""
+    if args.device == "cuda":
+        return None
+    if use == "test":
+        return torch.compile(fused_lstm_cell, options=options(args.state_size))  # for all sizes
+    if args.meta_optimizer == "es":
+        return partial(fused_lstm_cell, tanh=rational_tanh)
+    return None if args.conv else TrainableCell.apply

@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.cells import exp_tanh
@@ -242,3 +243,39 @@ def pick_synapses(layers: list[Weights], trained: list[Weights], k: int, made: S
     x[0, few:, 0] = trained[k].x[0, s, a]
     error[0, few:, 0] = trained[k].error[0, s, b]
     return wb, x, error
+
+
+# ==================================================================================================
+# Meta-test
+# ==================================================================================================
+def batch_curves(
+    learner: Backprop, theta: Tensor, tasks: Any, train: Any, steps: list[int]
+) -> dict[str, dict[int, Tensor]]:
+    """Accuracy and cross-entropy (seeds,) on unseen examples, after so many batches of train examples,
+    which lie along s; seeds along p."""
+    size, seeds = learner.args.batch, learner.args.test_seeds
+    ids = tasks.test_ids(seeds)
+    keys = train.keys(tasks.test_ids(seeds * size), 3).view(seeds, size, 2)
+    state = learner.initial_state(keys, train.num_inputs, train.num_classes)
+    params = learner.params(theta[None].expand(seeds, -1))
+    unseen = min(2000, len(tasks.dataset) or 2000) // size * size
+    start = 0 if len(tasks.dataset) else 2**32  # what is made on the fly has no splits
+    x_test, y_test = tasks.sample(ids, ids, max(unseen, size), start)
+    curves: dict[str, dict[int, Tensor]] = {"accuracy": {}, "cross_entropy": {}}
+    for last, step in pairwise([0, *steps]):
+        x, y = train.sample(ids, ids, (step - last) * size, last * size)
+        for x_t, y_t in zip(x.split(size, 1), y.split(size, 1), strict=True):
+            state, _ = learner.observe(params, state, x_t, y_t)
+        logits = torch.cat([learner.predict(params, state, part)[1] for part in x_test.split(size, 1)], 1)
+        curves["accuracy"][step] = (logits.argmax(-1) == y_test).float().mean(1)
+        curves["cross_entropy"][step] = F.cross_entropy(logits.mT, y_test, reduction="none").mean(1)
+    return curves
+
+
+def cloned_tanh(learner: Clone, theta: Tensor, n: int = 81) -> tuple[Tensor, ...]:
+    """The cloned y = tanh(x) w on a grid (Figure B.1): x, w, y and what y should be, each (n, n)."""
+    x, w = torch.meshgrid(torch.linspace(-3, 3, n), torch.linspace(-4, 4, n), indexing="xy")
+    wb = torch.stack([w, torch.zeros_like(w)], -1).view(1, -1, 1, 1, 2).to(theta.device)
+    inputs = learner.params(theta[None]), wb, x.reshape(1, -1, 1).to(theta.device)
+    y, target = (rules.forward(*inputs).view(n, n).cpu() for rules in (learner, Backprop(learner.args)))
+    return x, w, y, target

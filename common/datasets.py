@@ -84,6 +84,11 @@ class Dataset:
     def num_inputs(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def square(self) -> bool:
+        """Whether its inputs are square images."""
+        return len(self.shape) == 3 and self.shape[1] == self.shape[2]
+
     def __len__(self) -> int:
         """Number of stored examples; 0 if they are made on the fly."""
         return 0 if self.x is None else len(self.x)
@@ -551,6 +556,48 @@ class Tasks:
     def episode(self) -> int:
         """Examples in a few-shot episode; 0 if sequences are no episodes."""
         return self.shots * self.num_classes + 1 if self.shots else 0
+
+    @property
+    def one_pass(self) -> int | float:
+        """How many examples of any task a sequence has before the first one comes again. `random` is
+        there to be repeated."""
+        counts = self.dataset.counts
+        return math.inf if counts is None else int(counts.sort().values[: self.num_classes].sum())
+
+    def reload(self, **changes: Any) -> "Tasks":
+        """The same tasks on the dataset with other arguments of `load`, such as `split`."""
+        return replace(self, dataset=self.dataset.reload(**changes))
+
+    def fit(self, num_inputs: int, num_classes: int) -> "Tasks":
+        """The same tasks in a form for a learner that was made for these sizes: larger images become
+        smaller, smaller ones get a border. Raises DatasetError if there is none."""
+        data = self.dataset
+        if self.num_classes > num_classes:
+            has = f"'{data.name}' has {self.num_classes}"
+            raise DatasetError(f"it was made for {num_classes} classes, and {has}.")
+        channels = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
+        side = math.isqrt(num_inputs // channels)
+        if len(data.shape) == 3 and data.shape[0] != channels:
+            data = data.reload(channels=channels)
+        if data.num_inputs > num_inputs:
+            data = data.resize(side)
+        elif data.square and len(data):
+            data = data.pad(side)
+        return replace(self, dataset=data)
+
+    def test_ids(self, count: int) -> Tensor:
+        """Ids (s,) of the split's tasks and sequences, which no other split has."""
+        return FIRST_ID[self.dataset.split] + torch.arange(count, device=self.dataset.device)
+
+    def twice_each(self, count: int) -> tuple[Tensor, Tensor]:
+        """x (s, t, a) and y (s, t) of at most `count` sequences of two examples of each class, one
+        after the other, which no other of them has. The first classes, as they are stored."""
+        data, classes = self.dataset, self.num_classes
+        number = torch.arange(min(count, int(data.counts.min()) // 2), device=data.device)
+        first = (data.counts.cumsum(0) - data.counts)[:classes, None]
+        index = first + 2 * number[:, None, None] + torch.arange(2, device=data.device)
+        labels = torch.arange(classes, device=data.device).repeat_interleave(2)
+        return data.inputs(index.flatten(1)), labels.expand(len(index), -1)
 
     def keys(self, ids: Tensor, salt: int) -> Tensor:
         """(s, 2) keys of the ids (s,), different for each salt."""

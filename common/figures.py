@@ -1,4 +1,4 @@
-"""Figures from rows of results.json: lines over steps, and matrices of numbers."""
+"""Figures: lines over steps from rows of results.json, matrices of numbers, probabilities, errors."""
 
 import math
 from collections.abc import Sequence
@@ -138,6 +138,46 @@ def matrix(
             ha="right",
         )
     figure.suptitle(title)
+    save(figure, path)
+
+
+def heat_maps(rows: dict[str, list[tuple[Any, Any]]], path: Path, widths: Sequence[int]) -> None:
+    """Heat-maps of the probabilities (t, b) of classes as examples arrive, in a column each. The class y
+    (t,) of an example is framed, the predicted one dotted.
+
+    rows: by their titles, pairs of probabilities and y, side by side at these relative widths.
+    """
+    figure, axes = pyplot().subplots(
+        len(rows),
+        len(widths),
+        figsize=(18, 2.4 * len(rows)),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (title, pairs), row in zip(rows.items(), axes, strict=True):
+        for ax, (p, y) in zip(row, pairs, strict=True):
+            ax.imshow(p.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            ax.plot(y, "s", mfc="none", mec="tab:red", ms=7)
+            ax.plot(p.argmax(1), ".", color="black", ms=4)
+            ax.set(title=title, xlabel="examples seen", ylabel="class")
+    save(figure, path)
+
+
+def error_map(x: Any, w: Any, y: Any, target: Any, path: Path, title: str) -> None:
+    """A function of x and w and its target, all on one grid (w, x): lines over x, and the error
+    everywhere."""
+    error = abs(y - target)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for row in range(0, len(w), 20):
+        (line,) = left.plot(x[row], y[row], label=f"w = {round(w[row, 0].item())}")
+        left.plot(x[row], target[row], ":", color=line.get_color())
+    left.set(title=f"{title} (dotted: target)", xlabel="x", ylabel="y")
+    left.legend()
+    extent = (x.min(), x.max(), w.min(), w.max())
+    image = right.imshow(error, origin="lower", extent=extent, aspect="auto")
+    right.set(title=f"absolute error, {error.mean():.3f} on average", xlabel="x", ylabel="w")
+    figure.colorbar(image)
     save(figure, path)
 
 

@@ -46,6 +46,10 @@ class Learner:
         views = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(-1, *shape) for (name, shape), part in views}
 
+    def fit(self, tasks: Any) -> Any:
+        """common.datasets.Tasks in a form for this learner. Raises DatasetError if there is none."""
+        return tasks.fit(*self.sizes) if self.sizes else tasks
+
     def observe(self, params: Params, state: State, x: Tensor, y: Tensor) -> tuple[State, Tensor]:
         """Predict, then learn from the label: x (p, s, a), y (p, s) int64. Returns the logits, too."""
         state, logits = self.predict(params, state, x)

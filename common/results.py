@@ -97,6 +97,26 @@ def result_row(
     return row | {"mean": mean, "std": std, "seeds": len(values)}
 
 
+def plotted_steps(steps: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, 100, ..., with 400, and the last step."""
+    points = {base * 10**power for base in (1, 2, 5) for power in range(8)} | {400, steps}
+    return sorted(point for point in points if point <= steps)
+
+
+def overtaken(ours: str, rows: list[dict[str, Any]]) -> dict[str, int]:
+    """By learner, of the rows of one task and metric: the step from which on it stays ahead of ours,
+    which was ahead before."""
+    means: dict[str, dict[int, float]] = {}
+    for row in rows:
+        means.setdefault(row["learner"], {})[row["step"]] = row["mean"]
+    overtaken = {}
+    for name, points in means.items():
+        ahead = [step for step in points if ours in means and means[ours][step] > points[step]]
+        if name != ours and ahead and ahead[-1] < max(points):
+            overtaken[name] = min(step for step in points if step > ahead[-1])
+    return overtaken
+
+
 def median_difference(values: list[float], others: list[float]) -> dict[str, float]:
     """The medians of two learners, their difference, and its 95 % bootstrap interval (Efron 1979).
     values and others are of independent repetitions, and drawn in pairs: those at the same place

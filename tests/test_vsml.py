@@ -23,7 +23,7 @@ from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from sklearn.datasets import load_wine
 
 import vsml
-from common import cells, checkpoints, es
+from common import cells, checkpoints, cloning, convolutions, es, rollouts
 from common.datasets import Tasks, load
 from common.machine import can_compile
 from common.rng import fold, key
@@ -252,7 +252,7 @@ def test_conv_equals_a_loop_over_positions():
     side, channels, out = 5, 2, 3
     args = replace(ARGS, micro_ticks=1, conv=(out,))
     theta, n, m = some_theta(args), args.state_size, args.message_size
-    learner, conv = vsml.make_vsml(args), vsml.Conv(9 * channels, out, side)
+    learner, conv = vsml.make_vsml(args), convolutions.Conv(9 * channels, out, side)
     params = learner.params(theta)
     generator = torch.Generator().manual_seed(3)
     h, c = torch.randn(2, 1, 1, 9 * channels, out, n, generator=generator)
@@ -406,21 +406,25 @@ def test_learners_by_gradient_descent():
 
 def test_images_fit_the_learner():
     """A learner of fixed sizes gets smaller images with a border, larger ones shrunk, its number of channels."""
-    fit = partial(vsml.fit, ARGS)
-    digits = Tasks(load("digits", "test"))
-    assert fit(vsml.VSML(ARGS), digits) is digits.dataset
-    assert fit(vsml.InContextRNN(100, 10), digits).shape == (1, 10, 10)
-    assert fit(vsml.InContextRNN(25, 10), digits).shape == (1, 5, 5)
-    assert fit(vsml.InContextRNN(3 * 100, 10), digits).shape == (3, 10, 10)
-    assert fit(vsml.InContextRNN(100, 10), Tasks(load("wine", "test"))).shape == (13,)
+    digits, wine = (Tasks(load(name, "test")) for name in ("digits", "wine"))
+    assert vsml.VSML(ARGS).fit(digits) is digits
+    assert vsml.InContextRNN(100, 10).fit(digits).dataset.shape == (1, 10, 10)
+    assert vsml.InContextRNN(25, 10).fit(digits).dataset.shape == (1, 5, 5)
+    assert vsml.InContextRNN(3 * 100, 10).fit(digits).dataset.shape == (3, 10, 10)
+    assert vsml.InContextRNN(100, 10).fit(wine).dataset.shape == (13,)
     with pytest.raises(vsml.DatasetError, match="made for 3 classes"):
-        fit(vsml.InContextRNN(100, 3), digits)
+        vsml.InContextRNN(100, 3).fit(digits)
+
+    conv = vsml.make_vsml(replace(ARGS, conv=(2,)))
+    assert conv.fit(digits) is digits
+    with pytest.raises(vsml.DatasetError, match="convolutions need square images"):
+        conv.fit(wine)
 
 
 def test_second_examples_of_a_class():
     """Two examples of each class in a row, others in each rollout; a learner that repeats the last label is always correct."""
     tasks = Tasks(load("digits", "test"))
-    x, y = vsml.twice_each(tasks, 5)
+    x, y = tasks.twice_each(5)
     assert x.shape == (5, 20, 64) and y.tolist() == [[label for label in range(10) for _ in range(2)]] * 5
     assert len(x.flatten(0, 1).unique(dim=0)) == 100
     stored = tasks.dataset.inputs(torch.arange(len(tasks.dataset)))
@@ -438,15 +442,15 @@ def test_second_examples_of_a_class():
         def learn(self, params, state, error, label):
             return label
 
-    assert vsml.second_correct(Repeat(False), torch.zeros(1, 1), tasks, x, y) == 1.0
-    slow, fast = vsml.second_correct(vsml.OnlineSGD(False), torch.tensor([[-9.0], [0.0]]), tasks, x, y)
+    assert rollouts.second_correct(Repeat(False), tasks, 5, torch.zeros(1, 1)) == 1.0
+    slow, fast = rollouts.second_correct(vsml.OnlineSGD(False), tasks, 5, torch.tensor([[-9.0], [0.0]]))
     assert slow < 0.4 < 0.8 < fast
 
 
 def test_rollouts_pass_once_through_the_examples_of_their_classes():
     digits = load("digits", "test")
-    assert vsml.one_pass(Tasks(digits)) == 450 and vsml.one_pass(Tasks(load("random"))) == math.inf
-    assert vsml.one_pass(Tasks(digits, classes=5)) == digits.counts.sort().values[:5].sum()
+    assert Tasks(digits).one_pass == 450 and Tasks(load("random")).one_pass == math.inf
+    assert Tasks(digits, classes=5).one_pass == digits.counts.sort().values[:5].sum()
 
 
 def test_blocks_of_a_long_rollout_are_one_rollout():
@@ -906,7 +910,8 @@ def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatc
     train, test = Tasks(load("digits", "train")), Tasks(load("digits", "test"))
     torch.manual_seed(0)
     vsml.meta_train(args, {"clone": learner}, thetas, {"clone": [train]}, Silent(), {})
-    target = vsml.batch_curves(args, exact, torch.zeros(0), test, train)["accuracy"][60].mean()
+    curves = partial(cloning.batch_curves, tasks=test, train=train, steps=vsml.plotted_steps(args.test_steps))
+    target = curves(exact, torch.zeros(0))["accuracy"][60].mean()
 
     def forbidden(*_, **__):
         raise AssertionError("no gradients after cloning")
@@ -914,8 +919,8 @@ def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatc
     for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "common.cloning.Backprop.backward"):
         monkeypatch.setattr(place, forbidden)
     with torch.inference_mode():
-        found = vsml.batch_curves(args, learner, thetas["clone"], test, train)["accuracy"]
-        blank = vsml.batch_curves(args, learner, 0 * thetas["clone"], test, train)["accuracy"]
+        found = curves(learner, thetas["clone"])["accuracy"]
+        blank = curves(learner, 0 * thetas["clone"])["accuracy"]
     assert not thetas["clone"].requires_grad
     assert target > 0.8 and found[60].mean() > target - 0.1 and found[60].mean() > found[1].mean() + 0.4
     assert blank[60].mean() < 0.3
@@ -973,7 +978,7 @@ MISTAKES = {
     "--run-name {done}": "is not a name",
     "--learner clone": "use --preset clone",
     "--baselines backprop": "clone and backprop learn from batches",
-    "--conv 8 --dataset wine": "Convolutions need square images, and 'wine' has none",
+    "--conv 8 --dataset wine": "convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
