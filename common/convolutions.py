@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Conv(NamedTuple):
-    """A layer, of kernel 3 and stride 2 (the release)."""
+    """A layer, of kernel 3 and stride 2 (appendix B.2.2)."""
 
     a: int  # inputs of a patch
     b: int  # channels out

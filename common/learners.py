@@ -90,7 +90,7 @@ def as_tensor(value: Any, device: torch.device) -> Tensor:
     try:
         return torch.as_tensor(value, device=device)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"These are no numbers that torch.as_tensor takes: {error}") from error
+        raise ValueError(f"torch.as_tensor takes other numbers only: {error}") from error
 
 
 def finite(logits: Tensor) -> Tensor:

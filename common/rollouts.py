@@ -41,7 +41,7 @@ def predictions(
 
 
 def correct(learner: Any, theta: Tensor, tasks: Any, ids: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whether these predictions are correct (p, s, t), as 0 and 1."""
+    """Whether its predictions are correct (p, s, t), as 0 and 1."""
     logits = predictions(learner, theta, tasks, ids, x, y)
     return (torch.stack([now.argmax(-1) for now in logits], -1) == y).float()
 

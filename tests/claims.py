@@ -250,7 +250,7 @@ def fact(run: str, *names: str) -> Number:
             value = value[name]
         return value
 
-    return Number(" ".join((*names, run)), of)
+    return Number(" ".join((*names, run)).strip(), of)
 
 
 def plateau(run: str) -> Number:

@@ -669,12 +669,17 @@ THESIS = dict(  # appendix B.3.2 and section 3.4.2, but where a comment says so
     generated_size=28,  # the release
 )  # fmt: skip
 OMNIGLOT = dict(dataset=("omniglot",), classes=(5,), shots=1, meta_loss="last", feed_label=True, backward_pass=True)
-OMNIGLOT |= dict(meta_steps=100_000, rnn_size=128, sizes=(28,), test_seeds=400)  # the release
+OMNIGLOT |= dict(meta_steps=100_000, rnn_size=128, sizes=(28,))  # the release
+OMNIGLOT |= dict(test_seeds=400)  # the thesis: 100 episodes
 CONV = dict(conv=(8,), feed_label=True, backward_pass=True, norm_messages=True)  # the release
 ROWS = {  # row and number of the command at the thesis preset -> what differs from THESIS
     ("V3", 0): {},
     ("V4", 0): dict(sizes=(14, 28, 32), classes=(3, 4, 6, 7), projected=1.0, test_seeds=32),
     ("V5", 0): dict(projected=1.0, test_seeds=32, dataset=("fashion_mnist", "kmnist", "emnist", "random")),
+    ("V5", 1): dict(projected=1.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random")),
+    ("V5", 2): dict(projected=1.0, test_seeds=32, dataset=("mnist", "fashion_mnist", "emnist", "random")),
+    ("V5", 3): dict(projected=1.0, test_seeds=32, dataset=("mnist", "fashion_mnist", "kmnist", "random")),
+    ("V5", 4): dict(projected=1.0, test_seeds=32, dataset=("mnist", "fashion_mnist", "kmnist", "emnist")),
     ("V5", 5): dict(projected=0.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random")),
     ("V5", 6): dict(projected=1.0, test_seeds=32, dataset=("mnist", "kmnist", "emnist", "random"), augment_baselines=True),
     ("V5", 7): dict(projected=0.5, augment_baselines=True),
@@ -980,7 +985,7 @@ MISTAKES = {
     "--baselines backprop": "clone and backprop learn from batches",
     "--conv 8 --dataset wine": "convolutions need square images, and 'wine' has none",
     "--shots 5 --dataset random": "'random' has too few stored examples",
-    "--dataset wine --learner rnn --baselines --test-datasets digits": "No learner fits any of the test datasets",
+    "--conv 8 --baselines --test-datasets wine": "No learner fits any of the test datasets",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
     "--init {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
     "--meta-steps 0": "--meta-steps has to be from 1 to",
