@@ -52,9 +52,9 @@ def slow_layer(w, x, b):
 @pytest.mark.parametrize("a, b", [(3, 2), (2, 5)])
 def test_a_layer_is_equations_7_1_to_7_4(a, b):
     w, x = torch.randn(4, a, b + 2 * a + 4, dtype=torch.float64), torch.randn(4, a, dtype=torch.float64)
-    found = fme.self_referential_layer(w, x, b)
+    actual = fme.self_referential_layer(w, x, b)
     for index in range(4):
-        for mine, slow in zip(found, slow_layer(w[index].tolist(), x[index].tolist(), b), strict=True):
+        for mine, slow in zip(actual, slow_layer(w[index].tolist(), x[index].tolist(), b), strict=True):
             torch.testing.assert_close(mine[index], torch.tensor(slow, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
@@ -148,11 +148,11 @@ def test_a_step_makes_no_tensor_of_python_numbers(monkeypatch):
 
 def test_reward_by_pulls_since_a_swap():
     reward, since = torch.rand(40, 3), torch.randint(0, 25, (40, 3))
-    found = fme.by_pulls_since_swap(list(reward), list(since))
+    actual = fme.by_pulls_since_swap(list(reward), list(since))
     for who in range(3):
         for pull in range(10):
             values = [float(r) for r, s in zip(reward[:, who], since[:, who], strict=True) if s == pull]
-            assert found[who, pull] == pytest.approx(sum(values) / max(1, len(values)))
+            assert actual[who, pull] == pytest.approx(sum(values) / max(1, len(values)))
 
 
 # ---- selection ---------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_rows_by_depth():
 
 # ---- statistics --------------------------------------------------------------------------------------------------------
 def test_the_interval_of_a_difference_of_medians():
-    """It has the truth inside in about 95 of 100 draws; pairs that vary together are told apart where others are not."""
+    """It has the truth inside in about 95 of 100 draws; pairs that vary together are distinguished where others are not."""
     generator = torch.Generator().manual_seed(0)
     inside = []
     for _ in range(100):
@@ -573,7 +573,7 @@ def test_the_thesis_way_and_every_switch(tmp_path):
     assert {row["metric"] for row in rows(tmp_path / "all")} == {"return", "child_minus_parent", "child_better"}
 
 
-MISTAKES = {
+REFUSED = {
     "--envs pendulum": "cannot have the continuous actions of pendulum; choose from bandit, cartpole, swapping_bandit",
     "--envs acrobot": "has no setting for acrobot; choose from bandit",
     "--envs cartpol": "There is no environment cartpol; there are bandit",
@@ -592,11 +592,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, complain, tmp_path):
     tiny = "" if "--mode test" in flags else TINY
-    said = complain("fme", f"{tiny} {flags}".format(done=finished[0]))
-    assert re.search(MISTAKES[flags], said), said
+    message = complain("fme", f"{tiny} {flags}".format(done=finished[0]))
+    assert re.search(REFUSED[flags], message), message
     assert not list(tmp_path.iterdir())
 
 

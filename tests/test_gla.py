@@ -164,16 +164,16 @@ def test_only_what_is_predicted_is_in_the_loss():
     assert not torch.equal(losses[0], tail)
 
 
-def test_what_the_transformer_is_told():
+def test_the_extra_input_of_the_transformer():
     place, reward = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.4]])
-    told = {
+    by_input = {
         name: student(gap=4, args=replace(ARGS, auxiliary=name)) for name in ("none", "gap", "progress", "return")
     }
-    inputs = {name: one.eta(place, reward).tolist() for name, one in told.items()}
+    inputs = {name: one.eta(place, reward).tolist() for name, one in by_input.items()}
     assert inputs["none"] == [[0, 0]] and inputs["progress"] == [[0, 1]] and inputs["gap"] == [[pytest.approx(0.4)] * 2]
-    assert torch.equal(told["return"].eta(place, reward), reward)
-    told["return"].model.best.fill_(0.9)
-    assert torch.equal(told["return"].eta(place), torch.full((1, 2), 0.9))
+    assert torch.equal(by_input["return"].eta(place, reward), reward)
+    by_input["return"].model.best.fill_(0.9)
+    assert torch.equal(by_input["return"].eta(place), torch.full((1, 2), 0.9))
 
 
 @pytest.mark.parametrize("masked, read", [("", {"obs", "action", "reward", "ended"}), ("reward", {"obs", "action"}), ("history", {"obs"})])
@@ -527,7 +527,7 @@ def test_an_agent_needs_actions_and_a_checkpoint(finished, tmp_path):
         gla.GLA.load(tmp_path / "none.pt", num_actions=2)
 
 
-MISTAKES = {
+REFUSED = {
     "--envs hidden_goal:9": "hidden_goal:9 is not one of nine cells",
     "--envs": "--envs needs at least one",
     "--envs bandit": "bandit has none",
@@ -553,11 +553,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, finished, complain, tmp_path):
     tiny = "" if "--mode test" in flags else TINY
     message = complain("gla", f"{tiny} {flags}".format(done=finished))
-    assert re.search(MISTAKES[flags], message), message
+    assert re.search(REFUSED[flags], message), message
     assert not list(tmp_path.iterdir())
 
 
@@ -580,11 +580,11 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "laptop", "--preset", "laptop"]
     subprocess.run(line, check=True, cwd=tmp_path)
     assert time.time() - start < 300
-    found, first, last = rows(tmp_path / "laptop"), [], []
+    actual, first, last = rows(tmp_path / "laptop"), [], []
     for task in ("hidden_goal:1", "hidden_goal:8"):
         curve = {}
         for name in ("gla", "gla, g = 8", "gla, g = 1", "one-task"):
-            curve[name] = [row["mean"] for row in found if (row["learner"], row["task"]) == (name, task)]
+            curve[name] = [row["mean"] for row in actual if (row["learner"], row["task"]) == (name, task)]
         ends = [values[-1] for values in curve.values()]
         assert ends == sorted(ends, reverse=True)
         assert curve["gla"][-1] > 3 * curve["gla"][0] and curve["gla, g = 8"][-1] > 2 * curve["gla, g = 8"][0]

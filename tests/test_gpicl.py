@@ -74,11 +74,11 @@ def test_one_example_at_a_time_equals_all_at_once(name):
     label = gpicl.previous_labels(y, 4)
     whole, _ = learner(x, label)
     for pieces in ([1] * 7, [3, 1, 3]):
-        state, found = None, []
+        state, actual = None, []
         for part, part_label in zip(x.split(pieces, 1), label.split(pieces, 1), strict=True):
             logits, state = learner(part, part_label, state)
-            found.append(logits)
-        torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=1e-4)
+            actual.append(logits)
+        torch.testing.assert_close(torch.cat(actual, 1), whole, atol=1e-5, rtol=1e-4)
 
 
 def test_the_transformer_against_loops():
@@ -264,11 +264,11 @@ x, y = tasks.sample(torch.tensor([5, 2**40 + 5]), torch.tensor([1, 2]), 9)
     out = "print(x.sum().item(), y.tolist())"
     line = [sys.executable, "-c", code + out]
     other = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found = {}
-    exec(code, found)
+    actual = {}
+    exec(code, actual)
     total, labels = other.split(" ", 1)
-    assert float(total) == pytest.approx(found["x"].sum().item(), abs=1e-4)
-    assert json.loads(labels) == found["y"].tolist() and found["y"][0].tolist() != found["y"][1].tolist()
+    assert float(total) == pytest.approx(actual["x"].sum().item(), abs=1e-4)
+    assert json.loads(labels) == actual["y"].tolist() and actual["y"][0].tolist() != actual["y"][1].tolist()
 
 
 def test_sign_of_average():
@@ -712,7 +712,7 @@ def test_features_are_kept(brightness, tmp_path):
     assert rows(tmp_path / "one") == rows(tmp_path / "two") == rows(tmp_path / "three")
 
 
-MISTAKES = {
+REFUSED = {
     "--dataset mnits": "There is no dataset 'mnits'; choose from digits, wine",
     "--dataset mnist --data-dir {tmp}/none": "'mnist' is not in '.*none' and could not be downloaded; use a bundled dataset",
     "--dataset": "--dataset needs at least one dataset",
@@ -746,10 +746,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
     message = complain("gpicl", f"{TINY} {flags}".format(tmp=tmp_path, done=finished[0]))
-    assert re.search(MISTAKES[flags], message), message
+    assert re.search(REFUSED[flags], message), message
     if flags != "--lr 1e29":  # nothing is written before everything is checked
         assert not {path.name for path in tmp_path.iterdir()} - {"none"}
 
@@ -765,20 +765,20 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
     def run(name, flags):
         line = [sys.executable, str(ROOT / "gpicl.py"), "--run-dir", str(tmp_path), "--run-name", name, "--data-dir", str(DATA)]
         subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
-        found = [row for row in rows(tmp_path / name) if row["metric"] == "accuracy"]
-        return {(row["learner"], row["task"], row["novelty"], row["step"]): row["mean"] for row in found}
+        actual = [row for row in rows(tmp_path / name) if row["metric"] == "accuracy"]
+        return {(row["learner"], row["task"], row["novelty"], row["step"]): row["mean"] for row in actual}
 
     start = time.time()
-    found = run("laptop", "--preset laptop")
+    actual = run("laptop", "--preset laptop")
     assert time.time() - start < 300
-    last = found["transformer", "digits", "task", 40]
-    assert last >= 0.6 and last >= found["transformer", "digits", "task", 1] + 0.4
-    assert last > max(found["sgd", "digits", "task", 40], found["adam", "digits", "task", 40])
-    assert found["transformer", "random", "domain", 40] >= 0.9
+    last = actual["transformer", "digits", "task", 40]
+    assert last >= 0.6 and last >= actual["transformer", "digits", "task", 1] + 0.4
+    assert last > max(actual["sgd", "digits", "task", 40], actual["adam", "digits", "task", 40])
+    assert actual["transformer", "random", "domain", 40] >= 0.9
     if not (DATA / "FashionMNIST").exists():
         pytest.skip("no MNIST and Fashion-MNIST in CLEANMETA_DATA")
     checkpoint = tmp_path / "laptop" / "checkpoint.pt"
-    found = run("other", f"--mode test --checkpoint {checkpoint} --test-datasets mnist fashion_mnist")
+    actual = run("other", f"--mode test --checkpoint {checkpoint} --test-datasets mnist fashion_mnist")
     for task in ("mnist", "fashion_mnist"):
-        assert found["transformer", task, "domain", 40] >= 0.35
-        assert found["untrained", task, "domain", 40] < 0.15
+        assert actual["transformer", task, "domain", 40] >= 0.35
+        assert actual["untrained", task, "domain", 40] < 0.15

@@ -189,7 +189,7 @@ def test_the_objective_takes_any_number_of_action_dimensions_in_any_order():
             assert order.tolist() == list(range(b)) or not torch.allclose(wrong, ours)
 
 
-def test_the_objective_hears_the_future_and_nothing_behind_an_end():
+def test_the_objective_depends_on_the_future_but_not_beyond_an_end():
     nets, alpha, state, batch = setting()
     batch = batch._replace(mask=torch.ones_like(batch.mask))
     batch.mask[:, 1, 3:] = 0  # an end
@@ -209,15 +209,15 @@ def test_the_objective_hears_the_future_and_nothing_behind_an_end():
 @pytest.mark.parametrize(
     "inputs", [("reward", "value", "next_value"), ("reward", "time"), ("reward", "value", "time"), ("gain",)]
 )
-def test_the_objective_hears_what_it_is_told_to(inputs):
+def test_the_objective_depends_on_its_inputs_alone(inputs):
     args = replace(ARGS, inputs=inputs)
     nets, alpha, state, batch = setting(args=args)
     action, seen = nets.act(state["phi"], batch.obs), metagenrl.values(nets, state, batch)
     ours = metagenrl.objective(args, nets, alpha, batch, action, *seen)
     other = {"reward": batch._replace(reward=batch.reward.flip(2)), "time": batch._replace(time=1 - batch.time)}
     for name, changed in other.items():
-        heard = not torch.equal(metagenrl.objective(args, nets, alpha, changed, action, *seen), ours)
-        assert heard == (name in inputs)
+        depends = not torch.equal(metagenrl.objective(args, nets, alpha, changed, action, *seen), ours)
+        assert depends == (name in inputs)
     mixed = metagenrl.objective(args, nets, alpha, batch, action, seen[0].flip(2), seen[1])
     assert torch.equal(mixed, ours) != bool({"value", "gain"} & set(inputs))
 
@@ -349,7 +349,7 @@ def group(args=ARGS, name="pendulum", p=3, steps=60):
     return metagenrl.Group(args, name, torch.zeros(p, dtype=torch.int64), steps, torch.device("cpu"), lambda f: f)
 
 
-def test_an_agent_that_is_not_finite_begins_anew_and_the_others_go_on():
+def test_an_agent_that_is_not_finite_is_reset_and_the_others_continue():
     agents = group()
     with torch.no_grad():
         for now in range(1, 5):
@@ -385,7 +385,7 @@ class Sick:
         self.logged.append(values)
 
 
-def test_meta_training_goes_on_without_an_agent_that_is_not_finite():
+def test_meta_training_continues_without_an_agent_that_is_not_finite():
     args = replace(ARGS, log_every=4, env_steps=32)
     groups = [group(args)]
     alpha = groups[0].nets.init_objective(1, DRAWS)
@@ -584,20 +584,20 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves_behind(finished):
-    folder, said = finished
+    folder, output = finished
     names = {path.name for path in folder.iterdir()}
     assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "returns.png"} <= names
     results = json.loads((folder / "results.json").read_text())
     assert results["script"] == "metagenrl" and results["agents_reset"] == 0 and results["parameters"] > 300
-    found = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
+    actual = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
     learners = {"metagenrl", "untrained", "td3", "reinforce-off"} | {f"metagenrl, {20 * part} %" for part in range(1, 5)}
     tasks = {("point_mass", "none"), ("pendulum", "none"), ("continuous_cartpole", "domain")}
-    assert found == {(learner, *task) for learner in learners for task in tasks}
+    assert actual == {(learner, *task) for learner in learners for task in tasks}
     for row in results["results"]:
         assert row["metric"] == "return" and row["seeds"] == 4 and row["step"] in (0, 20, 40)
         assert len(row["values"]) == 4 and sum(row["values"]) / 4 == pytest.approx(row["mean"], rel=1e-5)
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 6
-    assert all(learner in said for learner in learners)
+    assert all(learner in output for learner in learners)
 
 
 def saved_state(folder):
@@ -670,9 +670,9 @@ def test_other_learners(learner, tmp_path):
     flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 3600 --rl2.trials 2 --rl2.units 5"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
-    found = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
+    actual = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
     tasks = ("point_mass", "pendulum", "continuous_cartpole")
-    assert found == {(name, task, 2) for name in (learner, "reinforce-on") for task in tasks}
+    assert actual == {(name, task, 2) for name in (learner, "reinforce-on") for task in tasks}
     launcher = killed("meta_test.pt" if learner == "ppo" else "checkpoint.pt", nth=2)
     assert command(tmp_path, f"{flags} --run-name killed", launcher).returncode == -signal.SIGKILL
     resumed = command(tmp_path, f"--resume {tmp_path / 'killed'}", tiny="")
@@ -720,7 +720,7 @@ def test_an_objective_from_python(finished, tmp_path):
         metagenrl.LearnedObjective.load(path.parent / "none.pt")
 
 
-MISTAKES = {
+REFUSED = {
     "--envs cartpole": "cartpole has discrete actions",
     "--envs CartPole-v1": "CartPole-v1 has discrete actions",
     "--envs pendulun": "no environment pendulun",
@@ -750,11 +750,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, finished, complain, tmp_path):
     tiny = "" if "--mode test" in flags else TINY
     message = complain("metagenrl", f"{tiny} {flags}".format(done=finished[0]))
-    assert re.search(MISTAKES[flags], message), message
+    assert re.search(REFUSED[flags], message), message
     assert not list(tmp_path.iterdir())
 
 
@@ -786,10 +786,10 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
     ]
     subprocess.run(line, check=True, cwd=tmp_path)
     assert time.time() - start < 300
-    found = rows(tmp_path / "laptop")
-    last = max(row["step"] for row in found)
-    ends = {(row["learner"], row["task"]): row["mean"] for row in found if row["step"] == last}
-    begins = {row["task"]: row["mean"] for row in found if row["step"] == 0 and row["learner"] == "metagenrl"}
+    actual = rows(tmp_path / "laptop")
+    last = max(row["step"] for row in actual)
+    ends = {(row["learner"], row["task"]): row["mean"] for row in actual if row["step"] == last}
+    begins = {row["task"]: row["mean"] for row in actual if row["step"] == 0 and row["learner"] == "metagenrl"}
     for task in ("pendulum", "reacher"):
         ours = ends["metagenrl", task]
         assert ours > begins[task] and ours > ends["untrained", task] and ours > ends["reinforce-off", task]

@@ -59,8 +59,8 @@ def slow_symla(params, state, obs, action, reward, done, n, m, ticks):
     for _ in range(ticks):
         for i in range(a):
             for j in range(b):
-                heard = [*bwd_msg[i], 1.5 * obs[i], *fwd_msg[j], action[j], reward, done, *h[i, j]]
-                gates = torch.stack(heard) @ weight + bias
+                cell_inputs = [*bwd_msg[i], 1.5 * obs[i], *fwd_msg[j], action[j], reward, done, *h[i, j]]
+                gates = torch.stack(cell_inputs) @ weight + bias
                 enter, new, forget, out = gates[:n], gates[n : 2 * n], gates[2 * n : 3 * n], gates[3 * n :]
                 c[i, j] = torch.sigmoid(forget) * c[i, j] + torch.sigmoid(enter) * torch.tanh(new)
                 h[i, j] = torch.sigmoid(out) * torch.tanh(c[i, j])
@@ -453,19 +453,19 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves_behind(finished):
-    folder, said = finished
+    folder, output = finished
     names = {path.name for path in folder.iterdir()}
     assert {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "cumulative_regret.png"} <= names
     results = json.loads((folder / "results.json").read_text())
     assert results["script"] == "symla" and results["preset"] == "laptop" and results["args"]["rnn_outputs"] == 3
-    found = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
+    actual = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
     learners = ("symla", "rnn", "thompson", "uniform")
     tasks = (("independent_bandit:3", "none"), ("independent_bandit:2", "task"))
-    assert found == {(learner, *task) for learner in learners for task in tasks}
+    assert actual == {(learner, *task) for learner in learners for task in tasks}
     for row in results["results"]:
         assert row["metric"] == "cumulative_regret" and row["seeds"] == 20 and 0 <= row["mean"] <= row["step"]
     assert {row["step"] for row in results["results"]} == set(range(1, 11))
-    assert "cumulative_regret" in said and "1 -> 10" in said
+    assert "cumulative_regret" in output and "1 -> 10" in output
 
 
 def test_the_seed_decides(finished, tmp_path):
@@ -494,10 +494,10 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_plays_elsewhere(fi
     assert rows(tmp_path / "test") == rows(finished[0])
     done = command(tmp_path, f"{flags} --run-name far --test-envs grid_world:2 independent_bandit:5", tiny="")
     assert done.returncode == 0, done.stderr
-    found = {(row["learner"], row["task"], row["novelty"], row["metric"]) for row in rows(tmp_path / "far")}
-    assert ("symla", "grid_world:2", "domain", "return") in found
-    assert ("symla", "independent_bandit:5", "task", "cumulative_regret") in found
-    assert not any(learner == "rnn" for learner, *_ in found) and "too large for the in-context RNN" in done.stdout
+    actual = {(row["learner"], row["task"], row["novelty"], row["metric"]) for row in rows(tmp_path / "far")}
+    assert ("symla", "grid_world:2", "domain", "return") in actual
+    assert ("symla", "independent_bandit:5", "task", "cumulative_regret") in actual
+    assert not any(learner == "rnn" for learner, *_ in actual) and "too large for the in-context RNN" in done.stdout
 
 
 def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path):
@@ -534,9 +534,9 @@ def test_control_shuffled_and_projected_environments_and_their_comparison(tmp_pa
     assert tasks[0] == {"upright_cartpole": "none", "shuffled_upright_cartpole": "task"}
     assert tasks[1] == {"grid_world:3": "none", "swapped_grid_world:3": "task"}
     assert tasks[2] == {"projected_dense_grid_world:3": "none", "projected_balance_cartpole": "domain"}
-    found = rows(tmp_path / "0")
-    last = {row["metric"]: row for row in found if row["task"] == "upright_cartpole" and row["learner"] == "uniform"}
-    per_step = [row["mean"] for row in found if row["metric"] == "reward_per_step" and row["learner"] == "uniform"]
+    actual = rows(tmp_path / "0")
+    last = {row["metric"]: row for row in actual if row["task"] == "upright_cartpole" and row["learner"] == "uniform"}
+    per_step = [row["mean"] for row in actual if row["metric"] == "reward_per_step" and row["learner"] == "uniform"]
     assert last["return"]["step"] == 30 and 0 < last["return"]["mean"] < 30 and all(0 < value <= 1 for value in per_step)
 
 
@@ -629,7 +629,7 @@ def test_environments_of_gymnasium(tmp_path):
     assert returns == {("CartPole-v1", 10.0), ("shuffled_CartPole-v1", 10.0)}
 
 
-MISTAKES = {
+REFUSED = {
     "--envs pendulum": "those of pendulum are continuous",
     "--envs cartpol": "There is no environment cartpol",
     "--envs": "--envs needs at least one environment",
@@ -651,14 +651,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, complain, tmp_path):
     checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     name = "['thetas']['symla']"
     checkpoints.write(tmp_path / "alone.pt", checkpoint | {"state": {name: checkpoint["state"][name]}})
     tiny = "" if "--mode test --checkpoint" in flags else TINY
-    said = complain("symla", f"{tiny} {flags}".format(tmp=tmp_path, done=finished[0]))
-    assert re.search(MISTAKES[flags], said), said
+    message = complain("symla", f"{tiny} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(REFUSED[flags], message), message
     assert {path.name for path in tmp_path.iterdir()} == {"alone.pt"}
 
 

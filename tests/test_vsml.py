@@ -261,14 +261,14 @@ def test_conv_equals_a_loop_over_positions():
     layer, to_above, to_below = learner.update(params, 0, vsml.Layer(h, c, fwd, bwd))
 
     padded = F.pad(fwd.view(channels, side, side, m), (0, 0, 1, 1, 1, 1))
-    states, said, back = [], torch.zeros(out, 3, 3, m), [[[] for _ in range(side)] for _ in range(side * channels)]
+    states, sent, back = [], torch.zeros(out, 3, 3, m), [[[] for _ in range(side)] for _ in range(side * channels)]
     for row in range(3):
         for column in range(3):
             patch = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(-1, m)
             above = bwd.view(out, 3, 3, m)[:, row, column]
             new_h, new_c, forward, _ = slow_tick(params, args, h[0, 0], c[0, 0], patch, above)
             states.append((new_h, new_c))
-            said[:, row, column] = forward
+            sent[:, row, column] = forward
             for channel in range(channels):
                 for i in range(3):
                     for j in range(3):
@@ -277,7 +277,7 @@ def test_conv_equals_a_loop_over_positions():
                             back[channel * side + at[0]][at[1]].append(new_h[9 * channel + 3 * i + j].mean(0))
     torch.testing.assert_close(layer.h[0, 0], torch.stack([s[0] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(layer.c[0, 0], torch.stack([s[1] for s in states]).mean(0), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(to_above[0, 0], said.view(-1, m), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(to_above[0, 0], sent.view(-1, m), atol=1e-5, rtol=1e-4)
     slow = torch.stack([torch.stack(pixel).mean(0) for line in back for pixel in line])
     slow = slow @ params["bwd_msg.weight"][0] + params["bwd_msg.bias"][0]
     torch.testing.assert_close(to_below[0, 0], slow, atol=1e-5, rtol=1e-4)
@@ -634,7 +634,7 @@ def test_learners_side_by_side_are_independent():
     torch.testing.assert_close(both.predict(x[None, 40:45].repeat(2, 0))[0], one.predict(x[40:45]))
 
 
-def test_a_user_of_the_class_is_told_what_is_wrong(tmp_path):
+def test_errors_of_the_class(tmp_path):
     learner = vsml.VSML.load("pretrained")
     with pytest.raises(ValueError, match="number of classes is not known"):
         learner.predict(np.zeros(4))
@@ -924,10 +924,10 @@ def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatc
     for place in ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward", "common.cloning.Backprop.backward"):
         monkeypatch.setattr(place, forbidden)
     with torch.inference_mode():
-        found = curves(learner, thetas["clone"])["accuracy"]
+        actual = curves(learner, thetas["clone"])["accuracy"]
         blank = curves(learner, 0 * thetas["clone"])["accuracy"]
     assert not thetas["clone"].requires_grad
-    assert target > 0.8 and found[60].mean() > target - 0.1 and found[60].mean() > found[1].mean() + 0.4
+    assert target > 0.8 and actual[60].mean() > target - 0.1 and actual[60].mean() > actual[1].mean() + 0.4
     assert blank[60].mean() < 0.3
 
 
@@ -964,7 +964,7 @@ def broken_checkpoints(finished, folder):
     checkpoints.write(folder / "foreign_run" / "checkpoint.pt", checkpoint | {"method": "fme"})
 
 
-MISTAKES = {
+REFUSED = {
     "--dataset mnits": "There is no dataset 'mnits'; choose from digits, wine",
     "--test-datasets digits mnits": "There is no dataset 'mnits'",
     "--dataset mnist --data-dir {tmp}/none": "'mnist' is not in '.*none' and could not be downloaded; use a bundled dataset",
@@ -1002,14 +1002,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_mistake_gets_one_sentence_and_a_non_zero_exit_code(flags, finished, complain, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     broken_checkpoints(finished[0], tmp_path)
     before = (finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes()
-    said = complain("vsml", f"{TINY} {flags}".format(tmp=tmp_path, done=finished[0]))
-    assert re.search(MISTAKES[flags], said), said
+    message = complain("vsml", f"{TINY} {flags}".format(tmp=tmp_path, done=finished[0]))
+    assert re.search(REFUSED[flags], message), message
     assert before == ((finished[0] / "checkpoint.pt").read_bytes(), (finished[0] / "results.json").read_bytes())
 
 
@@ -1061,8 +1061,8 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
 def test_cloning_comes_within_three_points_of_the_thesis(hidden, floors, limit, tmp_path):
     """Section 3.4.1: 90 % and 80 % shallow, 87 % and 76 % deep; and no worse than SGD on the same network by more."""
     flags = f"--preset clone --dataset mnist --test-datasets mnist fashion_mnist {hidden}"
-    found, seconds = full_run(tmp_path, "clone", flags, metric="accuracy")
+    actual, seconds = full_run(tmp_path, "clone", flags, metric="accuracy")
     assert seconds < limit
     for task, floor in zip(("mnist", "fashion_mnist"), floors, strict=True):
-        last = max(step for _, _, step in found)
-        assert found["clone", task, last] >= max(floor, found["backprop", task, last] - 0.03)
+        last = max(step for _, _, step in actual)
+        assert actual["clone", task, last] >= max(floor, actual["backprop", task, last] - 0.03)
