@@ -873,7 +873,7 @@ def run_as_script(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"{METHOD}.py: {sentence}")
     except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
     finally:
         release()
     end_other_ranks()

@@ -56,7 +56,7 @@ from common.checkpoints import CheckpointError
 from common.cloning import Backprop, Clone
 from common.datasets import BUNDLED, GENERATED, DatasetError, Tasks, distinct, load
 from common.figures import error_map, heat_maps, plot
-from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, Size, check_ranges
 from common.learners import (
     Classifier,
     FastWeightMemory,
@@ -178,7 +178,7 @@ class Args:
     norm_messages: bool = False
     """Layer norm on the messages of each sub-RNN (not the thesis; the release, deep networks and backprop)."""
     state_init: Literal["normal", "half"] = "normal"
-    """normal: all states standard normal (appendix B.3.2); half: half of c N(0, 1/a), all else zero (the release, truncated)."""
+    """normal: all states standard normal (appendix B.3.2); half: half of c N(0, 1/a), all else zero (release: truncated)."""
     forget_bias: Real = 5.0
     """Added to the LSTM's forget gate (not in the thesis; the release)."""
     input_bias: Real = -5.0
@@ -194,7 +194,7 @@ class Args:
     """Evolution strategies, or backpropagation through the rollout (Algorithm 8)."""
     meta_steps: Count = 10_000
     """Outer iterations (appendix B.3.2)."""
-    population: Count = 1024
+    population: Size = 1024
     """es: antithetic pairs in a generation (appendix B.3.2 has 1,024 members, the release 1,024 pairs)."""
     chunk: Count | None = None
     """es: pairs evaluated at a time, to bound memory (default: chosen for the device)."""
@@ -756,7 +756,7 @@ def meta_test(
             for name, step in steps.items():
                 run.info(f"{task}: {LABELS[name]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = [name for name in (args.learner, "sgd", "adam") if name in learners]
-        complete = [of for of in tests.values() if all(name in of for name in shown)]
+        complete = [of for of in tests.values() if all(name in of and has_pairs(of[name]) for name in shown)]
         if complete:
             path = run.folder / "introspection.png"
             facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, complete[0])
@@ -779,7 +779,8 @@ def measured(
                 theta = rollouts.search_rate(learner, train, args.test_steps, last=args.meta_loss == "last")
             rate = theta.item()
         curves = online_curves(args, learner, theta, tasks, batch_size(args, tasks, name))
-    novelty = "task" if tasks.dataset.source["name"] in args.dataset else "domain"
+    trained_on = map(os.path.normpath, args.dataset)
+    novelty = "task" if os.path.normpath(tasks.dataset.source["name"]) in trained_on else "domain"
 
     row = partial(result_row, name, task, novelty)
     rows = []
@@ -821,14 +822,17 @@ def fitting_tests(learners: dict[str, Learner], tests: dict[str, Tasks], run: "R
     return fitted
 
 
+def has_pairs(tasks: Tasks) -> bool:
+    """Whether there are two stored examples of each class."""
+    return len(tasks.dataset) > 0 and bool(tasks.dataset.counts.min() >= 2)
+
+
 def introspect(
     path: Path, args: Args, learners: dict[str, Learner], thetas: dict[str, Tensor], tests: dict[str, Tasks]
 ) -> dict[str, float]:
     """Figures 3.9 and B.8: two unseen examples of each class, one after the other, then a hundred random
     ones. Returns the share of second examples that are predicted correctly, over at most --test-seeds
     rollouts. Gradient descent has the rate that is best at that on the train split."""
-    if any(not len(tasks.dataset) or tasks.dataset.counts.min() < 2 for tasks in tests.values()):
-        return {}
     repeats, panels = {}, {}
     for name, learner in learners.items():
         theta = thetas[name]
@@ -1052,7 +1056,7 @@ def run_as_script(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"{METHOD}.py: {sentence}")
     except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder.")
+        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
     finally:
         release()
     end_other_ranks()

@@ -577,6 +577,12 @@ class Tasks:
             raise DatasetError(f"it was made for {num_classes} classes, and {has}.")
         channels = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
         side = math.isqrt(num_inputs // channels)
+        is_image = channels * side**2 == num_inputs
+        if data.num_inputs > num_inputs and not is_image:
+            has = f"'{data.name}' has {data.num_inputs}"
+            raise DatasetError(f"it was made for {num_inputs} inputs, which are no square image, and {has}.")
+        if data.num_inputs == num_inputs or not is_image:
+            return self
         if len(data.shape) == 3 and data.shape[0] != channels:
             data = data.reload(channels=channels)
         if data.num_inputs > num_inputs:

@@ -18,6 +18,11 @@ def pyplot() -> Any:
     return plt
 
 
+def plain(text: str) -> str:
+    """As it is: matplotlib would read what is between dollars as a formula."""
+    return text.replace("$", r"\$")
+
+
 def plot(
     rows: Sequence[dict[str, Any]],
     path: Path,
@@ -57,8 +62,8 @@ def plot(
             points = [row for row in rows if row[panel] == name and row[line] == of]
             if points:
                 style = (styles or {}).get(of, f"C{number}")
-                handles[(labels or {}).get(of, of)] = draw_line(ax, points, x, style, confidence)
-        ax.set(title=(titles or {}).get(name, name), xlabel=xlabel, ylabel=ylabel, **axis)
+                handles[plain((labels or {}).get(of, of))] = draw_line(ax, points, x, style, confidence)
+        ax.set(title=plain((titles or {}).get(name, name)), xlabel=xlabel, ylabel=ylabel, **axis)
         ax.title.set_fontsize("medium")
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(panels) :]:
@@ -87,7 +92,7 @@ def draw_line(
     if confidence:
         band = 1.96 * band / np.sqrt([row["seeds"] for row in points])
 
-    (handle,) = ax.plot(xs, mean, style)
+    (handle,) = ax.plot(xs, mean, style, marker="." if len(points) == 1 else None)
     color = handle.get_color()
     ax.fill_between(xs, mean - band, mean + band, color=color, alpha=0.15, linewidth=0)
     if all("values" in row for row in points):
@@ -161,6 +166,8 @@ def heat_maps(rows: dict[str, list[tuple[Any, Any]]], path: Path, widths: Sequen
             ax.plot(y, "s", mfc="none", mec="tab:red", ms=7)
             ax.plot(p.argmax(1), ".", color="black", ms=4)
             ax.set(title=title, xlabel="examples seen", ylabel="class")
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.get_major_locator().set_params(integer=True)
     save(figure, path)
 
 

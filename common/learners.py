@@ -14,6 +14,7 @@ outputs, n hidden state.
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -117,12 +118,13 @@ class Classifier:
     def __init__(
         self, learner: Learner, theta: Tensor, num_classes: int | None = None, seed: int = 0
     ):
-        if num_classes is not None and (type(num_classes) is not int or num_classes < 2):
+        whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+        if num_classes is not None and (not whole or num_classes < 2):
             raise ValueError(f"num_classes has to be a whole number from 2 on, not {num_classes}.")
         self.learner = learner
         self.params = learner.params(theta[None])
         self.device = theta.device
-        self.given_classes = num_classes
+        self.given_classes = None if num_classes is None else int(num_classes)
         self.seed = seed
         self.reset()
 

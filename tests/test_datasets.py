@@ -614,3 +614,25 @@ def test_padded_images_lie_in_the_middle():
     assert large.x.sum() == digits.x.sum()
     x, y = Tasks(large).sample(torch.arange(2), torch.arange(2), 5)
     assert x.shape == (2, 5, 121) and x.min() == pytest.approx(-digits.mean / digits.std)
+
+
+@pytest.mark.parametrize(
+    "shape, num_inputs, fitted",
+    [
+        ((1, 28, 20), 560, (1, 28, 20)),  # the very images that the learner was made for
+        ((1, 4, 4), 30, (1, 4, 4)),  # fewer than a learner of vectors has
+        ((1, 8, 8), 16, (1, 4, 4)),
+        ((1, 4, 4), 64, (1, 8, 8)),
+        ((1, 8, 8), 2, None),
+    ],
+)
+def test_data_in_a_form_for_a_learner_of_other_sizes(tmp_path, shape, num_inputs, fitted):
+    x = np.random.default_rng(0).random((20, *shape))
+    y = np.arange(20) % 2
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    tasks = Tasks(load(str(tmp_path / "own.npz"), "test"))
+    if fitted is None:
+        with pytest.raises(DatasetError, match="made for 2 inputs"):
+            tasks.fit(num_inputs, 2)
+    else:
+        assert tasks.fit(num_inputs, 2).dataset.shape == fitted
