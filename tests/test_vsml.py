@@ -348,7 +348,7 @@ def test_sub_rnns_hold_weights_and_compute_only_what_is_read():
 def test_persistent_rollouts_are_long_ones_in_pieces():
     """With theta fixed, three visits are one rollout of three times the length. Meanwhile others start, and
     a share of the sequences starts in each meta-step."""
-    args = replace(ARGS, persistent=3, persistent_share=0.5, sequences=4, sequence_length=4, clip=1e9)
+    args = replace(ARGS, meta_optimizer="backprop", persistent=3, persistent_share=0.5, sequences=4, sequence_length=4, clip=1e9)
     learner, tasks = vsml.make_vsml(args), Tasks(load("digits", "train"), projected=0.5)
     theta = some_theta(args)[0]
     memory = vsml.new_memory(args, learner, [tasks])
