@@ -58,7 +58,7 @@ from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed,
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.optimizers import SignOfAverage, Statistics
-from common.results import MetricsLog, read_metrics, result_row, table, to_json
+from common.results import MetricsLog, plotted_steps, read_metrics, result_row, table, to_json
 from common.rng import compile_draws, integers, key
 
 # ======================================================================================================================
@@ -208,7 +208,7 @@ LAPTOP = dict(
     size=8,  # digits as they are
     channels=1,
     classes=(2, 3, 10, 10, 10, 10, 10, 10),  # so that data of few classes are learned too (see its results page)
-    width=96,  # five points on digits' validation split over 64 (see its results page); 44 ms a step
+    width=96,  # five points on digits' validation split over 64 (see its results page); 30 to 44 ms a step
     layers=2,
     heads=6,
     key_size=16,
@@ -671,12 +671,6 @@ def measured(
         panel = f"{task} ({NOVELTY[novelty]})"
         curve += [result_row(name, panel, novelty, "accuracy", i + 1, at) for i, at in enumerate(correct.unbind(1))]
     return rows, curve
-
-
-def plotted_steps(steps: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, 100, ..., with 400, and the last step."""
-    points = {base * 10**power for base in (1, 2, 5) for power in range(8)} | {400, steps}
-    return sorted(point for point in points if point <= steps)
 
 
 LABELS = {"transformer": "GPICL (Transformer)", "lstm": "LSTM", "outer_lstm": "outer-product LSTM", "vsml": "VSML"}

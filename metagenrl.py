@@ -99,7 +99,7 @@ class EPGArgs:
 
 @dataclass
 class RL2Args:
-    """RL^2, an LSTM that is the agent and the learning, meta-trained by PPO."""
+    """RL^2, an LSTM that is the agent and the learning, meta-trained by PPO with --ppo.clip-coef."""
 
     trial_steps: Count = 100_000_000
     """Steps of meta-training in all environments, without those after a trial's end (section 2.5.1, footnote 6)."""
