@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from common import checkpoints, envs, machine
+from common import checkpoints, envs, graphs, machine
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
@@ -384,6 +384,9 @@ class Population:
         self.step_fns = {frozen: partial(one_step, args, self.env, frozen) for frozen in (False, True)}
         if run.compiles:
             self.step_fns = {frozen: torch.compile(step, dynamic=False) for frozen, step in self.step_fns.items()}
+        self.runs = {frozen: partial(execute, args, self.env, step) for frozen, step in self.step_fns.items()}
+        if run.compiles and run.device.type == "cuda":
+            self.runs = {frozen: graphs.replayed(whole) for frozen, whole in self.runs.items()}
         self.roots = self.random_networks(args.roots)
         self.solutions = Solutions(args, self.roots)
         self.sigma: float | Tensor = args.sigma  # of hill climbing
@@ -449,7 +452,7 @@ class Population:
         widths = (n, 1, 1, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
         outputs = torch.zeros(p * s, sum(widths), device=phi.device)
         for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
-            parts = execute(args, self.env, self.step_fns[frozen], phi[own], draws[:, own])
+            parts = self.runs[frozen](phi[own], draws[:, own])
             outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
         if dist.is_initialized():
             dist.all_reduce(outputs)  # each row was written by one process and is zero in the others

@@ -49,7 +49,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, es, incontext, kernels, machine
+from common import checkpoints, es, graphs, incontext, kernels, machine
 from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
 from common.features import FeatureError, Network, pretrained, trained
@@ -431,16 +431,16 @@ def meta_train(
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
     plateau = facts["plateau"]  # the step at which the first learner left it
+    sampler = cache(lambda number, classes: sampling(run, train_tasks(args, datasets[number], num_inputs, classes)))
 
     keep = {"models": learners, "optimizers": optimizers, "sums": sums} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         bias, lr = schedule(args, step, int(plateau))
         ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
-        dataset = datasets[step % len(datasets)]
-        classes = class_counts(args, dataset) if plateau >= 0 else None
-        tasks = train_tasks(args, dataset, num_inputs, classes)
+        number = step % len(datasets)
+        sample = sampler(number, class_counts(args, datasets[number]) if plateau >= 0 else None)
         for part in zip(*(one.split(args.chunk or len(one)) for one in ids), strict=True):
-            x, y = tasks.sample(*part, args.sequence_length)  # D ~ p(D)
+            x, y = sample(*part, args.sequence_length)  # D ~ p(D)
             for name in trained:
                 loss, accuracy = loss_of[name](x, y)
                 share = len(x) / len(ids[0])
@@ -1002,12 +1002,20 @@ def check(args: Args) -> None:
 
 
 def compiled(run: Run, learner: nn.Module, num_classes: int) -> Any:
-    """meta_loss of a learner, compiled as a whole, or, for those that go step by step, each step."""
+    """meta_loss of a learner, compiled as a whole, or, for those that go step by step, each step; on a GPU with its backward
+    pass as one CUDA graph."""
     if run.compiles and isinstance(learner, incontext.Recurrent):
         learner.step = torch.compile(learner.step, dynamic=False)
     whole = run.compiles and not isinstance(learner, (incontext.Recurrent, incontext.LSTM))
     loss = partial(meta_loss, learner, num_classes=num_classes)
-    return torch.compile(loss, dynamic=False) if whole else loss
+    loss = torch.compile(loss, dynamic=False) if whole else loss
+    graph = run.compiles and run.device.type == "cuda" and not isinstance(learner, incontext.LSTM)
+    return graphs.replayed_loss(loss, learner.parameters()) if graph else loss
+
+
+def sampling(run: Run, tasks: Tasks) -> Any:
+    """tasks.sample, on a GPU as one CUDA graph."""
+    return graphs.replayed(tasks.sample) if run.compiles and run.device.type == "cuda" else tasks.sample
 
 
 def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:

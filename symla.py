@@ -44,7 +44,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cells, checkpoints, envs, es, machine, rng
+from common import cells, checkpoints, envs, es, graphs, kernels, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
@@ -372,8 +372,9 @@ def lifetime_keys(seed: int, part: int, number: int, groups: Tensor, count: int)
 TRAIN, TEST = 0, 1  # parts of the keys of lifetimes
 
 
-def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,).
+def es_gradient(args: Args, live: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,). live: lifetime of a
+    learner in this environment.
 
     Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step.
     """
@@ -382,7 +383,7 @@ def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
         groups = torch.zeros_like(pairs) if args.common_lifetimes else pairs
         keys = lifetime_keys(args.seed, TRAIN, step, groups, args.evaluations)
-        outcome = lifetime(learner, step_fn, env, population, keys, args.lifetime_steps)
+        outcome = live(population, keys, args.lifetime_steps)
         rewards.append(outcome.reward.mean())
         return -(outcome.expected if args.fitness == "expected" else outcome.reward).mean((1, 2))
 
@@ -395,17 +396,17 @@ def es_gradient(args: Args, learner: Learner, step_fn: Callable, env: Env, theta
 
 
 def meta_train(
-    args: Args, agents: dict[str, list[tuple[Learner, Callable, Env]]], thetas: dict[str, Tensor], run: "Run"
+    args: Args, agents: dict[str, list[tuple[Callable, Env]]], thetas: dict[str, Tensor], run: "Run"
 ) -> None:
-    """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. agents: each learner with its step
-    function and environment, for each environment."""
+    """Algorithm 14, for learners side by side on the same budget. Changes thetas in place. agents: lifetime and environment of
+    each learner, for each environment."""
     own = {name: own_settings(args, name) for name in agents}
     adam = {name: torch.optim.Adam([thetas[name]], own[name].lr, betas=(0.9, 0.999)) for name in agents}
     for step in run.steps(args.meta_steps if agents else 0, {"thetas": thetas, "adam": adam}):
         metrics = {}
         for name, in_envs in agents.items():
-            learner, step_fn, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
-            grad, loss, reward = es_gradient(own[name], learner, step_fn, env, thetas[name], step)
+            live, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
+            grad, loss, reward = es_gradient(own[name], live, env, thetas[name], step)
             thetas[name].grad = grad
             adam[name].param_groups[0]["lr"] = own[name].lr * (1 - step / args.meta_steps if args.lr_decay else 1)
             adam[name].step()  # theta <- theta + alpha * the gradient of the lifetime's reward
@@ -531,11 +532,11 @@ def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: in
     For bandits, the expected regret of the policy so far: the expected reward of the best arm minus that of the policy.
     Else the return so far, and the reward per step since the last plotted step.
     """
-    learner, step_fn, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
+    live, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
     keys = lifetime_keys(args.seed, TEST, number, torch.zeros(1, dtype=torch.int64, device=env.device), args.test_seeds)
     batches = keys.split(batch_size(args, env), dim=1)
     steps = args.test_steps or args.lifetime_steps
-    outcomes = [lifetime(learner, step_fn, env, theta[None], batch, steps) for batch in batches]
+    outcomes = [live(theta[None], batch, steps) for batch in batches]
     reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
 
     rows = []
@@ -959,11 +960,13 @@ def even_chunk(args: Args, env: Env) -> int:
     return max(c for c in range(1, pairs + 1) if pairs % c == 0 and (c == 1 or 2 * c <= most))
 
 
-def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: str) -> tuple[Learner, Callable, Env]:
-    """A learner, its step function, and `count` copies of an environment.
+def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: str) -> tuple[Callable, Env]:
+    """`lifetime` of a learner in an environment, theta (p, d), keys (p, e, 2) and a number of steps -> Outcome; and `count`
+    copies of that environment.
 
     Meta-training compiles the whole step, once for each environment; meta-testing only SymLA's cell on a CPU, once for all. On
-    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests.
+    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests. On a GPU
+    a lifetime is one CUDA graph.
     """
     env = make_env(args, env_name, count, run.device)
     learner, options = LEARNERS[name](args), {}
@@ -976,10 +979,14 @@ def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: 
             learner.cell = partial(cells.fused_lstm_cell, tanh=tanh)
         if not whole:
             learner.cell = torch.compile(learner.cell, dynamic=not training, **options)
+    if name == "symla" and run.compiles and args.device == "cuda" and args.hidden in (16, 32, 64, 128) and find_spec("triton"):
+        learner.cell = kernels.lstm_cell
     if args.normalize_rewards and name in META_TRAINED:
         learner = NormalizedRewards(learner)
     step_fn = partial(one_step, learner, env)
-    return learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env
+    live = partial(lifetime, learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env)
+    graph = run.compiles and args.device == "cuda" and env.compilable and name != "thompson"
+    return graphs.replayed(live) if graph else live, env
 
 
 @torch.no_grad()

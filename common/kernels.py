@@ -5,11 +5,15 @@ p members (first all "+", then all "-"), t time, a inputs, b outputs, n units, m
 
 project: random projections that are never stored (Tasks.projections of common/datasets.py). Axes:
 s sequences, t time, a inputs, b projected inputs.
+
+lstm_cell: many small LSTMs that share weights (`lstm_cell` of symla.py). Axes: p members, e environments,
+a inputs, b outputs, n units.
 """
 
 from functools import cache, lru_cache
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -176,3 +180,54 @@ def project(x, keys, size, precision="tf32"):
     keys = keys.contiguous().view(torch.uint32)
     project_kernel()[grid](x.contiguous(), keys, y, t, a, size, a**-0.5, time, 32, 64, precision)
     return y
+
+
+@cache
+def cell_kernel():
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["R", "A"])
+    def kernel(weight, from_a, from_b, h, c, new_h, new_c, R, A, B: tl.constexpr, N: tl.constexpr,
+               ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+        """ROWS of the R = e * a * b LSTMs of a member."""
+        member, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+        unit, mask = tl.arange(0, N)[None, :], row < R
+        at = (member * R + row) * N + unit
+        hid, cell = tl.load(h + at, mask, 0.0), tl.load(c + at, mask, 0.0)
+        weight += member * N * 4 * N + tl.arange(0, N)[:, None] * 4 * N + unit
+        from_a += (member * (R // B) + row // B) * 4 * N + unit
+        from_b += (member * (R // A) + row // (A * B) * B + row % B) * 4 * N + unit
+        z = tl.load(from_a, mask, 0.0) + tl.load(from_b, mask, 0.0)
+        i = tl.sigmoid(tl.dot(hid, tl.load(weight), z, input_precision=PRECISION))
+        z = tl.load(from_a + N, mask, 0.0) + tl.load(from_b + N, mask, 0.0)
+        j = 2 * tl.sigmoid(2 * tl.dot(hid, tl.load(weight + N), z, input_precision=PRECISION)) - 1
+        z = tl.load(from_a + 2 * N, mask, 0.0) + tl.load(from_b + 2 * N, mask, 0.0)
+        f = tl.sigmoid(tl.dot(hid, tl.load(weight + 2 * N), z, input_precision=PRECISION))
+        z = tl.load(from_a + 3 * N, mask, 0.0) + tl.load(from_b + 3 * N, mask, 0.0)
+        o = tl.sigmoid(tl.dot(hid, tl.load(weight + 3 * N), z, input_precision=PRECISION))
+        cell = f * cell + i * j
+        tl.store(new_c + at, cell, mask)
+        tl.store(new_h + at, o * (2 * tl.sigmoid(2 * cell) - 1), mask)
+
+    return kernel
+
+
+@torch.library.custom_op("cleanmeta::lstm_cell", mutates_args=())
+def lstm_cell(
+    weight: Tensor, from_a: Tensor, from_b: Tensor, h: Tensor, c: Tensor, precision: str = "tf32"
+) -> tuple[Tensor, Tensor]:
+    """The new h and c (p, e, a, b, n), n a power of two from 16 on. weight (p, n, 4n), from_a (p, e, a, 4n), from_b
+    (p, e, b, 4n)."""
+    (p, e, a, b, n), rows = h.shape, 64
+    weight, from_a, from_b, h, c = (x.contiguous() for x in (weight, from_a, from_b, h, c))
+    new = torch.empty_like(h), torch.empty_like(c)
+    grid = p, -(-e * a * b // rows)
+    cell_kernel()[grid](weight, from_a, from_b, h, c, *new, e * a * b, a, b, n, rows, precision)
+    return new
+
+
+@lstm_cell.register_fake
+def _(weight, from_a, from_b, h, c, precision="tf32"):
+    return h.new_empty(h.shape), c.new_empty(c.shape)

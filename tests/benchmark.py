@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoints, envs, machine
+from common import checkpoints, envs, kernels, machine
 from common.datasets import Tasks, load
 from common.ppo import PPOAgents
 from common.rng import compile_draws
@@ -217,6 +217,13 @@ def measure_vsml(bench: Bench, size: int, pairs: int, examples: int) -> None:
         likeness = F.cosine_similarity(grad, fast, dim=0).item()
         difference = (loss - fast_loss).abs().item()
         bench.note("vsml: Triton against readable", cosine=likeness, loss_difference=difference)
+        args = replace(args, triton=False, meta_optimizer="backprop", sequences=128)
+        learner = vsml.make_learner("vsml", args, bench.run, (size * size, 10), "train")
+        step = partial(vsml.backprop_gradient, args, learner, theta, tasks, 0, [{}])
+        torch.cuda.reset_peak_memory_stats()
+        what = f"vsml: backpropagation, 128 x {args.sequence_length} examples, {size} x {size}"
+        bench.warm(what, step)
+        bench.note(what, seconds=once(step))
     if not bench.thesis:
         measure_vsml_learners(bench, replace(args, triton=False), tasks)
 
@@ -318,14 +325,17 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
         compile_draws()
     data = gpicl.prepare(args, "digits", "train", bench.device)
     tasks = gpicl.train_tasks(args, data, size**2 * channels)
+    samplers = [gpicl.sampling(bench.run, tasks)]
+    if bench.cuda:
+        samplers.append(gpicl.sampling(bench.run, replace(tasks, project=kernels.project)))
     learner = gpicl.make_learner("transformer", args, tasks.num_inputs, 10).to(bench.device)
     optimizer = gpicl.make_optimizer(args, learner)
     loss_of = gpicl.compiled(bench.run, learner, 10)
     number = itertools.count()
 
-    def sample() -> tuple[Tensor, Tensor]:
+    def sample(number: Iterator[int] = number) -> tuple[Tensor, Tensor]:
         ids = gpicl.batch_ids(args, next(number), args.bias, bench.device)
-        return tasks.sample(*ids, args.sequence_length)
+        return samplers[0](*ids, args.sequence_length)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -342,6 +352,13 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     flops = 6 * args.batch * args.sequence_length * (weights + attention)
     what = f"gpicl: {args.batch} x {args.sequence_length}, {size} x {size} x {channels}"
     measure_meta_step(bench, what, sample, loss, optimise, flops)
+    if bench.cuda:
+        readable = sample(itertools.count(7))
+        del samplers[0]
+        fast = sample(itertools.count(7))
+        apart = [(x - y).abs().max().item() for x, y in zip(readable, fast, strict=True)]
+        bench.note(f"{what}: Triton against readable", largest_x=apart[0], largest_y=float(apart[1]))
+        measure_meta_step(bench, f"{what}, Triton", sample, loss, optimise, flops)
     keys = tasks.keys(torch.arange(args.batch, device=bench.device), 1)
     bench.ms(f"{what}: projections, a part of sampling", lambda: tasks.projections(keys))
 
@@ -381,15 +398,17 @@ def measure_symla(bench: Bench, env: str) -> None:
     args = bench.args(symla, envs=(env,), preset="thesis" if bench.thesis else "laptop")
     args = symla.settled(args)
     names = {"symla": "a step", "uniform": "environment and sampling", "rnn": "the RNN's step"}
+    names |= {"readable": "a step with lstm_cell"} if bench.cuda else {}
     steps = {}
     with torch.no_grad():
-        for name in names:
+        for what in names:
+            name = "symla" if what == "readable" else what
+            symla.kernels.lstm_cell = symla.lstm_cell if what == "readable" else kernels.lstm_cell
             parts = symla.make_agent(args, name, env, args.evaluations, bench.run, "train")
-            theta = parts[0].init(torch.Generator().manual_seed(0)).to(bench.device)
-            short = replace(args, lifetime_steps=3)
-            first = partial(symla.es_gradient, short, *parts, theta, 0)
-            bench.warm(f"symla on {env}, {name}", first)
-            steps[name] = partial(symla.es_gradient, args, *parts, theta, 0)
+            learner = symla.LEARNERS[name](args)
+            theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
+            steps[what] = partial(symla.es_gradient, args, *parts, theta, 0)
+            bench.warm(f"symla on {env}, {what}", steps[what])
         bench.ready()
         sizes = f"{args.population} x {args.evaluations} lifetimes of {args.lifetime_steps} steps"
         count = args.population * args.evaluations * args.lifetime_steps
@@ -399,6 +418,10 @@ def measure_symla(bench: Bench, env: str) -> None:
             what = f"symla on {env}: {what}, {sizes}"
             bench.note(what, ms=1e3 * seconds, K_agent_steps_per_s=rate)
         bench.kernels(f"symla on {env}: a step", steps["symla"])
+        if bench.cuda:
+            (grad, loss, _), (slow, slow_loss, _) = steps["symla"](), steps["readable"]()
+            likeness = F.cosine_similarity(grad, slow, dim=0).item()
+            bench.note("symla: Triton against readable", cosine=likeness, loss_difference=(loss - slow_loss).abs().item())
 
 
 def measure_metagenrl(bench: Bench, agents: int) -> None:
@@ -945,6 +968,7 @@ class Gpu:
         else:
             first = self.data[0] if self.data else "digits"
             flags = ["--dataset", first, "--checkpoint-every", 5 if self.toy else 250]
+            flags += [] if self.toy else ["--triton"]
             job = self.train("gpicl", *flags, *self.tests)
         self.background = [job]
 

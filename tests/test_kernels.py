@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ENV
 
+import symla
 import vsml
 from common.datasets import Tasks, load
-from common.kernels import project, triton_rollout
+from common.kernels import lstm_cell, project, triton_rollout
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 
@@ -71,3 +72,15 @@ def test_projections_equal_those_of_tasks(side, t, size):
     again, same = fast.sample(ids, ids, t)
     torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
     assert torch.equal(y, same)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above")
+@pytest.mark.parametrize("shape", [(2, 3, 1, 2, 16), (1, 5, 4, 3, 32), (2, 70, 2, 1, 16)])
+def test_a_cell_equals_the_readable_one(shape):
+    (p, e, a, b, n), generator = shape, torch.Generator().manual_seed(0)
+    shapes = (p, n, 4 * n), (p, e, a, 4 * n), (p, e, b, 4 * n), shape, shape
+    inputs = [torch.randn(one, generator=generator) for one in shapes]
+    expected = symla.lstm_cell(*inputs)
+    torch.testing.assert_close(lstm_cell(*inputs, precision="ieee"), expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(lambda *x: lstm_cell(*x, precision="ieee"), backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-5, atol=1e-5)

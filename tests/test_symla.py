@@ -100,8 +100,8 @@ def test_a_meta_test_computes_the_cell_exactly(monkeypatch):
     parts = [(2, 5, 20), (2, 3, 4, 20), (2, 3, 2, 20), (2, 3, 4, 2, 5), (2, 3, 4, 2, 5)]
     parts = [torch.randn(shape, generator=DRAWS) for shape in parts]
     args = replace(ARGS, device="cpu", envs=("independent_bandit",))
-    learner, _, _ = symla.make_agent(args, "symla", "independent_bandit", 4, run, "test")
-    for ours, theirs in zip(learner.cell(*parts), symla.lstm_cell(*parts), strict=True):
+    live, _ = symla.make_agent(args, "symla", "independent_bandit", 4, run, "test")
+    for ours, theirs in zip(live.args[0].cell(*parts), symla.lstm_cell(*parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -209,12 +209,15 @@ def keys_of(e, seed=0, part=symla.TEST, number=0, groups=(0,)):
     return symla.lifetime_keys(seed, part, number, torch.tensor(groups), e)
 
 
+def lives(learner, env):
+    """lifetime of a learner in an environment, eager."""
+    return partial(symla.lifetime, learner, partial(symla.one_step, learner, env), env)
+
+
 def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     learner = symla.LEARNERS[name](args)
-    world = envs.make(env, e)
     theta = random_theta(learner, p) if theta is None else theta
-    step = partial(symla.one_step, learner, world)
-    return symla.lifetime(learner, step, world, theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
+    return lives(learner, envs.make(env, e))(theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
 
 
 def test_the_regret_of_fixed_policies_in_closed_form():
@@ -249,8 +252,7 @@ def test_actions_are_drawn_from_the_policy_and_fed_back_with_their_rewards():
             return state, torch.tensor([0.5, 0.3, 0.2]).log().expand_as(action)
 
     learner, env = Fixed(ARGS), envs.make("independent_bandit:3", 5000)
-    step = partial(symla.one_step, learner, env)
-    outcome = symla.lifetime(learner, step, env, torch.zeros(1, 0), keys_of(5000), 4)
+    outcome = lives(learner, env)(torch.zeros(1, 0), keys_of(5000), 4)
     assert torch.equal(inputs[0][1], torch.zeros(1, 5000, 3)) and (inputs[0][2] == 0).all()
     assert inputs[0][0].shape == (1, 5000, 1) and (inputs[0][0] == 1).all()  # nothing to observe but a constant
     for t in range(1, 4):
@@ -270,7 +272,7 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
     env, spied = envs.make("grid_world:2", 6), Spied(ARGS)
     theta = random_theta(spied)
     for _ in range(2):
-        symla.lifetime(spied, partial(symla.one_step, spied, env), env, theta, keys_of(6), 40)
+        lives(spied, env)(theta, keys_of(6), 40)
     assert torch.stack(dones[1:40]).sum() > 6
     for lifetime in (0, 40):
         assert states[lifetime].abs().sum() == 0
@@ -293,19 +295,18 @@ def test_a_reward_comes_with_the_observation_of_what_paid_it():
             return super().act(params, state, obs, action, reward, done)
 
     learner, env = Spied(ARGS), symla.make_env(ARGS, "grid_world:3", 50)
-    symla.lifetime(learner, partial(symla.one_step, learner, env), env, torch.zeros(1, 0), keys_of(50), 60)
+    lives(learner, env)(torch.zeros(1, 0), keys_of(50), 60)
     assert paid > 100 and seen == paid
 
 
 @pytest.mark.parametrize("common", [False, True])
-def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common, monkeypatch):
+def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common):
     """Members that are all alike: the two of a pair are paid the same, and all are only with --common-lifetimes."""
     args = replace(ARGS, common_lifetimes=common, noise_std=1e-9)
     learner, env = symla.SymLA(args), symla.make_env(args, "grid_world:3", 6)
     outcomes = []
-    lifetime = symla.lifetime
-    monkeypatch.setattr(symla, "lifetime", lambda *inputs: outcomes.append(lifetime(*inputs)) or outcomes[-1])
-    symla.es_gradient(args, learner, partial(symla.one_step, learner, env), env, random_theta(learner)[0], 0)
+    live = lives(learner, env)
+    symla.es_gradient(args, lambda *inputs: outcomes.append(live(*inputs)) or outcomes[-1], env, random_theta(learner)[0], 0)
     plus, minus = outcomes[0].reward.view(2, 4, 6, -1)
     assert torch.equal(plus, minus) and (plus != 0).any()
     assert all(torch.equal(plus[0], other) == common for other in plus[1:])
@@ -325,18 +326,17 @@ def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
 def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
     args = replace(ARGS, fitness=fitness)
     learner, env = symla.SymLA(args), envs.make("independent_bandit:3", 6)
-    step = partial(symla.one_step, learner, env)
     theta = learner.init(torch.Generator().manual_seed(0))
-    grad, loss, paid = symla.es_gradient(replace(args, chunk=4), learner, step, env, theta, 3)
+    grad, loss, paid = symla.es_gradient(replace(args, chunk=4), lives(learner, env), env, theta, 3)
     for chunk in (1, 2):
-        again = symla.es_gradient(replace(args, chunk=chunk), learner, step, env, theta, 3)
+        again = symla.es_gradient(replace(args, chunk=chunk), lives(learner, env), env, theta, 3)
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
     noise, slow = symla.es.directions(4, len(theta), args.seed, 3), torch.zeros_like(theta)
     for pair, direction in enumerate(noise):
         keys = keys_of(6, args.seed, symla.TRAIN, 3, [pair])
         for sign in (1, -1):
-            outcome = symla.lifetime(learner, step, env, (theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
+            outcome = lives(learner, env)((theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
             worth = (outcome.reward if fitness == "reward" else outcome.expected).mean()
             slow += -sign * worth * direction / (2 * 0.1 * 4)
     torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-4)
@@ -398,7 +398,7 @@ def test_it_learns_to_learn_bandits_and_plays_other_numbers_of_arms():
     thetas = {"symla": learner.init(torch.Generator().manual_seed(0))}
     untrained = thetas["symla"].clone()
     with torch.no_grad():
-        players = {"symla": [(learner, partial(symla.one_step, learner, env), env)]}
+        players = {"symla": [(lives(learner, env), env)]}
         symla.meta_train(args, players, thetas, Bar(args.meta_steps))
         for arms in (3, 5, 8):
             setting = dict(args=args, steps=50, e=1000, key=(9,))
@@ -424,7 +424,7 @@ def test_the_in_context_rnn_has_a_sigma_and_a_rate_of_its_own(monkeypatch):
     learners = {name: symla.LEARNERS[name](args) for name in symla.META_TRAINED}
     thetas = {name: learner.init(torch.Generator().manual_seed(0)) for name, learner in learners.items()}
     first = {name: theta.clone() for name, theta in thetas.items()}
-    agents = {name: [(learner, partial(symla.one_step, learner, env), env)] for name, learner in learners.items()}
+    agents = {name: [(lives(learner, env), env)] for name, learner in learners.items()}
     with torch.no_grad():
         symla.meta_train(args, agents, thetas, Bar(1))
         for name, lr in (("symla", 0.05), ("rnn", 0.003)):
