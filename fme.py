@@ -74,6 +74,8 @@ class Args:
     """Where tensors are."""
     compile: bool = True
     """Fuse a step of networks and environments with torch.compile (needs a C++ compiler on a CPU)."""
+    graphs: bool = False
+    """An execution as one CUDA graph (equal in tests; not yet timed)."""
     mode: Literal["train", "test"] = "train"
     """train: let solutions evolve, then test the best ones; test: only test those of a --checkpoint."""
     checkpoint: str | None = None
@@ -385,7 +387,7 @@ class Population:
         if run.compiles:
             self.step_fns = {frozen: torch.compile(step, dynamic=False) for frozen, step in self.step_fns.items()}
         self.runs = {frozen: partial(execute, args, self.env, step) for frozen, step in self.step_fns.items()}
-        if run.compiles and run.device.type == "cuda":
+        if args.graphs:
             self.runs = {frozen: graphs.replayed(whole) for frozen, whole in self.runs.items()}
         self.roots = self.random_networks(args.roots)
         self.solutions = Solutions(args, self.roots)
@@ -878,6 +880,8 @@ def check(args: Args) -> None:
     """Refuse what cannot work, before anything is written."""
     if not args.envs:
         raise UserError("--envs needs at least one environment.")
+    if args.graphs and args.device != "cuda":
+        raise UserError("--graphs needs a GPU.")
     for name in args.envs:
         if name not in TUNED:
             reason = "cannot have the continuous actions of" if make_env(name, 1).num_actions is None else "has no setting for"

@@ -87,6 +87,8 @@ class Args:
     """Fuse the meta-step with torch.compile (needs a C++ compiler on a CPU)."""
     triton: bool = False
     """Random projections by a Triton kernel that never stores them (equal in tests; not yet timed)."""
+    graphs: bool = False
+    """Sampling, and forward and backward pass, as CUDA graphs (equal in tests; not yet timed)."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
@@ -316,7 +318,8 @@ def initialise(module: nn.Module, seed: int) -> None:
 # ======================================================================================================================
 def previous_labels(y: Tensor, num_classes: int) -> Tensor:
     """y (s, t) -> (s, t, c): at each example the one-hot label of the one before, at the first zeros (section 5.3.2)."""
-    return F.pad(F.one_hot(y[:, :-1], num_classes).float(), (0, 0, 1, 0))
+    one_hot = y[:, :-1, None] == torch.arange(num_classes, device=y.device)
+    return F.pad(one_hot.float(), (0, 0, 1, 0))
 
 
 def rollout(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -426,12 +429,12 @@ def meta_train(
     num_inputs, num_classes = facts["sizes"].tolist()
     chance = chance_loss(datasets)
     trained = {name: learner for name, learner in learners.items() if name not in FIXED}
-    loss_of = {name: compiled(run, learner, num_classes) for name, learner in trained.items()}
+    loss_of = {name: compiled(args, run, learner, num_classes) for name, learner in trained.items()}
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
     plateau = facts["plateau"]  # the step at which the first learner left it
-    sampler = cache(lambda number, classes: sampling(run, train_tasks(args, datasets[number], num_inputs, classes)))
+    sampler = cache(lambda number, classes: sampling(args, train_tasks(args, datasets[number], num_inputs, classes)))
 
     keep = {"models": learners, "optimizers": optimizers, "sums": sums} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
@@ -993,6 +996,8 @@ def check(args: Args) -> None:
         raise UserError("--meta-sgd, --maml-lr and --maml-outer-lr are for maml; name it in --learner or --baselines.")
     if args.triton and (args.device != "cuda" or not find_spec("triton")):
         raise UserError("--triton needs a GPU and Triton.")
+    if args.graphs and args.device != "cuda":
+        raise UserError("--graphs needs a GPU.")
     names = {args.learner, *args.baselines}
     if args.test_steps and args.test_steps > args.sequence_length and names & {"transformer", "untrained"}:
         raise UserError(f"A Transformer has --sequence-length {args.sequence_length} positions, not {args.test_steps}.")
@@ -1001,21 +1006,21 @@ def check(args: Args) -> None:
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} processes; choose a multiple of {world}.")
 
 
-def compiled(run: Run, learner: nn.Module, num_classes: int) -> Any:
-    """meta_loss of a learner, compiled as a whole, or, for those that go step by step, each step; on a GPU with its backward
-    pass as one CUDA graph."""
+def compiled(args: Args, run: Run, learner: nn.Module, num_classes: int) -> Any:
+    """meta_loss of a learner, compiled as a whole, or, for those that go step by step, each step; with --graphs
+    also its backward pass, as one CUDA graph."""
     if run.compiles and isinstance(learner, incontext.Recurrent):
         learner.step = torch.compile(learner.step, dynamic=False)
     whole = run.compiles and not isinstance(learner, (incontext.Recurrent, incontext.LSTM))
     loss = partial(meta_loss, learner, num_classes=num_classes)
     loss = torch.compile(loss, dynamic=False) if whole else loss
-    graph = run.compiles and run.device.type == "cuda" and not isinstance(learner, incontext.LSTM)
+    graph = args.graphs and not isinstance(learner, incontext.LSTM)
     return graphs.replayed_loss(loss, learner.parameters()) if graph else loss
 
 
-def sampling(run: Run, tasks: Tasks) -> Any:
-    """tasks.sample, on a GPU as one CUDA graph."""
-    return graphs.replayed(tasks.sample) if run.compiles and run.device.type == "cuda" else tasks.sample
+def sampling(args: Args, tasks: Tasks) -> Any:
+    """tasks.sample, with --graphs as one CUDA graph."""
+    return graphs.replayed(tasks.sample) if args.graphs else tasks.sample
 
 
 def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:

@@ -73,6 +73,10 @@ class Args:
     """Where tensors are."""
     compile: bool = True
     """Fuse a step of agents and environments with torch.compile (needs a C++ compiler on a CPU)."""
+    triton: bool = False
+    """SymLA's LSTMs by a Triton kernel (equal in tests; not yet timed)."""
+    graphs: bool = False
+    """A lifetime as one CUDA graph (equal in tests; not yet timed)."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
@@ -917,6 +921,10 @@ def check(args: Args, world: int) -> None:
     """Refuse what cannot work, before anything is written."""
     if args.population % 2:
         raise UserError("--population has to be even: half of it are the mirror images of the other half.")
+    if args.triton and (args.device != "cuda" or args.hidden not in (16, 32, 64, 128) or not find_spec("triton")):
+        raise UserError("--triton needs a GPU, Triton and --hidden 16, 32, 64 or 128.")
+    if args.graphs and args.device != "cuda":
+        raise UserError("--graphs needs a GPU.")
     if args.population // 2 % world:
         raise UserError(f"{args.population // 2} pairs of --population cannot be shared evenly by {world} processes.")
     for name in (*args.envs, *args.test_envs):
@@ -965,8 +973,8 @@ def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: 
     copies of that environment.
 
     Meta-training compiles the whole step, once for each environment; meta-testing only SymLA's cell on a CPU, once for all. On
-    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests. On a GPU
-    a lifetime is one CUDA graph.
+    a CPU the cell of small states is written out, with a faster tanh in meta-training and an exact one in meta-tests.
+    With --graphs a lifetime is one CUDA graph.
     """
     env = make_env(args, env_name, count, run.device)
     learner, options = LEARNERS[name](args), {}
@@ -979,14 +987,13 @@ def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: 
             learner.cell = partial(cells.fused_lstm_cell, tanh=tanh)
         if not whole:
             learner.cell = torch.compile(learner.cell, dynamic=not training, **options)
-    if name == "symla" and run.compiles and args.device == "cuda" and args.hidden in (16, 32, 64, 128) and find_spec("triton"):
+    if name == "symla" and args.triton:
         learner.cell = kernels.lstm_cell
     if args.normalize_rewards and name in META_TRAINED:
         learner = NormalizedRewards(learner)
     step_fn = partial(one_step, learner, env)
     live = partial(lifetime, learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env)
-    graph = run.compiles and args.device == "cuda" and env.compilable and name != "thompson"
-    return graphs.replayed(live) if graph else live, env
+    return graphs.replayed(live) if args.graphs and env.compilable and name != "thompson" else live, env
 
 
 @torch.no_grad()

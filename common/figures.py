@@ -92,7 +92,9 @@ def draw_line(
     if confidence:
         band = 1.96 * band / np.sqrt([row["seeds"] for row in points])
 
-    (handle,) = ax.plot(xs, mean, style, marker="." if len(points) == 1 else None)
+    (handle,) = ax.plot(xs, mean, style)
+    if len(points) == 1:
+        handle.set_marker(".")
     color = handle.get_color()
     ax.fill_between(xs, mean - band, mean + band, color=color, alpha=0.15, linewidth=0)
     if all("values" in row for row in points):

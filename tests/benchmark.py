@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoints, envs, kernels, machine
+from common import checkpoints, envs, machine
 from common.datasets import Tasks, load
 from common.ppo import PPOAgents
 from common.rng import compile_draws
@@ -325,19 +325,15 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
         compile_draws()
     data = gpicl.prepare(args, "digits", "train", bench.device)
     tasks = gpicl.train_tasks(args, data, size**2 * channels)
-    samplers = [gpicl.sampling(bench.run, tasks)]
-    if bench.cuda:
-        samplers.append(gpicl.sampling(bench.run, replace(tasks, project=kernels.project)))
     learner = gpicl.make_learner("transformer", args, tasks.num_inputs, 10).to(bench.device)
     optimizer = gpicl.make_optimizer(args, learner)
-    loss_of = gpicl.compiled(bench.run, learner, 10)
     number = itertools.count()
 
-    def sample(number: Iterator[int] = number) -> tuple[Tensor, Tensor]:
+    def sample(from_tasks: Callable) -> tuple[Tensor, Tensor]:
         ids = gpicl.batch_ids(args, next(number), args.bias, bench.device)
-        return samplers[0](*ids, args.sequence_length)
+        return from_tasks(*ids, args.sequence_length)
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
+    def loss(loss_of: Callable, x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
         return loss_of(x, y)[0]
 
@@ -351,14 +347,17 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     attention = args.layers * args.heads * args.key_size * args.sequence_length  # half is masked
     flops = 6 * args.batch * args.sequence_length * (weights + attention)
     what = f"gpicl: {args.batch} x {args.sequence_length}, {size} x {size} x {channels}"
-    measure_meta_step(bench, what, sample, loss, optimise, flops)
-    if bench.cuda:
-        readable = sample(itertools.count(7))
-        del samplers[0]
-        fast = sample(itertools.count(7))
-        apart = [(x - y).abs().max().item() for x, y in zip(readable, fast, strict=True)]
-        bench.note(f"{what}: Triton against readable", largest_x=apart[0], largest_y=float(apart[1]))
-        measure_meta_step(bench, f"{what}, Triton", sample, loss, optimise, flops)
+    sampled = {}
+    for how in ("", ", graphs", ", graphs and Triton") if bench.cuda else ("",):
+        own = replace(args, graphs="graphs" in how, triton="Triton" in how)
+        from_tasks = gpicl.sampling(own, gpicl.train_tasks(own, data, size**2 * channels))
+        loss_of = partial(loss, gpicl.compiled(own, bench.run, learner, 10))
+        measure_meta_step(bench, what + how, partial(sample, from_tasks), loss_of, optimise, flops)
+        number = itertools.count(7)
+        sampled[how] = sample(from_tasks)
+    for how, batch in sampled.items():
+        apart = [(x - y).abs().max().item() for x, y in zip(batch, sampled[""], strict=True)]
+        bench.note(f"{what}{how}: against the first", largest_x=apart[0], largest_y=float(apart[1]))
     keys = tasks.keys(torch.arange(args.batch, device=bench.device), 1)
     bench.ms(f"{what}: projections, a part of sampling", lambda: tasks.projections(keys))
 
@@ -380,6 +379,9 @@ def measure_fme(bench: Bench, env: str, populations: int, solutions: int) -> Non
         bench.warm(what, execute)
         bench.ready()
         works = {"": execute}
+        if bench.cuda:
+            fast = fme.Population(replace(args, graphs=True), env, "fme", bench.run)
+            works[", graphs"] = partial(fast.execute, population.roots, 0)
         if not bench.thesis:
             works[", frozen weights"] = partial(execute, frozen=True)
         for kind, work in works.items():
@@ -398,30 +400,32 @@ def measure_symla(bench: Bench, env: str) -> None:
     args = bench.args(symla, envs=(env,), preset="thesis" if bench.thesis else "laptop")
     args = symla.settled(args)
     names = {"symla": "a step", "uniform": "environment and sampling", "rnn": "the RNN's step"}
-    names |= {"readable": "a step with lstm_cell"} if bench.cuda else {}
+    forms = [{}, {"graphs": True}, {"graphs": True, "triton": True}] if bench.cuda else [{}]
     steps = {}
     with torch.no_grad():
-        for what in names:
-            name = "symla" if what == "readable" else what
-            symla.kernels.lstm_cell = symla.lstm_cell if what == "readable" else kernels.lstm_cell
-            parts = symla.make_agent(args, name, env, args.evaluations, bench.run, "train")
-            learner = symla.LEARNERS[name](args)
-            theta = learner.init(torch.Generator().manual_seed(0)).to(bench.device)
-            steps[what] = partial(symla.es_gradient, args, *parts, theta, 0)
-            bench.warm(f"symla on {env}, {what}", steps[what])
+        for name, form in itertools.product(names, forms):
+            if "triton" in form and name != "symla":
+                continue
+            own = replace(args, **form)
+            parts = symla.make_agent(own, name, env, args.evaluations, bench.run, "train")
+            theta = symla.LEARNERS[name](args).init(torch.Generator().manual_seed(0)).to(bench.device)
+            how = ", ".join([name, *form])
+            steps[how] = partial(symla.es_gradient, own, *parts, theta, 0)
+            bench.warm(f"symla on {env}, {how}", steps[how])
         bench.ready()
         sizes = f"{args.population} x {args.evaluations} lifetimes of {args.lifetime_steps} steps"
         count = args.population * args.evaluations * args.lifetime_steps
-        for name, what in names.items():
-            seconds = median(steps[name], min(bench.repetitions, 3))
+        for how, step in steps.items():
+            seconds = median(step, min(bench.repetitions, 3))
             rate = count / seconds / 1e3
-            what = f"symla on {env}: {what}, {sizes}"
+            name, _, form = how.partition(", ")
+            what = f"symla on {env}: {names[name]}, {sizes}{', ' * bool(form)}{form}"
             bench.note(what, ms=1e3 * seconds, K_agent_steps_per_s=rate)
-        bench.kernels(f"symla on {env}: a step", steps["symla"])
-        if bench.cuda:
-            (grad, loss, _), (slow, slow_loss, _) = steps["symla"](), steps["readable"]()
-            likeness = F.cosine_similarity(grad, slow, dim=0).item()
-            bench.note("symla: Triton against readable", cosine=likeness, loss_difference=(loss - slow_loss).abs().item())
+            if name == "symla":
+                bench.kernels(what, step)
+                (grad, loss, _), (first, first_loss, _) = step(), steps["symla"]()
+                figures = {"cosine": F.cosine_similarity(grad, first, dim=0).item()}
+                bench.note(f"{what}: against the first", **figures, loss_difference=(loss - first_loss).abs().item())
 
 
 def measure_metagenrl(bench: Bench, agents: int) -> None:
@@ -963,12 +967,12 @@ class Gpu:
     def start_gpicl(self) -> None:
         if self.options.resume:
             run = self.work / "gpicl"
-            self.log(4, "gpicl: resumed", meta_steps=unpack(self.options.resume, run))
+            self.log(4, "gpicl: resumed", meta_steps=unpack(self.options.resume, run, self.options.fast))
             job = self.start("gpicl training", "gpicl.py", "--resume", run, *self.device)
         else:
             first = self.data[0] if self.data else "digits"
             flags = ["--dataset", first, "--checkpoint-every", 5 if self.toy else 250]
-            flags += [] if self.toy else ["--triton"]
+            flags += ["--triton", "--graphs"] if self.options.fast else []
             job = self.train("gpicl", *flags, *self.tests)
         self.background = [job]
 
@@ -1020,14 +1024,15 @@ def pack(folder: Path, out: Path) -> None:
     log(out, 4, "gpicl: checkpoint kept", meta_steps=saved["step"], **sizes)
 
 
-def unpack(kept: Path, folder: Path) -> int:
-    """The opposite of pack, into a new run's folder."""
+def unpack(kept: Path, folder: Path, fast: bool) -> int:
+    """The opposite of pack, into a new run's folder. fast: the run goes on with --triton and --graphs."""
     import gpicl
 
     saved = checkpoints.read(kept / "gpicl_checkpoint.pt", args=dict, state=dict)
     state = saved["state"]
     adam = checkpoints.read(kept / "gpicl_averages.pt")
     state |= tree_map_only(Tensor, lambda x: x.float(), adam)
+    saved["args"] |= {"triton": fast, "graphs": fast}
     args = gpicl.Args(**saved["args"])
     for name in {args.learner, *args.baselines}:
         setting = state.get(f"['settings']['{name}']")
@@ -1059,6 +1064,7 @@ def parse() -> argparse.Namespace:
     gpu.add_argument("--steps", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4])
     gpu.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="in 2, 3 and 5")
     gpu.add_argument("--resume", type=Path, help="an earlier --out, whose GPICL goes on learning")
+    gpu.add_argument("--fast", action="store_true", help="GPICL learns with --triton and --graphs")
     kept = "kept for GPICL's meta-test"
     gpu.add_argument("--test-seconds", type=float, default=55, help=kept)
     return parser.parse_args()

@@ -574,6 +574,7 @@ def test_the_thesis_way_and_every_switch(tmp_path):
 
 
 REFUSED = {
+    "--graphs --device cpu": "--graphs needs a GPU",
     "--envs pendulum": "cannot have the continuous actions of pendulum; choose from bandit, cartpole, swapping_bandit",
     "--envs acrobot": "has no setting for acrobot; choose from bandit",
     "--envs cartpol": "There is no environment cartpol; there are bandit",

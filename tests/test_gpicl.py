@@ -742,6 +742,7 @@ REFUSED = {
     "--dataset digits wine --log-every 3": "--log-every has to be a multiple of the 2 datasets",
     "--learner forest": "--learner forest is a baseline",
     "--triton --device cpu": "--triton needs a GPU",
+    "--graphs --device cpu": "--graphs needs a GPU",
     "--lr 1e29": r"is not finite at meta-step \d+; .* Try a smaller learning rate",
 }
 

@@ -630,6 +630,8 @@ def test_environments_of_gymnasium(tmp_path):
 
 
 REFUSED = {
+    "--graphs --device cpu": "--graphs needs a GPU",
+    "--triton --device cpu": "--triton needs a GPU",
     "--envs pendulum": "those of pendulum are continuous",
     "--envs cartpol": "There is no environment cartpol",
     "--envs": "--envs needs at least one environment",
