@@ -285,35 +285,36 @@ def measure_vsml_learners(bench: Bench, args: Any, tasks: list[Tasks]) -> None:
 
 def measure_meta_step(
     bench: Bench,
-    what: str,
-    sample: Callable[[], list[Any]],
-    loss: Callable[..., Tensor],
+    forms: dict[str, tuple[Callable[[], list[Any]], Callable[..., Tensor]]],
     optimise: Callable[[], None],
     flops: int,
 ) -> None:
-    """A meta-step and its parts. Utilisation: FLOPs of the Transformer's matrix products, forward
-    and backward, against those of one large product."""
+    """A meta-step and its parts, for each form of sampling and loss. Utilisation: FLOPs of the
+    Transformer's matrix products, forward and backward, against those of one large product."""
 
-    def forward_backward(*batch: Any) -> None:
+    def forward_backward(loss: Callable[..., Tensor], batch: Any) -> None:
         loss(*batch).backward()
 
-    def meta_step() -> None:
-        forward_backward(*sample())
+    def meta_step(sample: Callable[[], list[Any]], loss: Callable[..., Tensor]) -> None:
+        forward_backward(loss, sample())
         optimise()
 
-    bench.warm(f"{what}, sampling", sample)
-    bench.warm(f"{what}, learning", meta_step)
+    for what, form in forms.items():
+        bench.warm(f"{what}, sampling", form[0])
+        bench.warm(f"{what}, learning", partial(meta_step, *form))
     bench.ready()
     count = 4 * bench.repetitions if bench.cuda or not bench.thesis else bench.repetitions
-    seconds = steady(meta_step, count)
-    synchronised = 1e3 * median(meta_step, count)
-    bench.note(f"{what}: a meta-step", ms=1e3 * seconds, synchronised_ms=synchronised)
-    bench.ms(f"{what}: sampling", sample, count)
-    bench.ms(f"{what}: forward and backward", partial(forward_backward, *sample()), count)
-    bench.ms(f"{what}: optimiser", optimise, count)
-    share = flops / seconds / product_flops(bench)
-    bench.note(f"{what}: counts", flops=float(flops), utilisation=share)
-    bench.kernels(f"{what}: a meta-step", meta_step)
+    for what, (sample, loss) in forms.items():
+        step = partial(meta_step, sample, loss)
+        seconds = steady(step, count)
+        synchronised = 1e3 * median(step, count)
+        bench.note(f"{what}: a meta-step", ms=1e3 * seconds, synchronised_ms=synchronised)
+        bench.ms(f"{what}: sampling", sample, count)
+        bench.ms(f"{what}: forward and backward", partial(forward_backward, loss, sample()), count)
+        bench.ms(f"{what}: optimiser", optimise, count)
+        share = flops / seconds / product_flops(bench)
+        bench.note(f"{what}: counts", flops=float(flops), utilisation=share)
+        bench.kernels(f"{what}: a meta-step", step)
 
 
 def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
@@ -347,17 +348,24 @@ def measure_gpicl(bench: Bench, size: int, channels: int) -> None:
     attention = args.layers * args.heads * args.key_size * args.sequence_length  # half is masked
     flops = 6 * args.batch * args.sequence_length * (weights + attention)
     what = f"gpicl: {args.batch} x {args.sequence_length}, {size} x {size} x {channels}"
-    sampled = {}
+    forms = {}
     for how in ("", ", graphs", ", graphs and Triton") if bench.cuda else ("",):
         own = replace(args, graphs="graphs" in how, triton="Triton" in how)
         from_tasks = gpicl.sampling(own, gpicl.train_tasks(own, data, size**2 * channels))
-        loss_of = partial(loss, gpicl.compiled(own, bench.run, learner, 10))
-        measure_meta_step(bench, what + how, partial(sample, from_tasks), loss_of, optimise, flops)
+        loss_of = gpicl.compiled(own, bench.run, learner, 10)
+        forms[what + how] = partial(sample, from_tasks), partial(loss, loss_of)
+    measure_meta_step(bench, forms, optimise, flops)
+
+    results = {}
+    for how, (own_sample, own_loss) in forms.items():
         number = itertools.count(7)
-        sampled[how] = sample(from_tasks)
-    for how, batch in sampled.items():
-        apart = [(x - y).abs().max().item() for x, y in zip(batch, sampled[""], strict=True)]
-        bench.note(f"{what}{how}: against the first", largest_x=apart[0], largest_y=float(apart[1]))
+        x, y = own_sample()
+        own_loss(x, y).backward()
+        grad = torch.cat([parameter.grad.flatten() for parameter in learner.parameters()])
+        first_x, first_grad = results.setdefault("first", (x, grad))
+        likeness = F.cosine_similarity(grad, first_grad, dim=0).item()
+        apart = (x - first_x).abs().max().item()
+        bench.note(f"{how}: against the first", largest_x=apart, cosine_of_gradients=likeness)
     keys = tasks.keys(torch.arange(args.batch, device=bench.device), 1)
     bench.ms(f"{what}: projections, a part of sampling", lambda: tasks.projections(keys))
 
@@ -533,7 +541,7 @@ def measure_gla(bench: Bench) -> None:
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.position.numel()
     flops = 6 * args.batch * length * (weights + args.layers * args.width * length)
     what = f"gla: {args.batch} x {length} tokens"
-    measure_meta_step(bench, what, sample, loss, optimise, flops)
+    measure_meta_step(bench, {what: (sample, loss)}, optimise, flops)
     if not bench.thesis and not bench.toy:
         measure_ppo(bench, args)
 
@@ -912,7 +920,7 @@ class Gpu:
                         job = waiting.pop(name)
                         (self.work / f"{name}.go").touch()
                         start = time.time()
-                        wait([job], min(start + 40, max(until, start + 5)))
+                        wait([job], min(start + 60, max(until, start + 5)))
                         self.report(3, job, measuring=time.time() - start)
                 finally:
                     for job in others:
