@@ -17,7 +17,7 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     python fme.py --preset thesis --envs bandit --executions 40   # Algorithm 12 to the letter, 64 populations at once
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
-    agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+    agent = fme.FME.load("pretrained")                            # one that balances CartPole-v1
     action = agent.act(obs, reward)                               # at each step of your environment
 
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
@@ -79,7 +79,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: let solutions evolve, then test the best ones; test: only test those of a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to test."""
+    """The checkpoint.pt to test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -587,18 +587,23 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
 class FME:
     """A solution of FME that acts in your environment, and changes its own weights with each step.
 
-        agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+        env = gymnasium.make("CartPole-v1")
+        agent = fme.FME.load("pretrained")
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
-    env, learner: of the run; where it is hill climbing, weights do not change. seed: decides the actions. The solution is that
-    of the best population.
+    checkpoint: "pretrained", which has one solution of CartPole, or a checkpoint.pt of this script. env, learner: of the run;
+    where it is hill climbing, weights do not change. seed: decides the actions. The solution is that of the best population.
 
     obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
     network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
-    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution."""
+    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution.
+
+    Solutions were selected for what they do in `execution_steps` steps; changes beyond that were not, so call `reset` after as
+    many. Where the reward is among the run's --inputs ("pretrained" has the observation alone), it has to be that of the run:
+    for CartPole that of gymnasium.make("CartPole-v1", sutton_barto_reward=True)."""
 
     def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
         self.args, self.env = for_learner(args, learner), env
@@ -609,7 +614,9 @@ class FME:
         self.reset()
 
     @staticmethod
-    def load(checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: str = "cpu") -> "FME":
+    def load(
+        checkpoint: str | Path = "pretrained", env: str = "cartpole", learner: str = "fme", seed: int = 0, device: str = "cpu"
+    ) -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
             args = with_tuned(Args(**saved["args"]), env)
