@@ -651,14 +651,15 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, com
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
-    """`python fme.py`: most populations find a policy for the bandit and CartPole. With its last action as an input a network
-    follows the swaps; without the reward none does."""
+    """`python fme.py`: most of 16 populations solve the bandit, and most of 5 have a network that balances CartPole for twice
+    as long as random actions, or with frozen weights for 100 steps. With its last action as an input a network follows the
+    swaps; without the reward none does."""
     start = time.time()
     line = [sys.executable, str(ROOT / "fme.py"), "--run-dir", str(tmp_path), "--preset", "laptop", "--run-name"]
     subprocess.run([*line, "laptop"], check=True, cwd=tmp_path)
     assert time.time() - start < 300
     results = json.loads((tmp_path / "laptop" / "results.json").read_text())
-    for job, floor, most in (("bandit fme", 0.95, 39), ("cartpole fme", 100, 3)):
+    for job, floor, most in (("bandit fme", 0.95, 10), ("cartpole fme", 45, 3), ("cartpole fme_frozen", 100, 3)):
         assert sum(achieved >= floor for achieved in results["achieved"][job]) >= most, job
     assert all(abs(achieved - 0.5) < 0.02 for achieved in results["achieved"]["swapping_bandit no_reward"])
     assert results["differences"]["until_solved"]["bandit random_search"]["median"] <= 36
