@@ -118,7 +118,8 @@ class Args:
     bucket_size: Size = 100
     """Most recently used solutions that a bucket holds (Appendix E.1)."""
     selection: Annotated[float, (0, 1e6)] = 20.0
-    """The best bucket is e to this power as likely as the worst (Appendix E.1; 1e6: always the best bucket, section 7.3)."""
+    """A bucket is drawn with a probability proportional to e to the power selection times its index over m (Appendix E.1 has a
+    base of e^20; 1e6: always the best bucket, section 7.3)."""
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
@@ -334,9 +335,9 @@ class Solutions:
         now = self.used.max() + 1
         age = (now - self.used).scatter(1, self.best_slot(), 0)
         bucket = self.bucket()
-        order = (bucket * (now + 2) + age).argsort(1)
+        order = (bucket * (now + 2) + age).argsort(1)  # by bucket, in each the most recently used first
         bucket = bucket.gather(1, order)
-        nth = slots - torch.searchsorted(bucket, bucket)
+        nth = slots - torch.searchsorted(bucket, bucket)  # of its bucket, from 0
         self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
 
     def best_slot(self) -> Tensor:
@@ -524,7 +525,8 @@ def test(args: Args, job: str, phi: Tensor, run: "Run") -> dict[str, tuple[Tenso
 
 
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
-    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
+    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped, or after the start. rewards, since: (p,)
+    of each step."""
     reward, since = torch.stack(rewards), torch.stack(since)
     at = [since == pull for pull in range(SwappingBandit.shortest)]
     return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
@@ -1004,7 +1006,8 @@ def main() -> None:
 
 
 def executions_until_solved(args: Args, job: str, history: dict[str, Tensor]) -> list[int]:
-    """For each population the executions until the first that achieved what SOLVED asks for; 1 more than all, if none did."""
+    """For each population the executions until the first that achieved what SOLVED asks for, once: fresh executions of what it
+    left may achieve less. 1 more than all, if none did."""
     solved = history["achieved"][:, with_tuned(args, job.split()[0]).roots :] >= SOLVED[job.split()[0]]
     return [int(one.float().argmax()) + 1 if one.any() else len(one) + 1 for one in solved]
 
