@@ -124,8 +124,9 @@ class Args:
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
     inputs: tuple[Literal["obs", "reward", "action"], ...] = ("obs", "reward")
-    """What networks are given beside a constant 1: observation, last reward (section 7.4; whether 7.3 has it is open), and last
-    action, which the thesis does not name: with it and the reward, networks with frozen weights solve the swapping bandit."""
+    """What networks are given beside a constant 1: observation, last reward (Algorithm 12 has a feedback signal in x; section
+    7.4 names it for Figure 7.4 alone), and last action, which the thesis does not name: with it and the reward, networks with
+    frozen weights solve the swapping bandit."""
     hidden: Annotated[int, (1, 2**12)] = 32
     """Units of a layer (Appendix E.1)."""
     layers: Annotated[int, (1, 100)] = 3
