@@ -17,7 +17,7 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     python fme.py --preset thesis --envs bandit --executions 40   # Algorithm 12 to the letter, 64 populations at once
     python fme.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-seeds 64
 
-    agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+    agent = fme.FME.load("pretrained")                            # one that balances CartPole-v1
     action = agent.act(obs, reward)                               # at each step of your environment
 
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
@@ -79,7 +79,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: let solutions evolve, then test the best ones; test: only test those of a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to test."""
+    """The checkpoint.pt to test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -118,13 +118,15 @@ class Args:
     bucket_size: Size = 100
     """Most recently used solutions that a bucket holds (Appendix E.1)."""
     selection: Annotated[float, (0, 1e6)] = 20.0
-    """The best bucket is e to this power as likely as the worst (Appendix E.1; 1e6: always the best bucket, section 7.3)."""
+    """A bucket is drawn with a probability proportional to e to the power selection times its index over m (Appendix E.1 has a
+    base of e^20; 1e6: always the best bucket, section 7.3)."""
     sigma: Annotated[float, (1e-12, 1e6)] | None = None
     """hill_climbing: standard deviation of the noise (tuned, as in the thesis; default: see TUNED)."""
 
     inputs: tuple[Literal["obs", "reward", "action"], ...] = ("obs", "reward")
-    """What networks are given beside a constant 1: observation, last reward (section 7.4; whether 7.3 has it is open), and last
-    action, which the thesis does not name: with it and the reward, networks with frozen weights solve the swapping bandit."""
+    """What networks are given beside a constant 1: observation, last reward (Algorithm 12 has a feedback signal in x; section
+    7.4 names it for Figure 7.4 alone), and last action, which the thesis does not name: with it and the reward, networks with
+    frozen weights solve the swapping bandit."""
     hidden: Annotated[int, (1, 2**12)] = 32
     """Units of a layer (Appendix E.1)."""
     layers: Annotated[int, (1, 100)] = 3
@@ -334,9 +336,9 @@ class Solutions:
         now = self.used.max() + 1
         age = (now - self.used).scatter(1, self.best_slot(), 0)
         bucket = self.bucket()
-        order = (bucket * (now + 2) + age).argsort(1)
+        order = (bucket * (now + 2) + age).argsort(1)  # by bucket, in each the most recently used first
         bucket = bucket.gather(1, order)
-        nth = slots - torch.searchsorted(bucket, bucket)
+        nth = slots - torch.searchsorted(bucket, bucket)  # of its bucket, from 0
         self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
 
     def best_slot(self) -> Tensor:
@@ -524,7 +526,8 @@ def test(args: Args, job: str, phi: Tensor, run: "Run") -> dict[str, tuple[Tenso
 
 
 def by_pulls_since_swap(rewards: list[Tensor], since: list[Tensor]) -> Tensor:
-    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped. rewards, since: (p,) of each step."""
+    """Mean reward (p, 10) at the first, second, ... pull after the arms were swapped, or after the start. rewards, since: (p,)
+    of each step."""
     reward, since = torch.stack(rewards), torch.stack(since)
     at = [since == pull for pull in range(SwappingBandit.shortest)]
     return torch.stack([(reward * pull).sum(0) / pull.sum(0).clamp(min=1) for pull in at], 1)
@@ -587,18 +590,23 @@ def draw_adaptation(path: Path, after_swap: dict[str, Tensor]) -> None:
 class FME:
     """A solution of FME that acts in your environment, and changes its own weights with each step.
 
-        agent = fme.FME.load("runs/NAME/checkpoint.pt", env="cartpole")
+        env = gymnasium.make("CartPole-v1")
+        agent = fme.FME.load("pretrained")
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
         action = agent.act(obs, reward, terminated or truncated)
 
-    env, learner: of the run; where it is hill climbing, weights do not change. seed: decides the actions. The solution is that
-    of the best population.
+    checkpoint: "pretrained", which has one solution of CartPole, or a checkpoint.pt of this script. env, learner: of the run;
+    where it is hill climbing, weights do not change. seed: decides the actions. The solution is that of the best population.
 
     obs are arrays or tensors of finite numbers, (o,) for one environment or (e, o) for several, each with its own copy of the
     network; reward those of the last action, () or (e,). The network has no input for the ends of episodes. Raises ValueError
-    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution."""
+    for other shapes, CheckpointError or UserError for what is no checkpoint of this script with that solution.
+
+    Solutions were selected for what they do in `execution_steps` steps; changes beyond that were not, so call `reset` after as
+    many. Where the reward is among the run's --inputs ("pretrained" has the observation alone), it has to be that of the run:
+    for CartPole that of gymnasium.make("CartPole-v1", sutton_barto_reward=True)."""
 
     def __init__(self, args: Args, env: Env, phi: Tensor, learner: str = "fme", seed: int = 0):
         self.args, self.env = for_learner(args, learner), env
@@ -609,7 +617,9 @@ class FME:
         self.reset()
 
     @staticmethod
-    def load(checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: str = "cpu") -> "FME":
+    def load(
+        checkpoint: str | Path = "pretrained", env: str = "cartpole", learner: str = "fme", seed: int = 0, device: str = "cpu"
+    ) -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
             args = with_tuned(Args(**saved["args"]), env)
@@ -997,7 +1007,8 @@ def main() -> None:
 
 
 def executions_until_solved(args: Args, job: str, history: dict[str, Tensor]) -> list[int]:
-    """For each population the executions until the first that achieved what SOLVED asks for; 1 more than all, if none did."""
+    """For each population the executions until the first that achieved what SOLVED asks for, once: fresh executions of what it
+    left may achieve less. 1 more than all, if none did."""
     solved = history["achieved"][:, with_tuned(args, job.split()[0]).roots :] >= SOLVED[job.split()[0]]
     return [int(one.float().argmax()) + 1 if one.any() else len(one) + 1 for one in solved]
 

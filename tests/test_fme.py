@@ -519,6 +519,53 @@ def test_an_agent_from_python(finished, tmp_path):
             fme.FME.load(path, **flags)
 
 
+def test_the_shipped_network_plays_gymnasiums_cartpole():
+    """For as many steps as it was selected for: ten copies at once, then one in an episode. Random actions take 22 steps an
+    episode; on the executions that it was chosen by, it took 500. What is given as the reward changes nothing."""
+    import gymnasium
+
+    env, agent = gymnasium.make_vec("CartPole-v1", 10), fme.FME.load("pretrained", seed=7)
+    assert agent.args.execution_steps == 1000
+    obs, _ = env.reset(seed=7)
+    reward, ended = torch.zeros(10), 0
+    for _ in range(1000):
+        obs, reward, terminated, truncated, _ = env.step(agent.act(obs, reward).numpy())
+        ended += int((terminated | truncated).sum())
+    assert 10 * 1000 / (ended + 10) > 300
+
+    agent.reset()
+    env = gymnasium.make("CartPole-v1")
+    obs, _ = env.reset(seed=8)
+    action, steps, done = agent.act(obs), 0, False
+    while not done:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        steps, done = steps + 1, terminated or truncated
+        action = agent.act(obs, reward, done)
+        assert action in (0, 1)
+    assert steps > 100
+
+    first, other = (fme.FME.load("pretrained", seed=9) for _ in range(2))
+    assert [first.act(obs) for _ in range(50)] == [other.act(obs, 1.0) for _ in range(50)]
+
+
+def test_the_shipped_file_can_be_tested_and_is_what_export_leaves(finished, tmp_path):
+    """An exported checkpoint is tested like the one that it was made of."""
+    path = checkpoints.named("pretrained", "fme")
+    assert path.stat().st_size < 100_000
+    flags = "--mode test --checkpoint pretrained --no-compile --test-seeds 2 --run-name shipped"
+    tested = command(tmp_path, flags, tiny="")
+    assert tested.returncode == 0, tested.stderr
+    last = {row["learner"]: row["mean"] for row in rows(tmp_path / "shipped") if row["metric"] == "return"}
+    assert last["fme"] > 300 and set(last) == {"fme", "fme_frozen"}
+
+    small = tmp_path / "small.pt"
+    checkpoints.export(finished[0] / "checkpoint.pt", small, run_dir="runs", run_name=None)
+    assert checkpoints.read(small)["args"]["run_dir"] == "runs"
+    tested = command(tmp_path, f"--mode test --checkpoint {small} --run-name small", tiny="")
+    assert tested.returncode == 0, tested.stderr
+    assert rows(tmp_path / "small") == rows(finished[0])
+
+
 def test_the_seed_decides(finished, tmp_path):
     assert command(tmp_path, "--run-name again").returncode == 0
     assert rows(tmp_path / "again") == rows(finished[0])
@@ -604,14 +651,15 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, com
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
-    """`python fme.py`: most populations find a policy for the bandit and CartPole. With its last action as an input a network
-    follows the swaps; without the reward none does."""
+    """`python fme.py`: most of 16 populations solve the bandit, and most of 5 have a network that balances CartPole for twice
+    as long as random actions, or with frozen weights for 100 steps. With its last action as an input a network follows the
+    swaps; without the reward none does."""
     start = time.time()
     line = [sys.executable, str(ROOT / "fme.py"), "--run-dir", str(tmp_path), "--preset", "laptop", "--run-name"]
     subprocess.run([*line, "laptop"], check=True, cwd=tmp_path)
     assert time.time() - start < 300
     results = json.loads((tmp_path / "laptop" / "results.json").read_text())
-    for job, floor, most in (("bandit fme", 0.95, 39), ("cartpole fme", 100, 3)):
+    for job, floor, most in (("bandit fme", 0.95, 10), ("cartpole fme", 45, 3), ("cartpole fme_frozen", 100, 3)):
         assert sum(achieved >= floor for achieved in results["achieved"][job]) >= most, job
     assert all(abs(achieved - 0.5) < 0.02 for achieved in results["achieved"]["swapping_bandit no_reward"])
     assert results["differences"]["until_solved"]["bandit random_search"]["median"] <= 36
