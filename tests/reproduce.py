@@ -230,7 +230,8 @@ SYMLA = {
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
     "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
-         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400",
+         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
+                  "--rnn-inputs 27",  # as many as 3 x 3 cells need
          "grid": "symla.py --envs grid_world:3 --init {S4.1}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
                  "--lifetime-steps 500"},
         per({"laptop": ["grid_world:3"], "thesis": ["grid_world"]}, lambda env: [
