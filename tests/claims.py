@@ -221,6 +221,18 @@ def above_random(learner: str, env: str, run: str) -> Number:
     return at(learner, env, run=run) - at("uniform", env, run=run)
 
 
+def improvement(learner: str, env: str, run: str) -> Number:
+    """SymLA: return of a lifetime's second half minus that of its first. The first step is no start to
+    compare with: it never reaches a goal and never fails."""
+
+    def of(seed: Seed) -> float:
+        whole = seed.row(learner, env, None, run, "return", None)
+        half = seed.row(learner, env, -(-whole["step"] // 2), run, "return", None)
+        return whole["mean"] - 2 * half["mean"]
+
+    return Number(f"{learner}, {env}, {run}, second half minus first", of)
+
+
 def reached(
     task: str, novelty: str, run: str = "", step: int | None = None, learner: str = "transformer"
 ) -> Number:

@@ -29,8 +29,8 @@ from typing import Any
 
 # isort: off
 from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
-from claims import higher, lead, learns, logged, mean, per, plateau, reached, rises, sweep, unseen_loss, until_solved, weakest, within
-from claims import without_worst
+from claims import higher, improvement, lead, learns, logged, mean, number, per, plateau, reached, rises, sweep
+from claims import unseen_loss, until_solved, weakest, within, without_worst
 from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
 # isort: on
@@ -204,10 +204,22 @@ REPEATED = {"upright_cartpole": "", "acrobot": " --action-repeat 4 --lifetime-st
 DENSE = {"laptop": [f"projected_dense_grid_world:{size}" for size in (3, 4, 5)], "thesis": ["projected_dense_grid_world"]}
 
 
-def regret_figure(name: str, learners: list[str], trained: list[str], tests: list[str]) -> Figure:
-    """Figures 4.3 and 4.4: regret of a lifetime in each environment (columns) after meta-training in each (rows)."""
-    panels = {learner: {f"from {run}": [(test, at(learner, test, run=run)) for test in tests] for run in trained}
-              for learner in learners}
+FIGURE_4_3 = {  # regret in the thesis, by the environment of meta-training (rows), in the order of FIVE
+    "rnn": [[1.9, 1.7, 0.83, 1.3, 3.0], [3.2, 1.2, 0.59, 0.9, 2.6], [3.4, 1.2, 0.64, 0.98, 2.9], [3.3, 1.3, 0.63, 0.96, 2.4],
+            [4.2, 2.0, 1.1, 1.3, 3.0]],
+    "symla": [[2.5, 1.7, 0.72, 1.2, 3.0], [3.2, 1.1, 0.56, 0.96, 2.4], [3.3, 1.3, 0.51, 0.8, 2.0], [3.4, 1.3, 0.51, 0.87, 2.3],
+              [3.4, 1.3, 0.56, 1.1, 2.5]]}
+FIGURE_4_4 = {"symla": [[4.2, 120, 130, 140], [12, 13, 15, 17], [14, 13, 15, 17], [20, 15, 16, 17]]}
+
+
+def regret_figure(name: str, trained: list[str], tests: list[str], thesis: dict[str, list[list[float]]]) -> Figure:
+    """Figures 4.3 and 4.4: regret of a lifetime in each environment (columns) after meta-training in each (rows), and below it
+    the thesis' numbers."""
+    panels = {}
+    for learner, numbers in thesis.items():
+        panels[learner] = {f"from {run}": [(test, at(learner, test, run=run)) for test in tests] for run in trained}
+        rows = zip(trained, numbers, strict=True)
+        panels[f"{learner}, the thesis"] = {f"from {run}": list(zip(tests, map(number, row), strict=True)) for run, row in rows}
     return Figure(name, "environment", "expected cumulative regret, by the environment of meta-training", panels, matrix=True)
 
 
@@ -215,27 +227,30 @@ SYMLA = {
     "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
         [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]],
-        figures=lambda preset: [regret_figure("symla_five", ["symla", "rnn"], FIVE, FIVE)]),
+        figures=lambda preset: [regret_figure("symla_five", FIVE, FIVE, FIGURE_4_3)]),
     "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
         [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
-        figures=lambda preset: [regret_figure("symla_arms", ["symla"], ARMS, ARMS)]),
+        figures=lambda preset: [regret_figure("symla_arms", ARMS, ARMS, FIGURE_4_4)]),
     "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
         {"start": "symla.py --envs contextual_bandit:2 contextual_bandit:3 grid_world:2 --baselines uniform --meta-steps 750",
          **{env: f"symla.py --envs {env}{flags} --init {{S3.0}}/checkpoint.pt" for env, flags in REPEATED.items()}},
-        per(CONTROL, lambda env: [*higher("symla", ["uniform"], [env], None, env),
-            *rises("symla", [f"shuffled_{env}"], env, metric="reward_per_step"),
+        per(CONTROL, lambda env: [*(above_random(who, env, env) > 0 for who in ("symla", "rnn")),
+            above_random("symla", env, env) > above_random("rnn", env, env) * 0.8,
             above_random("symla", f"shuffled_{env}", env) > above_random("symla", env, env) * 0.8,
-            above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5]),
+            above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5,
+            improvement("symla", f"shuffled_{env}", env) > 0,
+            improvement("symla", f"shuffled_{env}", env) > improvement("uniform", f"shuffled_{env}", env)]),
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
     "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
-         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400",
+         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
+                  "--rnn-inputs 27",  # as many as 3 x 3 cells need
          "grid": "symla.py --envs grid_world:3 --init {S4.1}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
                  "--lifetime-steps 500"},
         per({"laptop": ["grid_world:3"], "thesis": ["grid_world"]}, lambda env: [
             *higher("symla", ["uniform"], [env, f"swapped_{env}"], None, "grid"),
-            *rises("symla", [f"swapped_{env}"], "grid", metric="reward_per_step"),
+            improvement("symla", f"swapped_{env}", "grid") > 0,
             *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
     "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",

@@ -19,6 +19,7 @@ from claims import (
     correlation,
     exponent,
     higher,
+    improvement,
     judge,
     lead,
     mean,
@@ -130,6 +131,9 @@ def test_numbers_that_are_made_of_more_than_a_row():
     }
     assert correlation("state_size", labels, "mnist").of(Seed(runs)) == pytest.approx(1)
     assert correlation("parameters", labels, "mnist").of(Seed(runs)) == pytest.approx(-0.5)
+
+    returns = [row("symla", step, mean, metric="return") for step, mean in ((1, -1.0), (13, -4.0), (25, -6.0))]
+    assert improvement("symla", "mnist", "").of(seed(*returns)) == 2  # -4 in the first half, -2 in the second
 
     facts = {"achieved": {"bandit random_search": {"difference": 0.2, "low": -0.1, "high": 0.3}}}
     solved = seed(until_solved={"bandit fme": [10, 201, 30]}, differences=facts)

@@ -12,7 +12,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import reproduce
 import torch
+import tyro
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 from torch.utils._pytree import tree_map
 
@@ -431,6 +433,58 @@ def test_the_in_context_rnn_has_a_sigma_and_a_rate_of_its_own(monkeypatch):
             assert (thetas[name] - first[name]).abs().max().item() == pytest.approx(lr, rel=1e-3)
         symla.es_gradient(symla.own_settings(args, "rnn"), *agents["rnn"][0], first["rnn"], args.meta_steps)
     assert sigmas == pytest.approx([0.1, 0.4, 0.2])
+
+
+# ---- the thesis' preset ------------------------------------------------------------------------------------------------
+BANDITS = dict(  # appendix C.2, but where a comment says so
+    hidden=64, lifetime_steps=100, meta_steps=4_000, evaluations=100, noise_std=0.2, lr=0.2,
+    test_seeds=4_096,  # the thesis: 100
+)  # fmt: skip
+OTHERS = dict(hidden=16, lifetime_steps=500, meta_steps=20_000, evaluations=10, noise_std=0.035, lr=0.01, test_seeds=100)
+THESIS = dict(
+    message_size=8, micro_ticks=2, population=1024,  # 512 pairs
+    common_lifetimes=False, rank_shaping=False, fitness="reward", noise_end=None, lr_decay=False, init=None,
+    obs_gain=1.0, action_repeat=1, sutton_barto_reward=False, normalize_rewards=False, test_steps=None,
+    rnn_size=64, rnn_noise_std=None, rnn_lr=None,
+)  # fmt: skip
+TESTED = {  # row and environment of meta-training -> environments of the meta-test
+    **{("S1", env): symla.FIVE for env in symla.FIVE},
+    **{("S2", f"independent_bandit:{arms}"): [f"independent_bandit:{n}" for n in (2, 8, 10, 12)] for arms in (2, 8, 10, 12)},
+    **{("S3", env): [env, f"shuffled_{env}"] for env in ("cartpole", "acrobot", "mountain_car")},
+    ("S4", "grid_world"): ["grid_world", "swapped_grid_world"],
+    ("S5", "projected_dense_grid_world"): ["projected_dense_grid_world", "projected_balance_cartpole"],
+}
+
+
+def settled_args(row, preset):
+    """Args of the commands of a row, by their labels."""
+    args = {}
+    for label, command in reproduce.ROWS[row].commands(preset).items():
+        default = symla.Args(**symla.PRESETS[preset] | {"preset": preset})
+        args[label] = symla.settled(tyro.cli(symla.Args, args=command.split()[1:], default=default))
+    return args
+
+
+@pytest.mark.parametrize("row", ["S1", "S2", "S3", "S4", "S5"])
+def test_rows_at_the_thesis_preset_have_the_thesis_numbers(row):
+    runs = settled_args(row, "thesis").values()
+    assert [args.envs for args in runs] == [(env,) for name, env in TESTED if name == row]
+    for args in runs:
+        expected = THESIS | (BANDITS if row in ("S1", "S2") else OTHERS)
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert sorted(args.test_envs) == sorted(TESTED[row, args.envs[0]])
+        assert "uniform" in args.baselines and ("rnn" in args.baselines or row == "S2")
+
+
+@pytest.mark.parametrize("row", ["S3", "S4"])
+def test_learners_fit_the_parameters_that_they_start_from(row):
+    """The in-context RNN's sizes are fixed. SymLA's are not."""
+    runs = list(settled_args(row, "laptop").values())
+    for args in runs[1:]:
+        first = runs[int(re.search(rf"{row}\.(\d)", args.init).group(1))]
+        assert args.hidden == first.hidden and args.obs_gain == first.obs_gain
+        if "rnn" in args.baselines and "rnn" in first.baselines:
+            assert (args.rnn_inputs, args.rnn_outputs) == (first.rnn_inputs, first.rnn_outputs)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
