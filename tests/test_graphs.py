@@ -130,7 +130,7 @@ ENVS += ["shuffled_upright_cartpole", "projected_dense_grid_world:3", "projected
 def test_lifetimes_can_be_recorded(gpu, name):
     env = symla.make_env(test_symla.ARGS, name, 4)
     for learner in symla.META_TRAINED if "bandit" in name else ("symla",):
-        live = test_symla.lives(symla.LEARNERS[learner](test_symla.ARGS), env)
+        live = test_symla.lifetime_of(symla.LEARNERS[learner](test_symla.ARGS), env)
         fast = graphs.replayed(live)
         for seed in range(2):
             theta = test_symla.random_theta(live.args[0], 2)

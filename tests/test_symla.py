@@ -211,7 +211,7 @@ def keys_of(e, seed=0, part=symla.TEST, number=0, groups=(0,)):
     return symla.lifetime_keys(seed, part, number, torch.tensor(groups), e)
 
 
-def lives(learner, env):
+def lifetime_of(learner, env):
     """lifetime of a learner in an environment, eager."""
     return partial(symla.lifetime, learner, partial(symla.one_step, learner, env), env)
 
@@ -219,7 +219,7 @@ def lives(learner, env):
 def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     learner = symla.LEARNERS[name](args)
     theta = random_theta(learner, p) if theta is None else theta
-    return lives(learner, envs.make(env, e))(theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
+    return lifetime_of(learner, envs.make(env, e))(theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
 
 
 def test_the_regret_of_fixed_policies_in_closed_form():
@@ -254,7 +254,7 @@ def test_actions_are_drawn_from_the_policy_and_fed_back_with_their_rewards():
             return state, torch.tensor([0.5, 0.3, 0.2]).log().expand_as(action)
 
     learner, env = Fixed(ARGS), envs.make("independent_bandit:3", 5000)
-    outcome = lives(learner, env)(torch.zeros(1, 0), keys_of(5000), 4)
+    outcome = lifetime_of(learner, env)(torch.zeros(1, 0), keys_of(5000), 4)
     assert torch.equal(inputs[0][1], torch.zeros(1, 5000, 3)) and (inputs[0][2] == 0).all()
     assert inputs[0][0].shape == (1, 5000, 1) and (inputs[0][0] == 1).all()  # nothing to observe but a constant
     for t in range(1, 4):
@@ -274,7 +274,7 @@ def test_a_state_survives_the_ends_of_episodes_and_not_of_lifetimes():
     env, spied = envs.make("grid_world:2", 6), Spied(ARGS)
     theta = random_theta(spied)
     for _ in range(2):
-        lives(spied, env)(theta, keys_of(6), 40)
+        lifetime_of(spied, env)(theta, keys_of(6), 40)
     assert torch.stack(dones[1:40]).sum() > 6
     for lifetime in (0, 40):
         assert states[lifetime].abs().sum() == 0
@@ -297,7 +297,7 @@ def test_a_reward_comes_with_the_observation_of_what_paid_it():
             return super().act(params, state, obs, action, reward, done)
 
     learner, env = Spied(ARGS), symla.make_env(ARGS, "grid_world:3", 50)
-    lives(learner, env)(torch.zeros(1, 0), keys_of(50), 60)
+    lifetime_of(learner, env)(torch.zeros(1, 0), keys_of(50), 60)
     assert paid > 100 and seen == paid
 
 
@@ -307,7 +307,7 @@ def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common):
     args = replace(ARGS, common_lifetimes=common, noise_std=1e-9)
     learner, env = symla.SymLA(args), symla.make_env(args, "grid_world:3", 6)
     outcomes = []
-    live = lives(learner, env)
+    live = lifetime_of(learner, env)
     symla.es_gradient(args, lambda *inputs: outcomes.append(live(*inputs)) or outcomes[-1], env, random_theta(learner)[0], 0)
     plus, minus = outcomes[0].reward.view(2, 4, 6, -1)
     assert torch.equal(plus, minus) and (plus != 0).any()
@@ -329,16 +329,16 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
     args = replace(ARGS, fitness=fitness)
     learner, env = symla.SymLA(args), envs.make("independent_bandit:3", 6)
     theta = learner.init(torch.Generator().manual_seed(0))
-    grad, loss, paid = symla.es_gradient(replace(args, chunk=4), lives(learner, env), env, theta, 3)
+    grad, loss, paid = symla.es_gradient(replace(args, chunk=4), lifetime_of(learner, env), env, theta, 3)
     for chunk in (1, 2):
-        again = symla.es_gradient(replace(args, chunk=chunk), lives(learner, env), env, theta, 3)
+        again = symla.es_gradient(replace(args, chunk=chunk), lifetime_of(learner, env), env, theta, 3)
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
     noise, slow = symla.es.directions(4, len(theta), args.seed, 3), torch.zeros_like(theta)
     for pair, direction in enumerate(noise):
         keys = keys_of(6, args.seed, symla.TRAIN, 3, [pair])
         for sign in (1, -1):
-            outcome = lives(learner, env)((theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
+            outcome = lifetime_of(learner, env)((theta + sign * 0.1 * direction)[None], keys, args.lifetime_steps)
             worth = (outcome.reward if fitness == "reward" else outcome.expected).mean()
             slow += -sign * worth * direction / (2 * 0.1 * 4)
     torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-4)
@@ -400,7 +400,7 @@ def test_it_learns_to_learn_bandits_and_plays_other_numbers_of_arms():
     thetas = {"symla": learner.init(torch.Generator().manual_seed(0))}
     untrained = thetas["symla"].clone()
     with torch.no_grad():
-        players = {"symla": [(lives(learner, env), env)]}
+        players = {"symla": [(lifetime_of(learner, env), env)]}
         symla.meta_train(args, players, thetas, Bar(args.meta_steps))
         for arms in (3, 5, 8):
             setting = dict(args=args, steps=50, e=1000, key=(9,))
@@ -426,7 +426,7 @@ def test_the_in_context_rnn_has_a_sigma_and_a_rate_of_its_own(monkeypatch):
     learners = {name: symla.LEARNERS[name](args) for name in symla.META_TRAINED}
     thetas = {name: learner.init(torch.Generator().manual_seed(0)) for name, learner in learners.items()}
     first = {name: theta.clone() for name, theta in thetas.items()}
-    agents = {name: [(lives(learner, env), env)] for name, learner in learners.items()}
+    agents = {name: [(lifetime_of(learner, env), env)] for name, learner in learners.items()}
     with torch.no_grad():
         symla.meta_train(args, agents, thetas, Bar(1))
         for name, lr in (("symla", 0.05), ("rnn", 0.003)):
