@@ -386,7 +386,8 @@ GPICL = {
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
-        {"biased": f"{PLAIN} digits --statistics", "plateau": f"{PLAIN} digits --statistics --bias 0"},
+        {"biased": f"{FREE} --classes --no-lr-decay --statistics",
+         "plateau": f"{FREE} --classes --no-lr-decay --statistics --bias 0"},
         [gradient_norm("last layer", "plateau", lambda norms: norms["head.weight"]) >
          gradient_norm("largest other", "plateau", lambda norms: max(norm for name, norm in norms.items() if "head" not in name)),
          logged("transformer distance", "plateau", -1) < logged("transformer distance", "biased", -1),
