@@ -245,7 +245,7 @@ SYMLA = {
         "symla.py --envs projected_dense_grid_world"),
 }
 
-SHORT = "gpicl.py --baselines --bias-end 0.9 --test-datasets digits"
+SHORT = "gpicl.py --baselines --classes --bias-end 0.9 --test-datasets digits"
 UNIFORM = "gpicl.py --dataset mnist --bias 0 --baselines --test-datasets mnist"
 PLATEAU = "gpicl.py --dataset fashion_mnist --num-tasks 65536 --baselines --test-datasets fashion_mnist"
 FREE = "gpicl.py --baselines --bias-end None --test-datasets digits"
