@@ -113,8 +113,8 @@ class Args:
     learner: Name = "transformer"
     """What learns at meta-test time. Meta-trained: transformer, lstm, outer_lstm (LSTM with outer-product state), vsml,
     vsml_nosym (VSML without symmetries), mlp (no memory at all), maml (an initialisation). With nothing but tuned settings:
-    sgd, adam. untrained: the transformer before meta-training. As baselines, fitted by scikit-learn (not in the thesis):
-    logistic (regression), neighbors (five nearest), forest (of a hundred trees)."""
+    sgd, adam. untrained: the transformer before meta-training. As baselines, fitted by scikit-learn (not in the thesis) to
+    inputs without a projection: logistic (regression), neighbors (five nearest), forest (of a hundred trees)."""
     baselines: tuple[Name, ...] = ("sgd", "adam", "untrained")
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
@@ -653,9 +653,12 @@ def measured(
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
     parts = {name: [] for name in learners}
     fitted = {name: [] for name in incontext.FITTED if name in args.baselines}
-    for x, y in test_data(args, tasks, args.test_seeds, args.test_steps or args.sequence_length, ids):
+    wanted = args.test_seeds, args.test_steps or args.sequence_length, ids
+    for x, y in test_data(args, tasks, *wanted):
         for name, learner in learners.items():
             parts[name].append(rollout(learner, x, y, num_classes))
+    plain = replace(tasks, projected=0.0, projection_size=None, project=None)  # the same examples as they are
+    for x, y in test_data(args, plain, *wanted) if fitted else ():
         for name in fitted:
             fitted[name].append(incontext.fitted_correct(name, x, y, plotted_steps(x.shape[1])))
 

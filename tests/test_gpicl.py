@@ -578,6 +578,21 @@ def test_baselines_fitted_by_scikit_learn(finished, tmp_path):
     assert names == {(name, step) for name in ("transformer", *FITTED) for step in (1, 2, 5, 10, 12)}
 
 
+def test_scikit_learn_sees_the_same_examples_without_a_projection(monkeypatch):
+    """Of a test set each way of choosing tasks."""
+    args = replace(ARGS, dataset=("wine",), test_datasets=("wine",), test_seeds=4, test_tasks=2, baselines=("forest",))
+    (seen, unseen) = gpicl.test_tasks(args, torch.device("cpu"), 20).values()
+    asked = []
+    monkeypatch.setattr(gpicl.incontext, "fitted_correct", lambda name, x, y, steps: asked.append((x, y)) or torch.ones(4, len(steps)))
+    for tasks, ids in ((unseen, None), (seen, torch.tensor([3, 8]))):
+        rows, _ = gpicl.measured(args, {}, "wine", "task", tasks, 3, ids)
+        projected, labels = next(gpicl.test_data(args, tasks, 4, 7, ids))
+        (x, y), data = asked.pop(), tasks.dataset
+        assert x.shape == (4, 7, 13) and projected.shape == (4, 7, 20) and torch.equal(y, labels)
+        assert all((data.x == example).all(1).any() for example in x.flatten(0, 1))
+        assert {row["learner"] for row in rows} == {"forest"}
+
+
 def test_a_trained_learner_from_python(finished):
     """It answers what the meta-test's forward pass answers; predict changes nothing; streams are independent."""
     load = partial(gpicl.InContextLearner.load, finished[0] / "checkpoint.pt", num_classes=10)
