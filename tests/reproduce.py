@@ -272,6 +272,15 @@ def width_figure(preset: str, tasks: list[int], widths: list[int]) -> Figure:
     return Figure("gpicl_width", "tasks", "accuracy at the last example", panels, matrix=True)
 
 
+def transfer_figure(preset: str) -> Figure:
+    """Figure 5.3: accuracy at each example of both datasets, after meta-training on either."""
+    steps = [1, 2, 5, 10, 20, *([40] if preset == "laptop" else [50, 100])]
+    panels = {test: {f"meta-trained on {name}": [
+        (step, reached(test, "task" if test == name else "domain", f"dataset {name}", step)) for step in steps]
+        for name in BOTH} for test in BOTH}
+    return Figure("gpicl_transfer", "example", "accuracy on unseen tasks", panels, xscale="linear")
+
+
 def phases_figure(preset: str, tasks: list[int]) -> Figure:
     """Figure 5.4: accuracy at the first and at the last example, by number of tasks."""
     kinds = [(SET[preset], "none", "seen tasks"), (SET[preset], "task", "unseen tasks"),
@@ -322,8 +331,10 @@ GPICL = {
         sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist", dataset=BOTH),
         [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
          reached("fashion_mnist", "domain", "dataset mnist")
-         > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03],
-        sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH)),
+         > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03,
+         reached("mnist", "domain", "dataset fashion_mnist") < reached("mnist", "task", "dataset mnist")],
+        sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH),
+        figures=lambda preset: [transfer_figure(preset)]),
     "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
         {"": "gpicl.py --baselines sgd adam maml --test-datasets digits fashion_mnist random",
          "lstm": "gpicl.py --learner lstm --baselines --test-datasets digits fashion_mnist random",
