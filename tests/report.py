@@ -292,7 +292,7 @@ def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]])
     for (panel, line, x), ys in values.items():
         error = statistics.stdev(ys) / math.sqrt(len(ys)) if len(ys) > 1 else 0.0
         row = {"task": panel, "learner": line, "step": x, "mean": statistics.fmean(ys)}
-        row |= {"std": error, "seeds": len(ys)}
+        row |= {"std": error, "seeds": len(ys)} | ({"values": ys} if figure.each_seed else {})
         rows.append(row)
     lines = dict.fromkeys(row["learner"] for row in rows)
     styles = {line: f"C{i}o-" for i, line in enumerate(lines)}

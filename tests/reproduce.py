@@ -22,6 +22,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -264,6 +265,7 @@ TABLE = {"sgd": (0.7031, 0.5078, 0.3789, 1.0, 0.1484, 0.1016), "maml": (0.5371, 
          "vsml": (0.7904, 0.6849, 0.5469, 1.0, 0.2409, 0.1745), "lstm": (0.2539, 0.2812, 0.1810, 0.5872, 0.1211, 0.1107),
          "transformer": (0.7370, 0.6224, 0.5339, 1.0, 0.1940, 0.1458)}
 SET = {"laptop": "digits", "thesis": "mnist"}
+MANY = {"laptop": [1, 4, 16, 64, 256, 1024, 4096, 16384], "thesis": [2**power for power in range(0, 25, 4)]}
 
 
 def width_figure(preset: str, tasks: list[int], widths: list[int]) -> Figure:
@@ -302,6 +304,15 @@ def phases_figure(preset: str, tasks: list[int]) -> Figure:
     panels = {panel: {f"{words} example": [(count, reached(task, new, f"num_tasks {count}", step)) for count in tasks]
                       for words, step in (("first", 0), ("last", None))} for task, new, panel in kinds}
     return Figure("gpicl_phases", "number of tasks", "accuracy", panels)
+
+
+def solutions_figure(preset: str, tasks: list[int]) -> Figure:
+    """Figures D.1 and D.4: losses of each meta-training seed, by number of tasks."""
+    ends = {"meta-training tasks, end of meta-training": lambda run: fact(run, "final_loss")}
+    for task, new, words in ((SET[preset], "task", "unseen tasks"), ("fashion_mnist", "domain", "fashion_mnist, unseen")):
+        ends[f"{words}, last example"] = partial(at, "transformer", task, None, metric="cross_entropy", novelty=new)
+    panels = {panel: {"mean over seeds": [(count, end(run=f"num_tasks {count}")) for count in tasks]} for panel, end in ends.items()}
+    return Figure("gpicl_solutions", "number of tasks", "cross-entropy in nats", panels, each_seed=True)
 
 
 def state_figure(runs: Iterable[str], task: str) -> Figure:
@@ -365,15 +376,14 @@ GPICL = {
          "vsml": f"gpicl.py --learner vsml --baselines --test-datasets {' '.join(TABLE_DATASETS)}"},
         figures=lambda preset: [table_figure(preset)]),
     "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
-        sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=[1, 4, 16, 64, 256, 1024, 4096, 16384]),
+        sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=MANY["laptop"]),
         per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
             reached(one[0], "none", f"num_tasks {one[1]}", 0) > 0.5, learns(one[0], "none", f"num_tasks {one[1]}") < 0.1,
             learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
             learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
-        sweep(f"{UNIFORM} fashion_mnist --no-normalise-inputs", num_tasks=[2**power for power in range(0, 25, 4)]),
-        figures=lambda preset: [phases_figure(preset, [1, 4, 16, 64, 256, 1024, 4096, 16384] if preset == "laptop" else
-                                              [2**power for power in range(0, 25, 4)])]),
+        sweep(f"{UNIFORM} fashion_mnist --no-normalise-inputs", num_tasks=MANY["thesis"]),
+        figures=lambda preset: [figure(preset, MANY[preset]) for figure in (phases_figure, solutions_figure)]),
     "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
