@@ -254,17 +254,19 @@ PLAIN = "gpicl.py --baselines --test-datasets"
 STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16]),
           **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
           **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
-          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
+          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[1, 2, 4])}
 FULL_STATES = {**sweep(f"{PLAIN} mnist --bias 0 --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
                **sweep(f"{PLAIN} mnist", learner=["lstm"], width=[64, 256, 1024]),
-               **sweep(f"{PLAIN} mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
+               **sweep(f"{PLAIN} mnist --bias 0", learner=["outer_lstm"], key_size=[8, 16, 32]),
                **sweep(f"{PLAIN} mnist --size 14 --channels 1", learner=["vsml_nosym"], grid=[1, 2, 4, 8, 16, 24])}
-BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)}
+BATCHES = {"laptop": {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)},
+           "thesis": {batch: f"batch {batch}, num_tasks 65536" for batch in (128, 512, 2048)}}
 TABLE_DATASETS = ("mnist", "fashion_mnist", "kmnist", "random", "cifar10", "svhn")
 TABLE = {"sgd": (0.7031, 0.5078, 0.3789, 1.0, 0.1484, 0.1016), "maml": (0.5371, 0.4844, 0.3633, 0.998, 0.1738, 0.1133),
          "vsml": (0.7904, 0.6849, 0.5469, 1.0, 0.2409, 0.1745), "lstm": (0.2539, 0.2812, 0.1810, 0.5872, 0.1211, 0.1107),
          "transformer": (0.7370, 0.6224, 0.5339, 1.0, 0.1940, 0.1458)}
 SET = {"laptop": "digits", "thesis": "mnist"}
+DECAYS = ["0.01", "0.1", "1"]
 MANY = {"laptop": [1, 4, 16, 64, 256, 1024, 4096, 16384], "thesis": [2**power for power in range(0, 25, 4)]}
 
 
@@ -311,7 +313,8 @@ def solutions_figure(preset: str, tasks: list[int]) -> Figure:
     ends = {"meta-training tasks, end of meta-training": lambda run: fact(run, "final_loss")}
     for task, new, words in ((SET[preset], "task", "unseen tasks"), ("fashion_mnist", "domain", "fashion_mnist, unseen")):
         ends[f"{words}, last example"] = partial(at, "transformer", task, None, metric="cross_entropy", novelty=new)
-    panels = {panel: {"mean over seeds": [(count, end(run=f"num_tasks {count}")) for count in tasks]} for panel, end in ends.items()}
+    panels = {panel: {"mean over seeds": [(count, end(run=f"num_tasks {count}")) for count in tasks]}
+              for panel, end in ends.items()}
     return Figure("gpicl_solutions", "number of tasks", "cross-entropy in nats", panels, each_seed=True)
 
 
@@ -324,11 +327,12 @@ def state_figure(runs: Iterable[str], task: str) -> Figure:
     return Figure("gpicl_state", "size", "accuracy at the last example", panels)
 
 
-def batch_figure(tasks: list[int]) -> Figure:
+def batch_figure(preset: str) -> Figure:
     """Figures 5.7 and D.11: the length of the plateau by batch size, in meta-steps and in tasks."""
     panels = {panel: {f"{count} tasks": [
-        (batch, plateau(f"batch {batch}, num_tasks {count}") * (batch if panel.startswith("tasks") else 1)) for batch in BATCHES]
-        for count in tasks} for panel in ("meta-steps in the plateau", "tasks in the plateau")}
+        (batch, plateau(f"batch {batch}, num_tasks {count}") * (batch if panel.startswith("tasks") else 1))
+        for batch in BATCHES[preset]] for count in (1024, 16384 if preset == "laptop" else 65536)}
+        for panel in ("meta-steps in the plateau", "tasks in the plateau")}
     return Figure("gpicl_plateau", "batch size", "", panels, yscale="log")
 
 
@@ -389,13 +393,15 @@ GPICL = {
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
     "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
-        sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
-        per({"laptop": ["batch 128, num_tasks 16384"], "thesis": ["batch 128, num_tasks 65536"]}, lambda big: [
-            exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
-            plateau(big) > plateau(BATCHES[128]),
-            unseen_loss("end", slice(-5, None), big) > unseen_loss("start", slice(0, 2), big)]),
-        sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0", batch=[16, 32, 64, 128], num_tasks=[1024, 65536]),
-        figures=lambda preset: [batch_figure([1024, 16384 if preset == "laptop" else 65536])]),
+        sweep(f"{SHORT} --meta-steps 4000", batch=list(BATCHES["laptop"]), num_tasks=[1024, 16384]),
+        per({preset: [(BATCHES[preset], f"batch 128, num_tasks {most}")]
+             for preset, most in (("laptop", 16384), ("thesis", 65536))}, lambda one: [
+            exponent("plateau", one[0]) < 0, exponent("tasks in the plateau", one[0], tasks=True) > 0,
+            plateau(one[1]) > plateau("batch 128, num_tasks 1024"),
+            unseen_loss("end", slice(-5, None), one[1]) > unseen_loss("start", slice(0, 2), one[1])]),
+        sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0 --chunk 512", batch=list(BATCHES["thesis"]),
+              num_tasks=[1024, 65536]),
+        figures=lambda preset: [batch_figure(preset)]),
     "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
         sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
         [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
@@ -413,7 +419,7 @@ GPICL = {
             *([reached("digits", "domain", run) > reached("digits", "domain", "features none")] if "fashion" in run else
               [reached("cifar10", "domain", run) > 0.42,
                reached("cifar10", "domain", run) > reached("cifar10", "domain", "features none") + 0.1])]),
-        sweep("gpicl.py --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
+        sweep("gpicl.py --bias 0 --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
         needs="ImageNet weights; on a laptop a network trained on Fashion-MNIST stands in"),
     "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
         sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
@@ -432,14 +438,16 @@ GPICL = {
         {"biased": f"{PLATEAU} --statistics", "plateau": f"{PLATEAU} --bias 0 --statistics"},
         figures=lambda preset: [statistics_figure()]),
     "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
-        {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
+        {**sweep(f"{SHORT} --no-lr-decay --num-tasks 1024", weight_decay=DECAYS),
          "shallow": "vsml.py --backward-pass --baselines --test-datasets digits",
          **{f"{depth} hidden": f"vsml.py --hidden {'16 ' * depth}--backward-pass --baselines --test-datasets digits"
             for depth in (1, 2, 3)}},
-        per({preset: [name] for preset, name in SET.items()}, lambda task: [
-            *(reached(task, "task", f"weight_decay {decay}") < 0.2 for decay in ("0.01", "0.1", "1")),
-            at("vsml", task, run="1 hidden") < at("vsml", task, run="shallow")]),
-        {**sweep(f"{UNIFORM} --num-tasks 1024 --meta-optimizer adamw", weight_decay=["0.01", "0.1", "1"]),
+        per({"laptop": [("digits", [""], [])], "thesis": [("mnist", ["num_tasks 1024, ", "num_tasks 16384, "],
+                                                           ["num_tasks 65536, weight_decay 0.01"])]}, lambda one: [
+            *(reached(one[0], "task", f"{tasks}weight_decay {decay}") < 0.2 for tasks in one[1] for decay in DECAYS),
+            *(reached(one[0], "task", enough) > 0.2 for enough in one[2]),
+            *(at("vsml", one[0], run=f"{depth} hidden") < at("vsml", one[0], run="shallow") for depth in (1, 2, 3))]),
+        {**sweep(f"{UNIFORM} --meta-optimizer adamw", num_tasks=[2**10, 2**14, 2**16], weight_decay=DECAYS),
          "shallow": "vsml.py --dataset mnist --feed-label --norm-messages --baselines --test-datasets mnist",
          **{f"{depth} hidden": f"vsml.py --dataset mnist --hidden {'32 ' * depth}--feed-label --norm-messages --baselines "
                                "--test-datasets mnist" for depth in (1, 2, 3)}}),

@@ -438,10 +438,14 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G5", "learner transformer, key_size 16"): dict(bias=0.0, key_size=16, batch=512),
     ("G5", "learner lstm, width 64"): LONE | dict(width=64),
     ("G5", "learner vsml_nosym, grid 8"): dict(learner="vsml_nosym", grid=8, size=14, channels=1),
-    ("G6", "batch 32, num_tasks 65536"): FASHION | dict(batch=32),
+    ("G5", "learner outer_lstm, key_size 8"): dict(learner="outer_lstm", key_size=8, bias=0.0),
+    ("G6", "batch 2048, num_tasks 65536"): FASHION | dict(batch=2048),
     ("G7", "bias 0.5"): FASHION | dict(bias=0.5),
+    ("G8", "sign"): FASHION | dict(meta_optimizer="sign", lr=1e-4),
+    ("G9", "features resnet50"): dict(bias=0.0, features="resnet50"),
     ("G10", "sequence_length 200"): dict(bias=0.0, sequence_length=200),
     ("G11", "plateau"): FASHION | dict(statistics=True),
+    ("G12", "num_tasks 16384, weight_decay 1"): dict(bias=0.0, num_tasks=2**14, meta_optimizer="adamw", weight_decay=1.0),
 }  # fmt: skip
 
 
@@ -583,7 +587,8 @@ def test_scikit_learn_sees_the_same_examples_without_a_projection(monkeypatch):
     args = replace(ARGS, dataset=("wine",), test_datasets=("wine",), test_seeds=4, test_tasks=2, baselines=("forest",))
     (seen, unseen) = gpicl.test_tasks(args, torch.device("cpu"), 20).values()
     asked = []
-    monkeypatch.setattr(gpicl.incontext, "fitted_correct", lambda name, x, y, steps: asked.append((x, y)) or torch.ones(4, len(steps)))
+    fitted = lambda name, x, y, steps: asked.append((x, y)) or torch.ones(4, len(steps))  # noqa: E731
+    monkeypatch.setattr(gpicl.incontext, "fitted_correct", fitted)
     for tasks, ids in ((unseen, None), (seen, torch.tensor([3, 8]))):
         rows, _ = gpicl.measured(args, {}, "wine", "task", tasks, 3, ids)
         projected, labels = next(gpicl.test_data(args, tasks, 4, 7, ids))
