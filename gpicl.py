@@ -591,22 +591,25 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     and uniform permutations of a meta-training dataset (task), and unseen datasets (domain)."""
     tests = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
+    trained_on = set(map(os.path.normpath, args.dataset))
     for name in distinct(args.test_datasets or args.dataset + others):
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs)
         unseen = replace(seen, permuted_from=0)
-        if name in args.dataset:
+        if os.path.normpath(name) in trained_on:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
             tests[task, "domain"] = unseen
     return tests
 
 
-def seen_ids(args: Args, steps: int, plateau: int, device: torch.device) -> Tensor:
-    """Ids of at most --test-tasks tasks of the last of so many meta-steps."""
+def seen_ids(args: Args, steps: int, plateau: int, device: torch.device, number: int = 0) -> Tensor:
+    """Ids of at most --test-tasks tasks that were made of dataset `number`, of the last of so many meta-steps."""
     ids = torch.zeros(0, dtype=torch.int64, device=device)
-    for step in reversed(range(max(1, steps))):
+    for step in reversed(range(max(len(args.dataset), steps))):
+        if step % len(args.dataset) != number:
+            continue
         bias, _ = schedule(args, step, plateau if step > plateau else -1)
         ids = torch.cat([ids, batch_ids(args, step, bias, device)[0]])
         if len(ids) >= args.test_tasks:
@@ -629,15 +632,21 @@ def test_data(
 
 
 def meta_test(
-    args: Args, learners: dict[str, nn.Module], tests: dict[tuple[str, str], Tasks], num_classes: int, seen: Tensor, run: "Run"
+    args: Args,
+    learners: dict[str, nn.Module],
+    tests: dict[tuple[str, str], Tasks],
+    num_classes: int,
+    seen: dict[str, Tensor],
+    run: "Run",
 ) -> list[dict[str, Any]]:
-    """All learners on all test sets: rows of results.json, and Figure 5.3. seen: ids of meta-training tasks."""
+    """All learners on all test sets: rows of results.json, and Figure 5.3. seen: ids of meta-training tasks, by dataset."""
     rows, curves = [], []
     for (task, novelty), tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
         if tasks.num_classes > num_classes:
             run.info(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
             continue
-        measure = partial(measured, args, learners, task, novelty, tasks, num_classes, seen if novelty == "none" else None)
+        ids = seen[os.path.normpath(tasks.dataset.source["name"])] if novelty == "none" else None
+        measure = partial(measured, args, learners, task, novelty, tasks, num_classes, ids)
         some, curve = run.once(f"{task}, {novelty}", measure)
         rows += some
         curves += curve
@@ -1076,7 +1085,8 @@ def main() -> None:
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
     steps = args.meta_steps if args.mode == "train" else checkpoint["step"]
-    seen = seen_ids(args, steps, int(parts["plateau"]), run.device)
+    plateau = int(parts["plateau"])
+    seen = {os.path.normpath(name): seen_ids(args, steps, plateau, run.device, k) for k, name in enumerate(args.dataset)}
     rows = meta_test(args, learners, tests, sizes[1], seen, run)
     columns = read_metrics(run.folder)
     facts = {"plateau": None, "final_loss": None}

@@ -236,6 +236,10 @@ def test_seen_tasks_are_those_of_the_last_meta_steps():
         assert torch.equal(gpicl.seen_ids(args, 50, plateau, cpu), torch.cat(drawn)[:20])
     early = gpicl.seen_ids(args, 5, 10, cpu)  # before the plateau was left
     assert torch.equal(early[:8], gpicl.batch_ids(args, 4, 0.9, cpu)[0])
+    two = replace(args, dataset=("digits", "wine"))  # which follow each other
+    for number, steps in ((0, (48, 46, 44)), (1, (49, 47, 45))):
+        drawn = [gpicl.batch_ids(args, step, gpicl.schedule(args, step, 10)[0], cpu)[0] for step in steps]
+        assert torch.equal(gpicl.seen_ids(two, 50, 10, cpu, number), torch.cat(drawn)[:20])
 
 
 def test_tasks_of_several_numbers_of_classes():
