@@ -138,7 +138,7 @@ class Args:
     """Images have mean 0 and standard deviation 1 (Appendix D.5; not in Figure 5.4)."""
     bias: Share = 0.9
     """Share of each meta-training batch whose labels are permuted by one and the same permutation (section 5.4.3). The
-    thesis: .9 in Figure 5.3, for VSML and LSTMs (Appendix D.4); varied in Figures 5.8 and D.9; 0 elsewhere."""
+    thesis: .9 in Figure 5.3 (Appendix D.5), for VSML and Table 5.2's LSTM (D.4); varied in Figures 5.8 and D.9; else 0."""
     bias_end: Share | None = None
     """Once the loss has left its plateau, the bias changes linearly to this (not in the thesis; default: it stays)."""
     sequence_length: Length = 100
@@ -476,8 +476,8 @@ def meta_train(
 
 def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
     """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
-    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors and fixed
-    permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
+    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. On 8 x 8 digits class
+    priors and fixed permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
     return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * chance), None)
 
 
