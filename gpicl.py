@@ -113,8 +113,8 @@ class Args:
     learner: Name = "transformer"
     """What learns at meta-test time. Meta-trained: transformer, lstm, outer_lstm (LSTM with outer-product state), vsml,
     vsml_nosym (VSML without symmetries), mlp (no memory at all), maml (an initialisation). With nothing but tuned settings:
-    sgd, adam. untrained: the transformer before meta-training. As baselines, fitted by scikit-learn (not in the thesis):
-    logistic (regression), neighbors (five nearest), forest (of a hundred trees)."""
+    sgd, adam. untrained: the transformer before meta-training. As baselines, fitted by scikit-learn (not in the thesis) to
+    inputs without a projection: logistic (regression), neighbors (five nearest), forest (of a hundred trees)."""
     baselines: tuple[Name, ...] = ("sgd", "adam", "untrained")
     """Learners trained and tested beside the first one, on the same budget of meta-steps."""
 
@@ -138,7 +138,7 @@ class Args:
     """Images have mean 0 and standard deviation 1 (Appendix D.5; not in Figure 5.4)."""
     bias: Share = 0.9
     """Share of each meta-training batch whose labels are permuted by one and the same permutation (section 5.4.3). The
-    thesis: .9 in Figure 5.3, for VSML and LSTMs (Appendix D.4); varied in Figures 5.8 and D.9; 0 elsewhere."""
+    thesis: .9 in Figure 5.3 (Appendix D.5), for VSML and Table 5.2's LSTM (D.4); varied in Figures 5.8 and D.9; else 0."""
     bias_end: Share | None = None
     """Once the loss has left its plateau, the bias changes linearly to this (not in the thesis; default: it stays)."""
     sequence_length: Length = 100
@@ -476,8 +476,8 @@ def meta_train(
 
 def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
     """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
-    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. Class priors and fixed
-    permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
+    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. On 8 x 8 digits class
+    priors and fixed permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
     return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * chance), None)
 
 
@@ -591,22 +591,25 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     and uniform permutations of a meta-training dataset (task), and unseen datasets (domain)."""
     tests = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
+    trained_on = set(map(os.path.normpath, args.dataset))
     for name in distinct(args.test_datasets or args.dataset + others):
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs)
         unseen = replace(seen, permuted_from=0)
-        if name in args.dataset:
+        if os.path.normpath(name) in trained_on:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
             tests[task, "domain"] = unseen
     return tests
 
 
-def seen_ids(args: Args, steps: int, plateau: int, device: torch.device) -> Tensor:
-    """Ids of at most --test-tasks tasks of the last of so many meta-steps."""
+def seen_ids(args: Args, steps: int, plateau: int, device: torch.device, number: int = 0) -> Tensor:
+    """Ids of at most --test-tasks tasks that were made of dataset `number`, of the last of so many meta-steps."""
     ids = torch.zeros(0, dtype=torch.int64, device=device)
-    for step in reversed(range(max(1, steps))):
+    for step in reversed(range(max(len(args.dataset), steps))):
+        if step % len(args.dataset) != number:
+            continue
         bias, _ = schedule(args, step, plateau if step > plateau else -1)
         ids = torch.cat([ids, batch_ids(args, step, bias, device)[0]])
         if len(ids) >= args.test_tasks:
@@ -629,15 +632,21 @@ def test_data(
 
 
 def meta_test(
-    args: Args, learners: dict[str, nn.Module], tests: dict[tuple[str, str], Tasks], num_classes: int, seen: Tensor, run: "Run"
+    args: Args,
+    learners: dict[str, nn.Module],
+    tests: dict[tuple[str, str], Tasks],
+    num_classes: int,
+    seen: dict[str, Tensor],
+    run: "Run",
 ) -> list[dict[str, Any]]:
-    """All learners on all test sets: rows of results.json, and Figure 5.3. seen: ids of meta-training tasks."""
+    """All learners on all test sets: rows of results.json, and Figure 5.3. seen: ids of meta-training tasks, by dataset."""
     rows, curves = [], []
     for (task, novelty), tasks in tqdm(tests.items(), desc="meta-test", disable=run.rank > 0):
         if tasks.num_classes > num_classes:
             run.info(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
             continue
-        measure = partial(measured, args, learners, task, novelty, tasks, num_classes, seen if novelty == "none" else None)
+        ids = seen[os.path.normpath(tasks.dataset.source["name"])] if novelty == "none" else None
+        measure = partial(measured, args, learners, task, novelty, tasks, num_classes, ids)
         some, curve = run.once(f"{task}, {novelty}", measure)
         rows += some
         curves += curve
@@ -653,9 +662,12 @@ def measured(
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
     parts = {name: [] for name in learners}
     fitted = {name: [] for name in incontext.FITTED if name in args.baselines}
-    for x, y in test_data(args, tasks, args.test_seeds, args.test_steps or args.sequence_length, ids):
+    wanted = args.test_seeds, args.test_steps or args.sequence_length, ids
+    for x, y in test_data(args, tasks, *wanted):
         for name, learner in learners.items():
             parts[name].append(rollout(learner, x, y, num_classes))
+    plain = replace(tasks, projected=0.0, projection_size=None, project=None)  # the same examples as they are
+    for x, y in test_data(args, plain, *wanted) if fitted else ():
         for name in fitted:
             fitted[name].append(incontext.fitted_correct(name, x, y, plotted_steps(x.shape[1])))
 
@@ -1073,7 +1085,8 @@ def main() -> None:
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
     steps = args.meta_steps if args.mode == "train" else checkpoint["step"]
-    seen = seen_ids(args, steps, int(parts["plateau"]), run.device)
+    plateau = int(parts["plateau"])
+    seen = {os.path.normpath(name): seen_ids(args, steps, plateau, run.device, k) for k, name in enumerate(args.dataset)}
     rows = meta_test(args, learners, tests, sizes[1], seen, run)
     columns = read_metrics(run.folder)
     facts = {"plateau": None, "final_loss": None}

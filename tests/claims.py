@@ -363,7 +363,7 @@ def lead(
 class Figure(NamedTuple):
     """A figure over the runs of an entry: in each panel lines of points (x, y), or with `matrix` a
     heat-map with a row for each line and a column for each x. y, and x where it is a Number, are
-    numbers of each seed."""
+    numbers of each seed. each_seed: a thin line for each seed beside the mean."""
 
     name: str
     xlabel: str
@@ -372,6 +372,7 @@ class Figure(NamedTuple):
     xscale: str = "log"
     yscale: str = "linear"
     matrix: bool = False
+    each_seed: bool = False
 
     def points(self, seed: Seed) -> list[tuple[str, str, float | str, float]]:
         """(panel, line, x, y) of one seed, without those whose rows are missing."""

@@ -273,7 +273,7 @@ def draw_figures(rows: dict[str, Row]) -> None:
 
 
 def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]]) -> None:
-    """Means over seeds and their standard errors."""
+    """Means over seeds and their 95 % confidence intervals."""
     sys.path.insert(0, str(ROOT))
     from common import figures
 
@@ -290,15 +290,15 @@ def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]])
 
     rows = []
     for (panel, line, x), ys in values.items():
-        error = statistics.stdev(ys) / math.sqrt(len(ys)) if len(ys) > 1 else 0.0
+        deviation = statistics.stdev(ys) if len(ys) > 1 else 0.0
         row = {"task": panel, "learner": line, "step": x, "mean": statistics.fmean(ys)}
-        row |= {"std": error, "seeds": len(ys)}
+        row |= {"std": deviation, "seeds": len(ys)} | ({"values": ys} if figure.each_seed else {})
         rows.append(row)
     lines = dict.fromkeys(row["learner"] for row in rows)
     styles = {line: f"C{i}o-" for i, line in enumerate(lines)}
     axis = {"xlabel": figure.xlabel, "ylabel": figure.ylabel}
     axis |= {"xscale": figure.xscale, "yscale": figure.yscale}
-    figures.plot(rows, path, styles=styles, columns=3, **axis)
+    figures.plot(rows, path, styles=styles, columns=3, confidence=True, **axis)
 
 
 def draw_strip(rows: dict[str, Row]) -> None:

@@ -22,6 +22,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -107,6 +108,8 @@ LEARNERS = "--test-steps 2000 --baselines rnn hebbian fwmemory sgd adam sgd2 ada
 OMNIGLOT = ("vsml.py --dataset omniglot --classes 5 --test-classes 5 --shots 1 --meta-loss last --feed-label --backward-pass "
             "--projected 0 --blanked 0 --persistent 1 --test-datasets omniglot --test-seeds 400 --rnn-size 128 --baselines rnn hebbian fwmemory sgd adam")
 BOTH = ["mnist", "fashion_mnist"]
+DEPTH = "vsml.py --backward-pass --baselines --meta-steps 200"  # a third of the preset's: a step of three layers takes seconds
+FULL_DEPTH = "vsml.py --dataset mnist --feed-label --norm-messages --baselines"
 
 
 def left_out(preset: str, flags: str) -> dict[str, str]:
@@ -188,6 +191,13 @@ VSML = {
                     "--test-datasets cifar10 fashion_mnist --test-steps 10000"}),
     "V10": Row("Theorem B.1.1", "equals one sparse shared-weight RNN",
         "pytest tests/test_vsml.py::test_theorem_b_1_1", [at("pytest", "test") > 0.5], enough_seeds=1),
+    "V11": Row("Fig. D.14", "deeper VSML: longer plateaus",
+        {"shallow": f"{DEPTH} --test-datasets digits",
+         **{f"{depth} hidden": f"{DEPTH} --hidden {'16 ' * depth}--test-datasets digits" for depth in (1, 2, 3)}},
+        per({"laptop": ["digits"], "thesis": ["mnist"]}, lambda task: [
+            at("vsml", task, run=f"{depth} hidden") < at("vsml", task, run="shallow") for depth in (1, 2, 3)]),
+        {"shallow": f"{FULL_DEPTH} --test-datasets mnist",
+         **{f"{depth} hidden": f"{FULL_DEPTH} --hidden {'32 ' * depth}--test-datasets mnist" for depth in (1, 2, 3)}}),
 }
 
 FIVE = [f"{name}_bandit" for name in ("independent", "dependent", "easy", "medium", "hard")]
@@ -260,7 +270,7 @@ SYMLA = {
         "symla.py --envs projected_dense_grid_world"),
 }
 
-SHORT = "gpicl.py --baselines --bias-end 0.9 --test-datasets digits"
+SHORT = "gpicl.py --baselines --classes --bias-end 0.9 --test-datasets digits"
 UNIFORM = "gpicl.py --dataset mnist --bias 0 --baselines --test-datasets mnist"
 PLATEAU = "gpicl.py --dataset fashion_mnist --num-tasks 65536 --baselines --test-datasets fashion_mnist"
 FREE = "gpicl.py --baselines --bias-end None --test-datasets digits"
@@ -268,14 +278,20 @@ PLAIN = "gpicl.py --baselines --test-datasets"
 STATES = {**sweep(f"{PLAIN} digits", learner=["transformer"], key_size=[4, 8, 16]),
           **sweep(f"{PLAIN} digits", learner=["lstm"], width=[16, 64, 256]),
           **sweep(f"{PLAIN} digits", learner=["outer_lstm"], key_size=[8, 16, 32]),
-          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[2, 4])}
+          **sweep(f"{PLAIN} digits", learner=["vsml_nosym"], grid=[1, 2, 4])}
 FULL_STATES = {**sweep(f"{PLAIN} mnist --bias 0 --batch 512", learner=["transformer"], key_size=[4, 16, 32]),
                **sweep(f"{PLAIN} mnist", learner=["lstm"], width=[64, 256, 1024]),
-               **sweep(f"{PLAIN} mnist", learner=["outer_lstm"], key_size=[8, 16, 32]),
+               **sweep(f"{PLAIN} mnist --bias 0", learner=["outer_lstm"], key_size=[8, 16, 32]),
                **sweep(f"{PLAIN} mnist --size 14 --channels 1", learner=["vsml_nosym"], grid=[1, 2, 4, 8, 16, 24])}
-BATCHES = {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)}
-TABLE = {"mnist": 0.737, "fashion_mnist": 0.6224, "kmnist": 0.5339, "random": 1.0, "cifar10": 0.194, "svhn": 0.1458}
+BATCHES = {"laptop": {batch: f"batch {batch}, num_tasks 1024" for batch in (16, 32, 64, 128)},
+           "thesis": {batch: f"batch {batch}, num_tasks 65536" for batch in (128, 512, 2048)}}
+TABLE_DATASETS = ("mnist", "fashion_mnist", "kmnist", "random", "cifar10", "svhn")
+TABLE = {"sgd": (0.7031, 0.5078, 0.3789, 1.0, 0.1484, 0.1016), "maml": (0.5371, 0.4844, 0.3633, 0.998, 0.1738, 0.1133),
+         "vsml": (0.7904, 0.6849, 0.5469, 1.0, 0.2409, 0.1745), "lstm": (0.2539, 0.2812, 0.1810, 0.5872, 0.1211, 0.1107),
+         "transformer": (0.7370, 0.6224, 0.5339, 1.0, 0.1940, 0.1458)}
 SET = {"laptop": "digits", "thesis": "mnist"}
+DECAYS = ["0.01", "0.1", "1"]
+MANY = {"laptop": [1, 4, 16, 64, 256, 1024, 4096, 16384], "thesis": [2**power for power in range(0, 25, 4)]}
 
 
 def width_figure(preset: str, tasks: list[int], widths: list[int]) -> Figure:
@@ -287,6 +303,26 @@ def width_figure(preset: str, tasks: list[int], widths: list[int]) -> Figure:
     return Figure("gpicl_width", "tasks", "accuracy at the last example", panels, matrix=True)
 
 
+def transfer_figure(preset: str) -> Figure:
+    """Figure 5.3: accuracy at each example of both datasets, after meta-training on either."""
+    steps = [1, 2, 5, 10, 20, *([40] if preset == "laptop" else [50, 100])]
+    panels = {test: {f"meta-trained on {name}": [
+        (step, reached(test, "task" if test == name else "domain", f"dataset {name}", step)) for step in steps]
+        for name in BOTH} for test in BOTH}
+    return Figure("gpicl_transfer", "example", "accuracy on unseen tasks", panels, xscale="linear")
+
+
+def table_figure(preset: str) -> Figure:
+    """Table 5.2: accuracy at the last example, beside the thesis' numbers, whose SGD is the best of SGD, Adam and AdamW."""
+    tasks = ("digits", "fashion_mnist", "random") if preset == "laptop" else TABLE_DATASETS
+    runs = {"sgd": "", "adam": "", "maml": "", "vsml": "vsml", "lstm": "lstm", "transformer": ""}
+    here = {learner: [(task, reached(task, "task" if task == SET[preset] else "domain", run, learner=learner))
+                      for task in tasks] for learner, run in runs.items()}
+    thesis = {learner: list(zip(TABLE_DATASETS, map(number, values), strict=True)) for learner, values in TABLE.items()}
+    panels = {f"{preset} preset": here, "thesis": thesis}
+    return Figure("gpicl_table", "dataset", "accuracy at the last example", panels, matrix=True)
+
+
 def phases_figure(preset: str, tasks: list[int]) -> Figure:
     """Figure 5.4: accuracy at the first and at the last example, by number of tasks."""
     kinds = [(SET[preset], "none", "seen tasks"), (SET[preset], "task", "unseen tasks"),
@@ -294,6 +330,16 @@ def phases_figure(preset: str, tasks: list[int]) -> Figure:
     panels = {panel: {f"{words} example": [(count, reached(task, new, f"num_tasks {count}", step)) for count in tasks]
                       for words, step in (("first", 0), ("last", None))} for task, new, panel in kinds}
     return Figure("gpicl_phases", "number of tasks", "accuracy", panels)
+
+
+def solutions_figure(preset: str, tasks: list[int]) -> Figure:
+    """Figures D.1 and D.4: losses of each meta-training seed, by number of tasks."""
+    ends = {"meta-training tasks, end of meta-training": lambda run: fact(run, "final_loss")}
+    for task, new, words in ((SET[preset], "task", "unseen tasks"), ("fashion_mnist", "domain", "fashion_mnist, unseen")):
+        ends[f"{words}, last example"] = partial(at, "transformer", task, None, metric="cross_entropy", novelty=new)
+    panels = {panel: {"mean over seeds": [(count, end(run=f"num_tasks {count}")) for count in tasks]}
+              for panel, end in ends.items()}
+    return Figure("gpicl_solutions", "number of tasks", "cross-entropy in nats", panels, each_seed=True)
 
 
 def state_figure(runs: Iterable[str], task: str) -> Figure:
@@ -305,11 +351,12 @@ def state_figure(runs: Iterable[str], task: str) -> Figure:
     return Figure("gpicl_state", "size", "accuracy at the last example", panels)
 
 
-def batch_figure(tasks: list[int]) -> Figure:
+def batch_figure(preset: str) -> Figure:
     """Figures 5.7 and D.11: the length of the plateau by batch size, in meta-steps and in tasks."""
     panels = {panel: {f"{count} tasks": [
-        (batch, plateau(f"batch {batch}, num_tasks {count}") * (batch if panel.startswith("tasks") else 1)) for batch in BATCHES]
-        for count in tasks} for panel in ("meta-steps in the plateau", "tasks in the plateau")}
+        (batch, plateau(f"batch {batch}, num_tasks {count}") * (batch if panel.startswith("tasks") else 1))
+        for batch in BATCHES[preset]] for count in (1024, 16384 if preset == "laptop" else 65536)}
+        for panel in ("meta-steps in the plateau", "tasks in the plateau")}
     return Figure("gpicl_plateau", "batch size", "", panels, yscale="log")
 
 
@@ -337,44 +384,48 @@ GPICL = {
         sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist", dataset=BOTH),
         [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
          reached("fashion_mnist", "domain", "dataset mnist")
-         > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03],
-        sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH)),
+         > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03,
+         reached("mnist", "domain", "dataset fashion_mnist") < reached("mnist", "task", "dataset mnist")],
+        sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH),
+        figures=lambda preset: [transfer_figure(preset)]),
     "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
         {"": "gpicl.py --baselines sgd adam maml --test-datasets digits fashion_mnist random",
          "lstm": "gpicl.py --learner lstm --baselines --test-datasets digits fashion_mnist random",
          "vsml": "gpicl.py --learner vsml --baselines --batch 8 --meta-steps 2000 --test-datasets digits fashion_mnist random"},
         lambda preset: [*(claim for task, new in ((SET[preset], "task"), ("fashion_mnist", "domain")) for claim in (
-                *higher("transformer", ["sgd", "maml"], [task], metric="accuracy", novelty=new),
+                *higher("transformer", ["sgd", "adam", "maml"], [task], metric="accuracy", novelty=new),
                 reached(task, new) > reached(task, new, "lstm", learner="lstm"),
                 reached(task, new) > reached(task, new, "vsml", learner="vsml") - 0.1)),
             reached("random", "domain") > 0.99,
-            *(reached(task, "task" if task == "mnist" else "domain") > TABLE[task] - 0.03
-              for task in TABLE if preset == "thesis")],
-        {"": f"gpicl.py --baselines sgd adam maml --test-datasets {' '.join(TABLE)}",
-         "lstm": f"gpicl.py --learner lstm --baselines --test-datasets {' '.join(TABLE)}",
-         "vsml": f"gpicl.py --learner vsml --baselines --test-datasets {' '.join(TABLE)}"}),
+            *(reached(task, "task" if task == "mnist" else "domain") > value - 0.03
+              for task, value in zip(TABLE_DATASETS, TABLE["transformer"], strict=True) if preset == "thesis")],
+        {"": f"gpicl.py --baselines sgd adam maml --test-datasets {' '.join(TABLE_DATASETS)}",
+         "lstm": f"gpicl.py --learner lstm --baselines --test-datasets {' '.join(TABLE_DATASETS)}",
+         "vsml": f"gpicl.py --learner vsml --baselines --test-datasets {' '.join(TABLE_DATASETS)}"},
+        figures=lambda preset: [table_figure(preset)]),
     "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
-        sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=[1, 4, 16, 64, 256, 1024, 4096, 16384]),
+        sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=MANY["laptop"]),
         per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
             reached(one[0], "none", f"num_tasks {one[1]}", 0) > 0.5, learns(one[0], "none", f"num_tasks {one[1]}") < 0.1,
             learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
             learns("fashion_mnist", "domain", f"num_tasks {one[3]}") > 0.1]),
-        sweep(f"{UNIFORM} fashion_mnist --no-normalise-inputs", num_tasks=[2**power for power in range(0, 25, 4)]),
-        figures=lambda preset: [phases_figure(preset, [1, 4, 16, 64, 256, 1024, 4096, 16384] if preset == "laptop" else
-                                              [2**power for power in range(0, 25, 4)])]),
+        sweep(f"{UNIFORM} fashion_mnist --no-normalise-inputs", num_tasks=MANY["thesis"]),
+        figures=lambda preset: [figure(preset, MANY[preset]) for figure in (phases_figure, solutions_figure)]),
     "G5": Row("Fig. 5.5, D.6", "state size predicts, parameter count less", STATES,
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
     "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
-        sweep(f"{SHORT} --meta-steps 4000", batch=[16, 32, 64, 128], num_tasks=[1024, 16384]),
-        per({"laptop": ["batch 128, num_tasks 16384"], "thesis": ["batch 128, num_tasks 65536"]}, lambda big: [
-            exponent("plateau", BATCHES) < 0, exponent("tasks in the plateau", BATCHES, tasks=True) > 0,
-            plateau(big) > plateau(BATCHES[128]),
-            unseen_loss("end", slice(-5, None), big) > unseen_loss("start", slice(0, 2), big)]),
-        sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0", batch=[16, 32, 64, 128], num_tasks=[1024, 65536]),
-        figures=lambda preset: [batch_figure([1024, 16384 if preset == "laptop" else 65536])]),
+        sweep(f"{SHORT} --meta-steps 4000", batch=list(BATCHES["laptop"]), num_tasks=[1024, 16384]),
+        per({preset: [(BATCHES[preset], f"batch 128, num_tasks {most}")]
+             for preset, most in (("laptop", 16384), ("thesis", 65536))}, lambda one: [
+            exponent("plateau", one[0]) < 0, exponent("tasks in the plateau", one[0], tasks=True) > 0,
+            plateau(one[1]) > plateau("batch 128, num_tasks 1024"),
+            unseen_loss("end", slice(-5, None), one[1]) > unseen_loss("start", slice(0, 2), one[1])]),
+        sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0 --chunk 512", batch=list(BATCHES["thesis"]),
+              num_tasks=[1024, 65536]),
+        figures=lambda preset: [batch_figure(preset)]),
     "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
         sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
         [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
@@ -392,7 +443,7 @@ GPICL = {
             *([reached("digits", "domain", run) > reached("digits", "domain", "features none")] if "fashion" in run else
               [reached("cifar10", "domain", run) > 0.42,
                reached("cifar10", "domain", run) > reached("cifar10", "domain", "features none") + 0.1])]),
-        sweep("gpicl.py --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
+        sweep("gpicl.py --bias 0 --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
         needs="ImageNet weights; on a laptop a network trained on Fashion-MNIST stands in"),
     "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
         sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
@@ -401,7 +452,8 @@ GPICL = {
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
-        {"biased": f"{PLAIN} digits --statistics", "plateau": f"{PLAIN} digits --statistics --bias 0"},
+        {"biased": f"{FREE} --classes --no-lr-decay --statistics",
+         "plateau": f"{FREE} --classes --no-lr-decay --statistics --bias 0"},
         [gradient_norm("last layer", "plateau", lambda norms: norms["head.weight"]) >
          gradient_norm("largest other", "plateau", lambda norms: max(norm for name, norm in norms.items() if "head" not in name)),
          logged("transformer distance", "plateau", -1) < logged("transformer distance", "biased", -1),
@@ -409,18 +461,13 @@ GPICL = {
          logged("transformer update norm all", "plateau", -1) < logged("transformer update norm all", "biased", -1)],
         {"biased": f"{PLATEAU} --statistics", "plateau": f"{PLATEAU} --bias 0 --statistics"},
         figures=lambda preset: [statistics_figure()]),
-    "G12": Row("Fig. D.13, D.14", "no grokking; depth hurts VSML",
-        {**sweep(f"{SHORT} --num-tasks 1024", weight_decay=["0.01", "0.1", "1"]),
-         "shallow": "vsml.py --backward-pass --baselines --test-datasets digits",
-         **{f"{depth} hidden": f"vsml.py --hidden {'16 ' * depth}--backward-pass --baselines --test-datasets digits"
-            for depth in (1, 2, 3)}},
-        per({preset: [name] for preset, name in SET.items()}, lambda task: [
-            *(reached(task, "task", f"weight_decay {decay}") < 0.2 for decay in ("0.01", "0.1", "1")),
-            at("vsml", task, run="1 hidden") < at("vsml", task, run="shallow")]),
-        {**sweep(f"{UNIFORM} --num-tasks 1024 --meta-optimizer adamw", weight_decay=["0.01", "0.1", "1"]),
-         "shallow": "vsml.py --dataset mnist --feed-label --norm-messages --baselines --test-datasets mnist",
-         **{f"{depth} hidden": f"vsml.py --dataset mnist --hidden {'32 ' * depth}--feed-label --norm-messages --baselines "
-                               "--test-datasets mnist" for depth in (1, 2, 3)}}),
+    "G12": Row("Fig. D.13", "no grokking",
+        sweep(f"{SHORT} --no-lr-decay --num-tasks 1024", weight_decay=DECAYS),
+        per({"laptop": [("digits", [""], [])], "thesis": [("mnist", ["num_tasks 1024, ", "num_tasks 16384, "],
+                                                           ["num_tasks 65536, weight_decay 0.01"])]}, lambda one: [
+            *(reached(one[0], "task", f"{tasks}weight_decay {decay}") < 0.2 for tasks in one[1] for decay in DECAYS),
+            *(reached(one[0], "task", enough) > 0.2 for enough in one[2])]),
+        sweep(f"{UNIFORM} --meta-optimizer adamw", num_tasks=[2**10, 2**14, 2**16], weight_decay=DECAYS)),
     "G13": Row("beyond", "scikit-learn's classifiers after the same examples",
         "gpicl.py --mode test --checkpoint {G3.0}/checkpoint.pt --baselines logistic neighbors forest --test-seeds 256 "
         "--test-datasets digits wine breast_cancer mnist fashion_mnist",

@@ -236,6 +236,10 @@ def test_seen_tasks_are_those_of_the_last_meta_steps():
         assert torch.equal(gpicl.seen_ids(args, 50, plateau, cpu), torch.cat(drawn)[:20])
     early = gpicl.seen_ids(args, 5, 10, cpu)  # before the plateau was left
     assert torch.equal(early[:8], gpicl.batch_ids(args, 4, 0.9, cpu)[0])
+    two = replace(args, dataset=("digits", "wine"))  # which follow each other
+    for number, steps in ((0, (48, 46, 44)), (1, (49, 47, 45))):
+        drawn = [gpicl.batch_ids(args, step, gpicl.schedule(args, step, 10)[0], cpu)[0] for step in steps]
+        assert torch.equal(gpicl.seen_ids(two, 50, 10, cpu, number), torch.cat(drawn)[:20])
 
 
 def test_tasks_of_several_numbers_of_classes():
@@ -438,10 +442,14 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G5", "learner transformer, key_size 16"): dict(bias=0.0, key_size=16, batch=512),
     ("G5", "learner lstm, width 64"): LONE | dict(width=64),
     ("G5", "learner vsml_nosym, grid 8"): dict(learner="vsml_nosym", grid=8, size=14, channels=1),
-    ("G6", "batch 32, num_tasks 65536"): FASHION | dict(batch=32),
+    ("G5", "learner outer_lstm, key_size 8"): dict(learner="outer_lstm", key_size=8, bias=0.0),
+    ("G6", "batch 2048, num_tasks 65536"): FASHION | dict(batch=2048),
     ("G7", "bias 0.5"): FASHION | dict(bias=0.5),
+    ("G8", "sign"): FASHION | dict(meta_optimizer="sign", lr=1e-4),
+    ("G9", "features resnet50"): dict(bias=0.0, features="resnet50"),
     ("G10", "sequence_length 200"): dict(bias=0.0, sequence_length=200),
     ("G11", "plateau"): FASHION | dict(statistics=True),
+    ("G12", "num_tasks 16384, weight_decay 1"): dict(bias=0.0, num_tasks=2**14, meta_optimizer="adamw", weight_decay=1.0),
 }  # fmt: skip
 
 
@@ -576,6 +584,22 @@ def test_baselines_fitted_by_scikit_learn(finished, tmp_path):
     assert command(tmp_path, f"{flags} --test-datasets wine").returncode == 0
     names = {(row["learner"], row["step"]) for row in rows(tmp_path / "fit") if row["metric"] == "accuracy"}
     assert names == {(name, step) for name in ("transformer", *FITTED) for step in (1, 2, 5, 10, 12)}
+
+
+def test_scikit_learn_sees_the_same_examples_without_a_projection(monkeypatch):
+    """Of a test set each way of choosing tasks."""
+    args = replace(ARGS, dataset=("wine",), test_datasets=("wine",), test_seeds=4, test_tasks=2, baselines=("forest",))
+    (seen, unseen) = gpicl.test_tasks(args, torch.device("cpu"), 20).values()
+    asked = []
+    fitted = lambda name, x, y, steps: asked.append((x, y)) or torch.ones(4, len(steps))  # noqa: E731
+    monkeypatch.setattr(gpicl.incontext, "fitted_correct", fitted)
+    for tasks, ids in ((unseen, None), (seen, torch.tensor([3, 8]))):
+        rows, _ = gpicl.measured(args, {}, "wine", "task", tasks, 3, ids)
+        projected, labels = next(gpicl.test_data(args, tasks, 4, 7, ids))
+        (x, y), data = asked.pop(), tasks.dataset
+        assert x.shape == (4, 7, 13) and projected.shape == (4, 7, 20) and torch.equal(y, labels)
+        assert all((data.x == example).all(1).any() for example in x.flatten(0, 1))
+        assert {row["learner"] for row in rows} == {"forest"}
 
 
 def test_a_trained_learner_from_python(finished):
