@@ -492,22 +492,38 @@ def chance_loss(datasets: list[Dataset]) -> float:
 TUNED = {"sgd": ("sgd",), "adam": ("adam", "adamw"), "maml": ("sgd",)}  # rules to choose a setting from
 
 
-def search_rates(args: Args, tasks: Tasks, rules: tuple[str, ...], hidden: tuple[int, ...] = (0, 32, 64, 128)) -> Tensor:
-    """The sweep of Appendix D.5 on meta-training tasks: learning rates from 1e-4 to 0.5, rules, and hidden units. Returns the
+def search_rates(
+    args: Args, tasks: Tasks, num_classes: int, rules: tuple[str, ...], hidden: tuple[int, ...] = (0, 32, 64, 128)
+) -> Tensor:
+    """The sweep of Appendix D.5 on tasks of a train split: learning rates from 1e-4 to 0.5, rules, and hidden units. Returns the
     setting (index of the rule, hidden units, rate) with the best mean accuracy over a sequence. Rates lie along s."""
     device, results = tasks.dataset.device, []
     rates = torch.logspace(-4, math.log10(0.5), 16, device=device)
     x, y = tasks.sample(*batch_ids(replace(args, batch=32), 0, last_bias(args), device), args.sequence_length)
     several = rates.repeat_interleave(len(x))[:, None, None]
     for rule, units in itertools.product(rules, hidden):
-        learner = incontext.OnlineSGD(tasks.num_inputs, tasks.num_classes, rule, units, several)
+        learner = incontext.OnlineSGD(tasks.num_inputs, num_classes, rule, units, several)
         initialise(learner, args.seed)
         learner.to(device)
-        _, correct = rollout(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), tasks.num_classes)
+        _, correct = rollout(learner, x.repeat(len(rates), 1, 1), y.repeat(len(rates), 1), num_classes)
         scores = correct.float().view(len(rates), -1).mean(1)
         best = torch.tensor([incontext.OnlineSGD.RULES.index(rule), units, rates[scores.argmax()].item()])
         results.append((scores.max(), best))
     return max(results, key=lambda result: result[0])[1]
+
+
+def with_own_settings(args: Args, learners: dict[str, nn.Module], tasks: Tasks, num_classes: int) -> dict[str, nn.Module]:
+    """Learners for a test set: SGD and Adam have the settings that are best on its train split. The first dataset of
+    meta-training, for which theirs were chosen, needs no other ones."""
+    name, device = tasks.dataset.source["name"], tasks.dataset.device
+    if os.path.normpath(name) == os.path.normpath(args.dataset[0]):
+        return learners
+    tasks = replace(tasks, dataset=prepare(args, name, "train", device))
+    own = {}
+    for rule in [rule for rule in ("sgd", "adam") if rule in learners]:
+        setting = search_rates(args, tasks, num_classes, TUNED[rule])
+        own[rule] = make_learner(rule, args, tasks.num_inputs, num_classes, setting).to(device)
+    return learners | own
 
 
 def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setting: Tensor | None = None) -> nn.Module:
@@ -660,6 +676,7 @@ def measured(
     args: Args, learners: dict[str, nn.Module], task: str, novelty: str, tasks: Tasks, num_classes: int, ids: Tensor | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Result rows of all learners on one test set at plotted_steps, and rows of the accuracy at all examples."""
+    learners = with_own_settings(args, learners, tasks, num_classes)
     parts = {name: [] for name in learners}
     fitted = {name: [] for name in incontext.FITTED if name in args.baselines}
     wanted = args.test_seeds, args.test_steps or args.sequence_length, ids
@@ -1070,7 +1087,8 @@ def main() -> None:
     if not checkpoint:
         first = train_tasks(args, datasets[0], sizes[0])
         with torch.no_grad():
-            parts["settings"] |= {name: search_rates(args, first, TUNED[name]) for name in names if name in TUNED}
+            searched = [name for name in names if name in TUNED]
+            parts["settings"] |= {name: search_rates(args, first, first.num_classes, TUNED[name]) for name in searched}
         learners = {name: make_learner(name, args, *sizes, parts["settings"].get(name)) for name in names}
     learners = {name: learner.to(run.device) for name, learner in learners.items()}
     if args.mode == "train":

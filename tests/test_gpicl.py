@@ -342,6 +342,27 @@ def test_meta_test_tells_seen_from_unseen():
     assert tests["digits", "none"].permuted_from == 3 and tests["digits", "task"].permuted_from == 0
 
 
+def test_sgd_and_adam_have_the_best_settings_on_the_train_split_of_what_is_tested(monkeypatch):
+    """Those of the first dataset of meta-training were chosen before it."""
+    asked, search = [], gpicl.search_rates
+
+    def spied(args, tasks, num_classes, rules):
+        asked.append((tasks.dataset.name, tasks.dataset.split, tasks.num_inputs, num_classes, rules))
+        return search(args, tasks, num_classes, rules, hidden=(0, 4))
+
+    monkeypatch.setattr(gpicl, "search_rates", spied)
+    args = replace(ARGS, dataset=("digits",), test_datasets=("digits", "wine", "random"), size=4, sequence_length=6)
+    learners = {"transformer": None} | {
+        name: gpicl.make_learner(name, args, 16, 10, torch.tensor([0.0, 0.0, 0.1])) for name in ("adam", "sgd")
+    }
+    for (name, novelty), tasks in gpicl.test_tasks(args, torch.device("cpu"), 16).items():
+        own = gpicl.with_own_settings(args, learners, tasks, 10)
+        assert list(own) == list(learners) and own["transformer"] is None
+        assert (own == learners) == (name == "digits"), novelty
+    assert [what[:4] for what in asked[::2]] == [("wine", "train", 16, 10), ("random", "train", 16, 10)]
+    assert [what[4] for what in asked[:2]] == [("sgd",), ("adam", "adamw")]
+
+
 def test_images_of_one_shape():
     args = replace(ARGS, channels=3, size=6)
     grey = gpicl.prepare(args, "digits", "test", torch.device("cpu"))
