@@ -457,6 +457,7 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G2", "dataset mnist"): {},
     ("G2", "dataset fashion_mnist"): dict(dataset=("fashion_mnist",)),
     ("G3", ""): {},
+    ("G3", "maml"): dict(learner="maml"),
     ("G3", "lstm"): LONE,
     ("G3", "vsml"): dict(learner="vsml", batch=8),
     ("G4", "num_tasks 65536"): dict(bias=0.0, num_tasks=2**16, normalise_inputs=False),
