@@ -87,8 +87,8 @@ class PPOArgs:
 class EPGArgs:
     """EPG, which meta-learns the same objective by evolution."""
 
-    generations: Count = 1_000
-    """Outer steps (not in the thesis, which allows 1 G environment steps)."""
+    generations: Count = 1_907
+    """Outer steps; with all agents of a generation 1 G environment steps (section 2.5.1, footnote 6)."""
     pairs: Size = 32
     """Pairs of objectives in a generation (A.2.3: V = 64)."""
     sigma: Positive = 0.05

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import tyro
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import metagenrl
@@ -561,6 +562,55 @@ def test_an_agent_learns():
         metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0), lambda now: None)
         after = metagenrl.mean_returns(env, act, 4, 0)
     assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
+
+
+# ---- the thesis' preset ------------------------------------------------------------------------------------------------
+CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
+THESIS = dict(  # tables A.2 and A.3, sections 2.5, A.2.2 and A.2.3, but where a comment says so
+    learner="metagenrl", envs=(LUNAR, CHEETAH), env_steps=600_000, test_steps=1_000_000, population=20, num_envs=1,
+    hidden=350, objective_units=32, objective_filters=32, inputs=("reward", "value", "next_value", "time"), bound=1000,
+    length=20, max_grad_norm=1, critic_lr=1e-3, policy_lr=1e-3, td3_lr=1e-3, reinforce_lr=1e-3, inner_lr=1e-3, objective_lr=1e-3,
+    policy_noise=0.2, noise_clip=0.5, tau=0.005, gamma=0.99, batch_size=100, random_steps=10_000, exploration_noise=(0.1,),
+    anneal_steps=10_000, policy_frequency=2, inner_steps=1, inner_normalized=False, value_scaled=False, frozen_steps=0,
+    reset_every=0, objectives=1,
+    layers=2,  # section 2.3.3's 384 K parameters
+    ppo=metagenrl.PPOArgs(num_steps=4000, update_epochs=80, lr=3e-4, clip_coef=0.2, target_kl=0.015),  # Spinning Up's
+    gae_lambda=0.97,  # likewise
+)  # fmt: skip
+FOUR_BODIES = dict(envs=(CHEETAH, LUNAR, "Walker2d-v4", "Ant-v4"))
+THESIS_ROWS = {  # row and label of the command at the thesis preset -> what differs from THESIS
+    ("M1", ""): dict(test_envs=(HOPPER,), test_seen=True, progress=True),
+    ("M1", "hopper, lunar"): dict(envs=(HOPPER, LUNAR), test_envs=(CHEETAH, HOPPER, LUNAR)),
+    ("M1", "lunar"): dict(envs=(LUNAR,)),
+    ("M1", "cheetah, lunar, walker, ant"): FOUR_BODIES | dict(population=40, test_envs=(CHEETAH, HOPPER, LUNAR)),
+    ("M2", "rl2"): dict(learner="rl2", test_seen=True, test_envs=(HOPPER,)),
+    ("M2", "epg"): dict(learner="epg", test_seen=True, test_envs=(HOPPER,)),
+    ("M4", "no time"): dict(inputs=("reward", "value", "next_value"), test_seen=True, test_envs=()),
+    ("M4", "no next value"): dict(inputs=("reward", "value", "time")),
+    ("M4", "no values"): dict(inputs=("reward", "time")),
+    ("M5", "inner_steps 5"): dict(inner_steps=5, test_envs=(HOPPER, CHEETAH), test_seen=False),
+    ("M6", "each"): dict(envs=(LUNAR,), test_envs=(), test_seen=True, each=True, progress=True, test_seeds=12),
+    ("M7", "4 agents"): dict(population=4, test_envs=(HOPPER,)),
+    ("M7", "4 environments"): FOUR_BODIES,
+}
+
+
+@pytest.mark.parametrize(("row", "label"), THESIS_ROWS, ids=str)
+def test_rows_at_the_thesis_preset_have_the_thesis_numbers(row, label):
+    import reproduce
+
+    _, *flags = reproduce.ROWS[row].commands("thesis")[label].split()
+    args = tyro.cli(metagenrl.Args, args=flags, default=metagenrl.Args(**metagenrl.PRESETS["thesis"]))
+    expected = THESIS | THESIS_ROWS[row, label]
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_rl2_and_epg_have_the_thesis_budgets():
+    """Footnote 6 and section A.2.3: 100 M and 1 G environment steps; V = 64, M = 64 and 128 updates of an inner loop."""
+    epg, rl2 = metagenrl.EPGArgs(), metagenrl.RL2Args()
+    assert (2 * epg.pairs, epg.life_steps) == (64, 128 * 64)
+    assert epg.generations * 2 * epg.pairs * epg.life_steps == pytest.approx(10**9, rel=1e-3)
+    assert rl2.trial_steps == 100_000_000 and rl2.units == 64
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
