@@ -698,7 +698,7 @@ META_LEARNED = ("metagenrl", "epg", "rl2")
 # ======================================================================================================================
 def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "Run") -> list[dict[str, Any]]:
     """Fresh agents learn in every environment (Algorithm 7), trained by each learner; those of objectives (m, d) are one
-    batch. Returns rows of returns along the way, without noise."""
+    batch, which processes share. Returns rows of returns along the way, without noise."""
     rows = []
     names = dict.fromkeys([args.learner, *args.baselines])
     learned = [name for name in objectives if name.split(",")[0] in names]
@@ -706,13 +706,15 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
     parts = list(product(test_envs(args), jobs))
 
     bar_format = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
-    bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format)
+    bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format, disable=run.rank > 0)
     for name, learners in parts:
         measure = partial(test_in_env, args, name, learners, objectives, rl2, run, bar)
         rows += run.once(f"{name}, {learners[0]}", measure)
         bar.update(1 - bar.n % 1)
     bar.close()
 
+    if run.rank > 0:
+        return rows
     known = {row["task"]: "meta-trained in" if row["novelty"] == "none" else "never seen" for row in rows}
     names = {"labels": LABELS, "titles": {task: f"{task} ({text})" for task, text in known.items()}}
     plot(rows, run.folder / "returns.png", xlabel="environment steps of an agent", ylabel="return", styles=STYLES, **names)
@@ -739,11 +741,12 @@ def test_in_env(
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-        which, on_policy = torch.arange(agents * len(learners)), learners[0] in ON_POLICY
-        group = Group(args, name, which, args.test_steps, run.device, fuser(run), on_policy=on_policy)
-        curve = returns(args, group, learners[0], alpha, bar, key)
+        which = torch.arange(agents * len(learners))
+        own = which[run.rank % len(which) :: run.world]  # of more processes than agents some have the same one
+        group = Group(args, name, which, args.test_steps, run.device, fuser(run), own, on_policy=learners[0] in ON_POLICY)
+        curve = returns(args, group, learners[0], alpha[group.own], bar, key)
         group.env.close()
-        resets = group.state["diverged"].view(len(learners), -1).sum(1).tolist()
+        resets = group.of_all(group.state["diverged"]).int().view(len(learners), -1).sum(1).tolist()
 
     rows = []
     novelty = "none" if name in args.envs else "domain"
@@ -757,10 +760,14 @@ def test_in_env(
 
 
 def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, key: int) -> list[tuple[int, Tensor]]:
-    """The curve of agents that learn in a group: environment steps, and returns (p,)."""
-    env = make_env(group.name, group.total * args.episodes, group.device)
+    """The curve of agents that learn in a group, alpha (p, d): environment steps, and the returns of all processes' agents."""
+    env = make_env(group.name, len(group.own) * args.episodes, group.device)
     points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
-    evaluate = partial(mean_returns, env, lambda obs: group.nets.act(group.state["phi"], obs), group.total, key)
+
+    def evaluate() -> Tensor:
+        own = mean_returns(env, lambda obs: group.nets.act(group.state["phi"], obs), group.total, key, group.own)
+        return group.of_all(own)
+
     curve = [(0, evaluate())]
 
     def callback(now: int) -> None:
@@ -1147,14 +1154,13 @@ def main() -> None:
         run.save(0, learned)  # nothing is meta-learned, but --resume continues the meta-test
     resets = sum(es.all_reduce_mean(group.state["diverged"].sum().double()) for group in groups) * run.world
     tested = time.time()
-    if run.rank > 0:
-        return  # every process would measure the same
-
     objectives = {args.learner: alpha} if args.learner in ("metagenrl", "epg") else {}
     objectives["untrained"] = untrained
     if args.progress:
         objectives |= {f"{args.learner}, {part} %": history[fifth] for fifth, part in enumerate(PROGRESS)}
     rows = meta_test(args, objectives, rl2, run)
+    if run.rank > 0:
+        return
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
     agents_reset = {"meta-training": int(resets)}

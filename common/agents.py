@@ -176,6 +176,16 @@ class Agents:
         buffer = self.state["buffer"]
         return unpacked(self.env, buffer[:, :, torch.arange(now - steps, now) % buffer.shape[2]])
 
+    def of_all(self, value: Tensor) -> Tensor:
+        """Numbers (total,) of the agents of all processes, from those (p,) of this one's. Several may
+        have the same agent."""
+        if not self.sharded:
+            return value
+        sums = torch.zeros(2, self.total, device=self.device)
+        sums[:, self.own] = torch.stack([value.float(), torch.ones_like(self.own).float()])
+        dist.all_reduce(sums)
+        return sums[0] / sums[1]
+
     # ---- metrics ---------------------------------------------------------------------------------
     def note(self, name: str, value: Tensor) -> None:
         """Add a value, () or (p,), to a metric."""
@@ -244,20 +254,32 @@ def unpacked(env: Any, steps: Tensor) -> tuple[Batch, Tensor]:
     return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
 
 
-def mean_returns(env: Any, act: Callable[[Tensor], Tensor], p: int, seed: int) -> Tensor:
+def mean_returns(
+    env: Any,
+    act: Callable[[Tensor], Tensor],
+    total: int,
+    seed: int,
+    own: Tensor | None = None,
+) -> Tensor:
     """Mean return (p,) of an episode in each copy of an environment, always in the starting states
-    that `seed` decides. act: observations (p, e, a) -> actions (p, e, b)."""
+    that `seed` decides. act: observations (p, e, a) -> actions (p, e, b). own (p,): the agents of
+    this process among all `total` (default: all), each with the starting states that it has there."""
+    own = torch.arange(total, device=env.device) if own is None else own
+    p, e = len(own), env.num_envs // len(own)
     generator = torch.Generator(env.device).manual_seed(seed)
-    draw = partial(torch.rand, env.num_envs, generator=generator, device=env.device)
+
+    def draw(size: int) -> Tensor:
+        return torch.rand(total, e, size, generator=generator, device=env.device)[own].flatten(0, 1)
+
     world, obs = env.reset(draw(env.lifetime_draws))
-    total, alive = torch.zeros(2, env.num_envs, device=env.device)
+    returns, alive = torch.zeros(2, env.num_envs, device=env.device)
     alive += 1
     for _ in range(env.max_steps or 1000):
         action = act(obs.unflatten(0, (p, -1))).flatten(0, 1)
         world, step = env.step(world, action, draw(env.num_draws))
-        total += alive * step.reward
+        returns += alive * step.reward
         alive *= 1 - (step.terminated | step.truncated).to(alive.dtype)
         obs = step.obs
         if not env.resumable and not alive.any():
             break
-    return total.unflatten(0, (p, -1)).mean(-1)
+    return returns.unflatten(0, (p, -1)).mean(-1)

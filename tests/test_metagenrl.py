@@ -445,6 +445,25 @@ def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
     assert [row["agents_reset"] for row in sick] == [2, 2, 2]  # at both evaluations
 
 
+def test_processes_share_the_agents_of_a_meta_test(monkeypatch):
+    """Each trains some of them, which are those of one process; of more processes than agents some train the same."""
+    args = replace(ARGS, test_envs=("pendulum",), test_steps=24, test_seeds=3, evaluations=2, episodes=2, learner="td3")
+    trained, train = [], metagenrl.train_agents
+    monkeypatch.setattr(metagenrl, "train_agents", lambda args, group, *rest: (trained.append(group), train(args, group, *rest)))
+    means = []
+    for rank, world in ((0, 1), (0, 2), (1, 2), (4, 5)):
+        run = Sick([])
+        run.rank, run.world, run.compiles = rank, world, False
+        with torch.no_grad():
+            tested = metagenrl.test_in_env(args, "pendulum", ["td3"], {}, None, run, metagenrl.tqdm(disable=True))
+        means.append([row["mean"] * row["seeds"] for row in tested])
+    whole, *parts = trained
+    assert [part.own.tolist() for part in parts] == [[0, 2], [1], [1]]
+    for part in parts:
+        torch.testing.assert_close(part.state["phi"], whole.state["phi"][part.own], rtol=1e-3, atol=1e-4)
+    assert means[0] == pytest.approx([a + b for a, b in zip(*means[1:3], strict=True)], rel=1e-3)  # sums over agents
+
+
 def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     """EPG's agents act with their policies, although --random-steps is longer than their training, as in the thesis."""
     epg = metagenrl.EPGArgs(life_steps=80, generations=1, pairs=4, sigma=0.5)
@@ -700,6 +719,8 @@ def test_two_processes_equal_one(finished, tmp_path):
         for state in (ours[group], theirs[group]):
             state["meta_loss_sum"] = state["meta_loss_sum"].mean()  # each process holds the mean of its agents
         torch.testing.assert_close(ours[group], theirs[group], rtol=1e-2, atol=1e-3)
+    for one, other in zip(rows(tmp_path / "two"), rows(finished[0]), strict=True):
+        assert one["learner"] == other["learner"] and one["mean"] == pytest.approx(other["mean"], rel=1e-2, abs=1e-3)
 
 
 def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
