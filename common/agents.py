@@ -68,7 +68,7 @@ class Agents:
     total, own (p,): the number of agents in all processes, and which of them this process has.
         Agents of the same number have the same initial parameters and random numbers.
     capacity: steps of each copy that a replay buffer holds.
-    metrics: names for `note`.
+    metrics: names for `note`. deviations: those of them that `means` also gives the deviation of.
 
     state: the parameters; age (p,) in environment steps; first_step (p,), the step of its copies at
     which an agent was reset; diverged (p,), how often since it was not finite; buffer (p, e, capacity,
@@ -85,6 +85,7 @@ class Agents:
         own: Tensor,
         capacity: int,
         metrics: tuple[str, ...] = (),
+        deviations: tuple[str, ...] = (),
     ):
         self.env = env
         self.init = init
@@ -100,6 +101,7 @@ class Agents:
         for name in ("age", "first_step", "diverged"):
             self.state[name] = torch.zeros(len(own), dtype=torch.int64, device=env.device)
         self.metrics = metrics
+        self.deviations = deviations
         for name in metrics:
             self.state[f"{name}_sum"] = torch.zeros(len(own), device=env.device)
             self.state[f"{name}_count"] = torch.zeros_like(self.state["age"])
@@ -194,16 +196,23 @@ class Agents:
 
     def means(self) -> dict[str, Tensor]:
         """The mean of each metric over all agents of all processes since the last call; without a value
-        since then, the last mean again."""
+        since then, the last mean again. As NAME_std its standard deviation over agents."""
         means = {}
         for name in self.metrics:
             total, count = self.state[f"{name}_sum"], self.state[f"{name}_count"].clamp(min=1)
             self.state |= {f"{name}_sum": total / count, f"{name}_count": torch.zeros_like(count)}
-            means[name] = total.mean() / count[0]
-            if self.sharded:
-                dist.all_reduce(means[name])
-                means[name] = means[name] / dist.get_world_size()
+            means[name] = self.mean_over_processes(total.mean() / count[0])
+            if name in self.deviations:
+                squares = (total / count - means[name]) ** 2
+                means[f"{name}_std"] = self.mean_over_processes(squares.mean()).sqrt()
         return means
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """Of numbers (), each the mean over the agents of a process."""
+        if self.sharded:
+            dist.all_reduce(value)
+            value = value / dist.get_world_size()
+        return value
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def state_dict(self) -> State:

@@ -197,14 +197,15 @@ def test_a_state_is_that_of_all_agents_and_goes_to_any_number_of_processes(monke
 
 # ---- metrics and returns -----------------------------------------------------------------------------------------------
 def test_means_are_over_what_was_noted_and_stay_without_anything_new():
-    ours = some(metrics=("loss", "reward"))
-    assert ours.means() == {"loss": 0, "reward": 0}
+    ours = some(metrics=("loss", "reward"), deviations=("reward",))
+    assert ours.means() == {"loss": 0, "reward": 0, "reward_std": 0}
     ours.note("loss", torch.tensor(3.0))
     for reward in (1.0, 2.0, 6.0):
         ours.note("reward", torch.tensor([0.0, reward, 2 * reward]))
-    assert ours.means() == {"loss": 3, "reward": 3}
+    over_agents = torch.tensor([0.0, 3.0, 6.0]).std(correction=0)
+    assert ours.means() == {"loss": 3, "reward": 3, "reward_std": pytest.approx(float(over_agents))}
     ours.note("reward", torch.tensor([4.0, 4.0, 4.0]))
-    assert ours.means() == {"loss": 3, "reward": 4}
+    assert ours.means() == {"loss": 3, "reward": 4, "reward_std": 0}
 
 
 def test_mean_returns_are_of_first_episodes_from_the_same_starts():
