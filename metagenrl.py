@@ -14,7 +14,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     Algorithm 6            -> meta_train
     Algorithm 7            -> train_agents
     Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), meta_train_rl2, evolve (EPG)
-    Figures 2.3 to 2.6     -> meta_test
+    Figures 2.3 to 2.6     -> meta_test (2.5a: metrics.csv of meta_train)
 
     python metagenrl.py                                           # small agents, small tasks: 5 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
@@ -22,6 +22,9 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
 
     objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
     objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
+
+The laptop preset was chosen in its environments of meta-training and in pendulum, reacher and continuous_cartpole, which are
+therefore validation environments, although agents are not meta-trained there.
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form
@@ -87,8 +90,8 @@ class PPOArgs:
 class EPGArgs:
     """EPG, which meta-learns the same objective by evolution."""
 
-    generations: Count = 1_000
-    """Outer steps (not in the thesis, which allows 1 G environment steps)."""
+    generations: Count = 1_907
+    """Outer steps; with all agents of a generation 1 G environment steps (section 2.5.1, footnote 6)."""
     pairs: Size = 32
     """Pairs of objectives in a generation (A.2.3: V = 64)."""
     sigma: Positive = 0.05
@@ -199,7 +202,7 @@ class Args:
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
     max_grad_norm: Positive = 1.0
-    """Largest norm of any gradient (Table A.3)."""
+    """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
     """gamma (Table A.3)."""
     tau: Share = 0.005
@@ -221,7 +224,7 @@ class Args:
     reset_every: CountOrZero = 0
     """Steps after which another quarter of the agents is reset, so that some are fresh; 0: never (not in the thesis)."""
     gae_lambda: Share = 0.97
-    """reinforce-off: lambda of the generalised advantage estimate (Spinning Up's; not in the thesis)."""
+    """reinforce-off, reinforce-on, ppo, rl2: lambda of generalised advantages (Spinning Up's; not in the thesis)."""
     normalized_advantages: bool = True
     """reinforce-off: advantages of mean zero and deviation one over a batch, as in Spinning Up (not in the thesis)."""
     reinforce_lr: Positive = 1e-3
@@ -239,7 +242,8 @@ class Args:
     episodes: Size = 4
     """Episodes in an evaluation of an agent."""
     progress: bool = False
-    """Meta-test objectives from after 1/5, 2/5, 3/5 and 4/5 of meta-training too (Figure 2.4)."""
+    """Meta-test objectives from earlier in meta-training too: 5, 14 (Figure 2.4: 28 K and 86 K steps), 20, 40, 60 and 80 %,
+    without those from before policies are trained (--frozen-steps), as nothing changed the objective until then."""
     each: bool = False
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: Count = 100
@@ -505,7 +509,7 @@ def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Ba
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and history (5, m, d) to what it was after each fifth."""
+    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS."""
     adam = torch.optim.Adam([alpha], args.objective_lr)
     iterations = args.env_steps // args.num_envs
     keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
@@ -531,12 +535,17 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
         if now % args.policy_frequency == 0:
             alpha.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
-        history[5 * step // iterations] = alpha
+        keep_history(history, alpha, step, iterations)
         if now % args.log_every == 0:
             run.log(step, {f"{group.name}_{name}": mean for group in groups for name, mean in group.means().items()})
         if now % args.log_every == 0 or now % args.checkpoint_every == 0 or now == iterations:
             for group in groups:
                 group.reset_diverged(now, "phi", "theta")
+
+
+def keep_history(history: Tensor, alpha: Tensor, step: int, steps: int) -> None:
+    """Set what the objectives (m, d) are after the parts of meta-training that are not over, history (k, m, d)."""
+    history[sum(100 * step >= part * steps for part in PROGRESS) :] = alpha
 
 
 # ======================================================================================================================
@@ -568,7 +577,8 @@ class Group(Agents):
         env = make_env(name, len(own) * args.num_envs, device)
         self.nets = make_nets(args, env.obs_size, env.action_size, on_policy)
         capacity = max(1, min(args.buffer_size // args.num_envs, self.steps))
-        super().__init__(env, partial(init_agents, self.nets), len(which), own, capacity, metrics=("meta_loss", "reward"))
+        metrics = {"metrics": ("meta_loss", "reward"), "deviations": ("reward",)}
+        super().__init__(env, partial(init_agents, self.nets), len(which), own, capacity, **metrics)
         self.which = which.to(device)[self.own]
         noise = [args.exploration_noise[i % len(args.exploration_noise)] for i in range(args.num_envs)]
         self.noise = torch.tensor(noise, device=device)[:, None]
@@ -644,7 +654,7 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
     """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of the last fifth of
     an agent's training by it, in one environment after the other. Agents act with their policies from the first step on: the
     fitness of a short training that began with random actions would not depend on the objective. All of a generation have the
-    same random numbers. Changes alpha (1, d) in place, and history (5, 1, d) to what it was after each fifth."""
+    same random numbers. Changes alpha (1, d) in place, and history (k, 1, d) to what it was after each part in PROGRESS."""
     args = replace(args, random_steps=0)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.epg.pairs, sigma=args.epg.sigma, seed=args.seed, rank_shaping=True)
@@ -662,7 +672,7 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
         grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
         alpha.grad = grads[None]
         optimizer.step()
-        history[5 * generation // args.epg.generations] = alpha
+        keep_history(history, alpha, generation, args.epg.generations)
         run.log(generation, {"reward": -losses.mean()})
 
 
@@ -698,7 +708,7 @@ META_LEARNED = ("metagenrl", "epg", "rl2")
 # ======================================================================================================================
 def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "Run") -> list[dict[str, Any]]:
     """Fresh agents learn in every environment (Algorithm 7), trained by each learner; those of objectives (m, d) are one
-    batch. Returns rows of returns along the way, without noise."""
+    batch, which processes share. Returns rows of returns along the way, without noise."""
     rows = []
     names = dict.fromkeys([args.learner, *args.baselines])
     learned = [name for name in objectives if name.split(",")[0] in names]
@@ -706,13 +716,15 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
     parts = list(product(test_envs(args), jobs))
 
     bar_format = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
-    bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format)
+    bar = tqdm(total=len(parts), desc="meta-test", bar_format=bar_format, disable=run.rank > 0)
     for name, learners in parts:
         measure = partial(test_in_env, args, name, learners, objectives, rl2, run, bar)
         rows += run.once(f"{name}, {learners[0]}", measure)
         bar.update(1 - bar.n % 1)
     bar.close()
 
+    if run.rank > 0:
+        return rows
     known = {row["task"]: "meta-trained in" if row["novelty"] == "none" else "never seen" for row in rows}
     names = {"labels": LABELS, "titles": {task: f"{task} ({text})" for task, text in known.items()}}
     plot(rows, run.folder / "returns.png", xlabel="environment steps of an agent", ylabel="return", styles=STYLES, **names)
@@ -739,11 +751,12 @@ def test_in_env(
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
-        which, on_policy = torch.arange(agents * len(learners)), learners[0] in ON_POLICY
-        group = Group(args, name, which, args.test_steps, run.device, fuser(run), on_policy=on_policy)
-        curve = returns(args, group, learners[0], alpha, bar, key)
+        which = torch.arange(agents * len(learners))
+        own = which[run.rank % len(which) :: run.world]  # of more processes than agents some have the same one
+        group = Group(args, name, which, args.test_steps, run.device, fuser(run), own, on_policy=learners[0] in ON_POLICY)
+        curve = returns(args, group, learners[0], alpha[group.own], bar, key)
         group.env.close()
-        resets = group.state["diverged"].view(len(learners), -1).sum(1).tolist()
+        resets = group.of_all(group.state["diverged"]).int().view(len(learners), -1).sum(1).tolist()
 
     rows = []
     novelty = "none" if name in args.envs else "domain"
@@ -757,10 +770,14 @@ def test_in_env(
 
 
 def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, key: int) -> list[tuple[int, Tensor]]:
-    """The curve of agents that learn in a group: environment steps, and returns (p,)."""
-    env = make_env(group.name, group.total * args.episodes, group.device)
+    """The curve of agents that learn in a group, alpha (p, d): environment steps, and the returns of all processes' agents."""
+    env = make_env(group.name, len(group.own) * args.episodes, group.device)
     points = {round(group.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)}
-    evaluate = partial(mean_returns, env, lambda obs: group.nets.act(group.state["phi"], obs), group.total, key)
+
+    def evaluate() -> Tensor:
+        own = mean_returns(env, lambda obs: group.nets.act(group.state["phi"], obs), group.total, key, group.own)
+        return group.of_all(own)
+
     curve = [(0, evaluate())]
 
     def callback(now: int) -> None:
@@ -782,7 +799,8 @@ LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained object
 LABELS |= {"rl2": "RL²", "reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
 STYLES = {"metagenrl": "C0", "epg": "C2", "untrained": "0.6", "td3": "k"}
 STYLES |= {"rl2": "C5", "ppo": "C4", "reinforce-off": "C1", "reinforce-on": "C3"}
-PROGRESS = {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}  # per cent of meta-training
+PROGRESS = {5: "#e8f6e4", 14: "#d2edcc"}  # per cent of meta-training
+PROGRESS |= {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}
 LABELS |= {f"{name}, {part} %": f"{LABELS[name]} after {part} %" for name in ("metagenrl", "epg") for part in PROGRESS}
 STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") for part in PROGRESS}
 
@@ -1125,11 +1143,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     untrained = make_nets(args, 1, 1).init_objective(args.objectives, generator).to(run.device)
     alpha = untrained.clone()
-    history = alpha.repeat(5, 1, 1)
+    history = alpha.repeat(len(PROGRESS), 1, 1)
     learned = {"net": rl2.to(run.device)} if rl2 else {"alpha": alpha, "history": history}
     groups = []
     if args.mode == "test":
-        checkpoints.restore(learned, checkpoint["state"])
+        needed = learned if rl2 or args.progress else {"alpha": alpha}
+        checkpoints.restore(needed, checkpoint["state"])
     elif args.learner == "metagenrl":
         which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
         own = torch.arange(len(which))[run.rank :: run.world]
@@ -1147,14 +1166,15 @@ def main() -> None:
         run.save(0, learned)  # nothing is meta-learned, but --resume continues the meta-test
     resets = sum(es.all_reduce_mean(group.state["diverged"].sum().double()) for group in groups) * run.world
     tested = time.time()
-    if run.rank > 0:
-        return  # every process would measure the same
-
     objectives = {args.learner: alpha} if args.learner in ("metagenrl", "epg") else {}
     objectives["untrained"] = untrained
     if args.progress:
-        objectives |= {f"{args.learner}, {part} %": history[fifth] for fifth, part in enumerate(PROGRESS)}
+        first = 100 * args.frozen_steps / args.env_steps if args.learner == "metagenrl" else 0
+        parts = [(f"{args.learner}, {part} %", i) for i, part in enumerate(PROGRESS) if part > first]
+        objectives |= {name: history[i] for name, i in parts}
     rows = meta_test(args, objectives, rl2, run)
+    if run.rank > 0:
+        return
     seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
     agents_reset = {"meta-training": int(resets)}

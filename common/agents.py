@@ -68,7 +68,7 @@ class Agents:
     total, own (p,): the number of agents in all processes, and which of them this process has.
         Agents of the same number have the same initial parameters and random numbers.
     capacity: steps of each copy that a replay buffer holds.
-    metrics: names for `note`.
+    metrics: names for `note`. deviations: those of them that `means` also gives the deviation of.
 
     state: the parameters; age (p,) in environment steps; first_step (p,), the step of its copies at
     which an agent was reset; diverged (p,), how often since it was not finite; buffer (p, e, capacity,
@@ -85,6 +85,7 @@ class Agents:
         own: Tensor,
         capacity: int,
         metrics: tuple[str, ...] = (),
+        deviations: tuple[str, ...] = (),
     ):
         self.env = env
         self.init = init
@@ -100,6 +101,7 @@ class Agents:
         for name in ("age", "first_step", "diverged"):
             self.state[name] = torch.zeros(len(own), dtype=torch.int64, device=env.device)
         self.metrics = metrics
+        self.deviations = deviations
         for name in metrics:
             self.state[f"{name}_sum"] = torch.zeros(len(own), device=env.device)
             self.state[f"{name}_count"] = torch.zeros_like(self.state["age"])
@@ -176,6 +178,16 @@ class Agents:
         buffer = self.state["buffer"]
         return unpacked(self.env, buffer[:, :, torch.arange(now - steps, now) % buffer.shape[2]])
 
+    def of_all(self, value: Tensor) -> Tensor:
+        """Numbers (total,) of the agents of all processes, from those (p,) of this one's. Several may
+        have the same agent."""
+        if not self.sharded:
+            return value
+        sums = torch.zeros(2, self.total, device=self.device)
+        sums[:, self.own] = torch.stack([value.float(), torch.ones_like(self.own).float()])
+        dist.all_reduce(sums)
+        return sums[0] / sums[1]
+
     # ---- metrics ---------------------------------------------------------------------------------
     def note(self, name: str, value: Tensor) -> None:
         """Add a value, () or (p,), to a metric."""
@@ -184,16 +196,23 @@ class Agents:
 
     def means(self) -> dict[str, Tensor]:
         """The mean of each metric over all agents of all processes since the last call; without a value
-        since then, the last mean again."""
+        since then, the last mean again. As NAME_std its standard deviation over agents."""
         means = {}
         for name in self.metrics:
             total, count = self.state[f"{name}_sum"], self.state[f"{name}_count"].clamp(min=1)
             self.state |= {f"{name}_sum": total / count, f"{name}_count": torch.zeros_like(count)}
-            means[name] = total.mean() / count[0]
-            if self.sharded:
-                dist.all_reduce(means[name])
-                means[name] = means[name] / dist.get_world_size()
+            means[name] = self.mean_over_processes(total.mean() / count[0])
+            if name in self.deviations:
+                squares = (total / count - means[name]) ** 2
+                means[f"{name}_std"] = self.mean_over_processes(squares.mean()).sqrt()
         return means
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """Of numbers (), each the mean over the agents of a process."""
+        if self.sharded:
+            dist.all_reduce(value)
+            value = value / dist.get_world_size()
+        return value
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def state_dict(self) -> State:
@@ -244,20 +263,32 @@ def unpacked(env: Any, steps: Tensor) -> tuple[Batch, Tensor]:
     return Batch(obs, action, reward, terminated, time, next_obs, torch.ones_like(reward)), ended
 
 
-def mean_returns(env: Any, act: Callable[[Tensor], Tensor], p: int, seed: int) -> Tensor:
+def mean_returns(
+    env: Any,
+    act: Callable[[Tensor], Tensor],
+    total: int,
+    seed: int,
+    own: Tensor | None = None,
+) -> Tensor:
     """Mean return (p,) of an episode in each copy of an environment, always in the starting states
-    that `seed` decides. act: observations (p, e, a) -> actions (p, e, b)."""
+    that `seed` decides. act: observations (p, e, a) -> actions (p, e, b). own (p,): the agents of
+    this process among all `total` (default: all), each with the starting states that it has there."""
+    own = torch.arange(total, device=env.device) if own is None else own
+    p, e = len(own), env.num_envs // len(own)
     generator = torch.Generator(env.device).manual_seed(seed)
-    draw = partial(torch.rand, env.num_envs, generator=generator, device=env.device)
+
+    def draw(size: int) -> Tensor:
+        return torch.rand(total, e, size, generator=generator, device=env.device)[own].flatten(0, 1)
+
     world, obs = env.reset(draw(env.lifetime_draws))
-    total, alive = torch.zeros(2, env.num_envs, device=env.device)
+    returns, alive = torch.zeros(2, env.num_envs, device=env.device)
     alive += 1
     for _ in range(env.max_steps or 1000):
         action = act(obs.unflatten(0, (p, -1))).flatten(0, 1)
         world, step = env.step(world, action, draw(env.num_draws))
-        total += alive * step.reward
+        returns += alive * step.reward
         alive *= 1 - (step.terminated | step.truncated).to(alive.dtype)
         obs = step.obs
         if not env.resumable and not alive.any():
             break
-    return total.unflatten(0, (p, -1)).mean(-1)
+    return returns.unflatten(0, (p, -1)).mean(-1)

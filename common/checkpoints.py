@@ -93,7 +93,7 @@ def export(source: Path, target: Path, **flags: Any) -> None:
     """Write a checkpoint without what only a resumed run needs, such as Adam's averages, and without
     untrained learners. flags: replace those of the run, such as data_dir."""
     saved = read(source, args=dict, state=dict)
-    parts = ("thetas", "rnn_sizes", "models", "settings", "sizes", "plateau", "evolution")
+    parts = ("thetas", "rnn_sizes", "models", "settings", "sizes", "plateau", "evolution", "alpha")
     names = tuple(f"['{part}']" for part in parts)
     state = {k: v for k, v in saved["state"].items() if k.startswith(names) and "untrained" not in k}
     write(target, saved | {"args": saved["args"] | flags, "state": state})

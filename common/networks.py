@@ -32,16 +32,18 @@ class Network(NamedTuple):
         return len(self.sizes) - 1 - self.linear_output
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Weight and bias of each layer, and gain and shift of each normalisation."""
+    def shapes(self) -> list[tuple[int, str, tuple[int, int]]]:
+        """(layer, name, shape) of weight and bias of each layer, and gain and shift of each normalisation."""
         shapes = []
         for i, (a, b) in enumerate(pairwise(self.sizes)):
-            shapes += [(a, b), (1, b)] + [(1, b)] * 2 * (self.normalized and i < self.hidden_layers)
+            shapes += [(i, "weight", (a, b)), (i, "bias", (1, b))]
+            if self.normalized and i < self.hidden_layers:
+                shapes += [(i, "gain", (1, b)), (i, "shift", (1, b))]
         return shapes
 
     @property
     def d(self) -> int:
-        return sum(map(math.prod, self.shapes))
+        return sum(math.prod(shape) for *_, shape in self.shapes)
 
     def init(self, p: int, generator: torch.Generator) -> Tensor:
         """(p, d): weights and biases uniform within 1 / sqrt(inputs), gains 1, shifts 0."""
@@ -54,19 +56,22 @@ class Network(NamedTuple):
 
     def __call__(self, params: Tensor, x: Tensor) -> Tensor:
         """params (p, d), x (p, ..., sizes[0]) -> (p, ..., sizes[-1])."""
-        shapes = self.shapes
-        parts = params.split([math.prod(shape) for shape in shapes], -1)
-        parts = iter([part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)])
         y = x.flatten(1, -2)
-        for i in range(len(self.sizes) - 1):
-            weight, bias = next(parts), next(parts)
-            y = torch.baddbmm(bias, y, weight)
+        for i, layer in enumerate(self.layers(params)):
+            y = torch.baddbmm(layer["bias"], y, layer["weight"])
             if i < self.hidden_layers:
                 y = self.activation(y)
-            if i < self.hidden_layers and self.normalized:
-                gain, shift = next(parts), next(parts)
-                y = F.layer_norm(y, y.shape[-1:]) * gain + shift
+            if "gain" in layer:
+                y = F.layer_norm(y, y.shape[-1:]) * layer["gain"] + layer["shift"]
         return y.unflatten(1, x.shape[1:-1])
+
+    def layers(self, params: Tensor) -> list[dict[str, Tensor]]:
+        """Parameters (p, d) of each layer by their names."""
+        layers: list[dict[str, Tensor]] = [{} for _ in self.sizes[1:]]
+        parts = params.split([math.prod(shape) for *_, shape in self.shapes], -1)
+        for (i, name, shape), part in zip(self.shapes, parts, strict=True):
+            layers[i][name] = part.unflatten(-1, shape)
+        return layers
 
 
 def half_squares(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -312,13 +313,30 @@ def unseen_loss(words: str, part: slice, run: str) -> Number:
 
 
 def logged(column: str, run: str, index: int | None = None) -> Number:
-    """GPICL: a column of metrics.csv at one of at most 40 lines, or its mean."""
+    """A column of metrics.csv at one of at most 40 lines, or its mean."""
 
     def of(seed: Seed) -> float:
         curve = seed.fact(run, "curves")[column]
         return statistics.fmean(curve) if index is None else curve[index]
 
     return Number(f"{column}, {run}", of)
+
+
+def curve(column: str, run: str) -> list[tuple[Number, Number]]:
+    """MetaGenRL: a column of metrics.csv at up to 40 meta-steps."""
+    return [(logged("step", run, index), logged(column, run, index)) for index in range(40)]
+
+
+def returns(learner: str, env: str, steps: Iterable[int], run: str = "") -> list[tuple[int, Number]]:
+    """MetaGenRL: the curve of a meta-test, without steps that have no row."""
+
+    def of(step: int, seed: Seed) -> float:
+        row = seed.row(learner, env, step, run, None, None)
+        if row["step"] != step:
+            raise LookupError(f"no row of {learner} on {env} at {step}")
+        return row["mean"]
+
+    return [(step, Number(f"{learner}, {env}, {step}", partial(of, step))) for step in steps]
 
 
 def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], float]) -> Number:

@@ -29,9 +29,9 @@ from threading import Lock
 from typing import Any
 
 # isort: off
-from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Row, UserError, above_random, at, correlation, exponent, fact, gain, gradient_norm
-from claims import higher, improvement, lead, learns, logged, mean, number, per, plateau, reached, rises, sweep
-from claims import unseen_loss, until_solved, weakest, within, without_worst
+from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Row, UserError, above_random, at, correlation, curve, exponent, fact, gain
+from claims import gradient_norm, higher, improvement, lead, learns, logged, mean, number, per, plateau, reached, returns, rises
+from claims import sweep, unseen_loss, until_solved, weakest, within, without_worst
 from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
 # isort: on
@@ -43,57 +43,110 @@ RUNS = ROOT / "runs" / "reproduce"
 # ======================================================================================================================
 # fmt: off
 UNSEEN = {"laptop": ["pendulum", "reacher"], "thesis": ["Hopper-v4"]}
-KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["LunarLanderContinuous-v3", "HalfCheetah-v4"]}
+KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["HalfCheetah-v4", "LunarLanderContinuous-v3"]}
 FOUR = "metagenrl.py --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car --baselines --no-test-seen"
-FOUR_BODIES = "metagenrl.py --envs HalfCheetah-v4 LunarLanderContinuous-v3 Walker2d-v4 Ant-v4 --baselines --no-test-seen"
-AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress --no-test-seen --baselines"
+AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress"
 INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
+CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
+BODIES = {"cheetah": CHEETAH, "hopper": HOPPER, "lunar": LUNAR, "walker": "Walker2d-v4", "ant": "Ant-v4"}
+POINTS = {"laptop": range(0, 10_001, 500), "thesis": range(0, 1_000_001, 50_000)}  # environment steps of a meta-test
+STAGES = {"laptop": ("20 %", "40 %"), "thesis": ("5 %", "14 %")}  # Figure 2.4: hardly any progress, and uneven progress
+FOUR_INPUTS = {"laptop": "four inputs", "thesis": ""}  # the run with the thesis' inputs: the laptop preset has a fifth one
+
+
+def regimes(flags: str, *names: str) -> dict[str, str]:
+    """Table A.1: a command for each set of bodies to meta-train in; all are meta-tested in the thesis' three."""
+    tests = f"--no-test-seen --test-envs {CHEETAH} {HOPPER} {LUNAR} --baselines{flags}"
+    return {name: f"metagenrl.py --envs {' '.join(BODIES[body] for body in name.split(', '))} {tests}" for name in names}
+
+
+def regime_claims(preset: str) -> list[Claim]:
+    """Section A.1.1, only at the thesis' preset: above REINFORCE and PPO on Cheetah and where meta-trained, far below TD3 on
+    Cheetah, and not above REINFORCE on an unseen Lunar."""
+    if preset == "laptop":
+        return []
+    rules = [("reinforce-off", ""), ("reinforce-on", "on-policy"), ("ppo", "on-policy")]
+    higher_in = [(CHEETAH, ""), (LUNAR, ""), (CHEETAH, "hopper, lunar")]
+    above = [at("metagenrl", env, run=run) > at(rule, env, run=of_rule) for env, run in higher_in for rule, of_rule in rules]
+    return [*above, gain(CHEETAH) < gain(CHEETAH, learner="td3") * 0.8,
+            at("metagenrl", LUNAR, run="cheetah, hopper") < at("reinforce-off", LUNAR)]
+
+
+def returns_figure(preset: str, name: str, envs: list[str], learners: list[str]) -> Figure:
+    """Figures 2.3 and 2.4."""
+    panels = {env: {learner: returns(learner, env, POINTS[preset]) for learner in learners} for env in envs}
+    return Figure(name, "environment steps of an agent", "return", panels, xscale="linear")
+
+
+def meta_training_figure(preset: str, name: str, runs: dict[str, str], *columns: str) -> Figure:
+    """Figures 2.5a and A.6: mean reward of agents in meta-training, and its deviation over agents. runs: labels by line."""
+    words = {"reward": "reward", "reward_std": "deviation over agents"}
+    panels = {f"{env}, {words[column]}": {line: curve(f"{env}_{column}", run) for line, run in runs.items()}
+              for column in columns for env in KNOWN[preset]}
+    return Figure(name, "iterations of meta-training", "", panels, xscale="linear")
+
+
 METAGENRL = {
-    "M1": Row("Table 2.1, A.1", "unseen Hopper: 2439, PPO 1894, TD3 2718",
-        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} ppo reinforce-on"},
-        per(UNSEEN, lambda env: [
+    "M1": Row("Table 2.1, A.1", "unseen Hopper: 2363, PPO 1894, TD3 2718",
+        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} --no-test-seen --baselines ppo reinforce-on"},
+        lambda preset: [*per(UNSEEN, lambda env: [
             *higher("metagenrl", ["untrained", "reinforce-off"], [env]),
             *(at("metagenrl", env) > at(other, env, run="on-policy") for other in ("ppo", "reinforce-on")),
-            gain(env) > gain(env, learner="td3") * 0.8]),
-        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} ppo reinforce-on",
-         "cheetah, hopper": "metagenrl.py --envs HalfCheetah-v4 Hopper-v4 --test-envs LunarLanderContinuous-v3",
-         "hopper, lunar": "metagenrl.py --envs Hopper-v4 LunarLanderContinuous-v3 --test-envs HalfCheetah-v4",
-         "40 agents": f"{FOUR_BODIES} --population 40"}),
+            gain(env) > gain(env, learner="td3") * 0.8])(preset), *regime_claims(preset)],
+        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} --baselines ppo reinforce-on",
+         **regimes("", "cheetah, hopper", "hopper, lunar", "hopper", "lunar"),
+         **regimes(" --population 40", "lunar, hopper, walker, ant", "cheetah, lunar, walker, ant",
+                   "cheetah, hopper, walker, ant")},
+        figures=lambda preset: [returns_figure(preset, "metagenrl_unseen", [KNOWN[preset][-1], *UNSEEN[preset]],
+                                               ["metagenrl", "untrained", "reinforce-off", "td3"])]),
     "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
-        {"": "M1.0", "rl2": "metagenrl.py --learner rl2 --baselines",
-         "epg": "metagenrl.py --learner epg --baselines --no-test-seen"},
+        {"": "M1.0", "rl2": "metagenrl.py --learner rl2 --baselines", "epg": "metagenrl.py --learner epg --baselines"},
         lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
+            *(at("metagenrl", env) > at("epg", env, run="epg") for env in KNOWN[preset]),
             *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))]),
     "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
-        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl, 20 %", env),
-            at("metagenrl", env, field="std") < at("metagenrl, 40 %", env, field="std")])),
+        lambda preset: [claim for env in UNSEEN[preset] for claim in (
+            at("metagenrl", env) > at(f"metagenrl, {STAGES[preset][0]}", env),
+            at("metagenrl", env, field="std") < at(f"metagenrl, {STAGES[preset][1]}", env, field="std"))],
+        figures=lambda preset: [returns_figure(preset, "metagenrl_stages", UNSEEN[preset], [
+            *(f"metagenrl, {part} %" for part in ((20, 40, 60, 80) if preset == "laptop" else (5, 14, 20, 40, 60, 80))),
+            "metagenrl"])]),
     "M4": Row("Fig. 2.5", "works without t or V_{t+1}, not without values",
         {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
-         "no values": f"{INPUTS} time"},
-        per(UNSEEN | {"thesis": ["HalfCheetah-v4"]}, lambda env: [gain(env, "no time") > gain(env) * 0.8,
-            gain(env, "no next value") > gain(env) * 0.8, gain(env, "no values") < gain(env) * 0.2]),
+         "no values": f"{INPUTS} time", "four inputs": f"{INPUTS} value next_value time"},
+        lambda preset: [claim for env in (UNSEEN | {"thesis": [CHEETAH]})[preset] for claim in (
+            gain(env, "no time") > gain(env) * 0.8, gain(env, "no next value") > gain(env, FOUR_INPUTS[preset]) * 0.8,
+            gain(env, "no values") < gain(env) * 0.2)],
         {"": "M1.0", **{f"no {what}": f"metagenrl.py --baselines --test-envs --inputs reward {rest}" for what, rest in (
-            ("time", "value next_value"), ("next value", "value time"), ("values", "time"))}}),
+            ("time", "value next_value"), ("next value", "value time"), ("values", "time"))}},
+        figures=lambda preset: [meta_training_figure(preset, "metagenrl_inputs", {
+            "all inputs": "", **{name: name for name in ("no time", "no next value", "no values")}}, "reward")]),
     "M5": Row("Fig. 2.6", "3 inner steps vary more than 1, 5 harm",
         {"": "M1.0", **sweep("metagenrl.py --baselines --no-test-seen", inner_steps=[3, 5])},
-        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
-            at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")])),
+        per(UNSEEN | {"thesis": [HOPPER, CHEETAH]}, lambda env: [
+            at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
+            at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")]),
+        {"": "M1.0", **sweep(f"metagenrl.py --baselines --no-test-seen --test-envs {HOPPER} {CHEETAH}", inner_steps=[3, 5])}),
     "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
-        {"each": f"{AGAIN} --each --test-seeds 12",
+        {"each": f"{AGAIN} --no-test-seen --baselines --each --test-seeds 12",
          "late": "metagenrl.py --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
-        per({"laptop": [("pendulum", "point_mass")], "thesis": [("LunarLanderContinuous-v3",) * 2]}, lambda envs: [
+        per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
             at("metagenrl", envs[1], run="late") < at("metagenrl, 80 %", envs[1], run="late")]),
-        {"each": "metagenrl.py --envs LunarLanderContinuous-v3 --test-envs --progress --each --test-seeds 12 "
-                 "--baselines untrained",
+        {"each": f"metagenrl.py --envs {LUNAR} --test-envs --progress --each --test-seeds 12 --baselines untrained",
          "late": "M6.0"}),
     "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
         {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
-         "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32"},
-        per(UNSEEN, lambda env: [at("metagenrl", env) > at("metagenrl", env, run="2 agents"),
+         "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32",
+         "4 agents": "metagenrl.py --population 4 --baselines --no-test-seen",
+         "8 agents": "metagenrl.py --population 8 --baselines --no-test-seen"},
+        per(UNSEEN, lambda env: [*(at("metagenrl", env) > at("metagenrl", env, run=f"{count} agents") for count in (2, 4, 8)),
             *(gain(env, run) < gain(env) * 1.2 for run in ("4 environments", "4, more agents"))]),
-        {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
-         "4 environments": FOUR_BODIES, "4, more agents": f"{FOUR_BODIES} --population 40"}),
+        {"": "M1.0", "4, more agents": "M1.7",
+         **{f"{count} agents": f"metagenrl.py --population {count} --baselines --no-test-seen" for count in (2, 4, 8)},
+         "4 environments": regimes("", "cheetah, lunar, walker, ant")["cheetah, lunar, walker, ant"]},
+        figures=lambda preset: [meta_training_figure(preset, "metagenrl_population", {
+            **{f"{count} agents": f"{count} agents" for count in (2, 4, 8)}, "all agents": ""}, "reward", "reward_std")]),
 }
 
 CLONE = "vsml.py --preset clone --dataset mnist --test-datasets mnist fashion_mnist"

@@ -145,6 +145,23 @@ def test_agents_of_several_processes_are_those_of_one():
         assert torch.equal(part.state["theta"], whole.state["theta"][:, part.own])
 
 
+def test_numbers_of_all_agents(monkeypatch):
+    """Also where two processes have the same agent."""
+    parts = [some(p=3, own=own) for own in ([0, 2], [1], [1])]
+    total = torch.zeros(2, 3)
+    for part in parts:
+        total[:, part.own] += torch.stack([10.0 * part.own, torch.ones(len(part.own))])
+
+    def all_reduce(sums):
+        assert sums[0].sum() == 20  # of agents 0 and 2
+        sums.copy_(total)
+
+    monkeypatch.setattr(agents.dist, "all_reduce", all_reduce)
+    assert torch.equal(parts[0].of_all(10 * parts[0].own), 10 * parts[0].own)  # there is one process
+    parts[0].sharded = True
+    assert parts[0].of_all(10 * parts[0].own).tolist() == [0, 10, 20]
+
+
 def test_a_state_is_that_of_all_agents_and_goes_to_any_number_of_processes(monkeypatch):
     whole, *parts = some(p=4, metrics=("loss",)), *(some(p=4, own=own, metrics=("loss",)) for own in ([0, 2], [1, 3]))
     for ours in (whole, *parts):
@@ -180,14 +197,15 @@ def test_a_state_is_that_of_all_agents_and_goes_to_any_number_of_processes(monke
 
 # ---- metrics and returns -----------------------------------------------------------------------------------------------
 def test_means_are_over_what_was_noted_and_stay_without_anything_new():
-    ours = some(metrics=("loss", "reward"))
-    assert ours.means() == {"loss": 0, "reward": 0}
+    ours = some(metrics=("loss", "reward"), deviations=("reward",))
+    assert ours.means() == {"loss": 0, "reward": 0, "reward_std": 0}
     ours.note("loss", torch.tensor(3.0))
     for reward in (1.0, 2.0, 6.0):
         ours.note("reward", torch.tensor([0.0, reward, 2 * reward]))
-    assert ours.means() == {"loss": 3, "reward": 3}
+    over_agents = torch.tensor([0.0, 3.0, 6.0]).std(correction=0)
+    assert ours.means() == {"loss": 3, "reward": 3, "reward_std": pytest.approx(float(over_agents))}
     ours.note("reward", torch.tensor([4.0, 4.0, 4.0]))
-    assert ours.means() == {"loss": 3, "reward": 4}
+    assert ours.means() == {"loss": 3, "reward": 4, "reward_std": 0}
 
 
 def test_mean_returns_are_of_first_episodes_from_the_same_starts():
@@ -200,6 +218,8 @@ def test_mean_returns_are_of_first_episodes_from_the_same_starts():
         return torch.ones(3, 2, 1)
 
     first = agents.mean_returns(env, act, 3, seed=5)
+    fewer, own = envs.make("continuous_cartpole", 4), torch.tensor([2, 0])
+    assert torch.equal(agents.mean_returns(fewer, lambda obs: torch.ones(2, 2, 1), 3, 5, own), first[[2, 0]])
     starts = seen[0]
     seen.clear()
     assert torch.equal(agents.mean_returns(env, act, 3, seed=5), first) and torch.equal(seen[0], starts)

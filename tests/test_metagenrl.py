@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import tyro
 from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
 
 import metagenrl
@@ -103,7 +104,7 @@ def test_an_objective_follows_the_sum_of_its_agents_gradients(monkeypatch):
     ours = agents.meta_gradient
     monkeypatch.setattr(agents, "meta_gradient", lambda *x: (pair := ours(*x), sums.append(pair[0].sum(0)))[0])
     with torch.no_grad():
-        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), run)
+        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
     assert sums[0].norm() > 1e-4
     torch.testing.assert_close(alpha.grad[0], sums[0])
 
@@ -115,7 +116,7 @@ def test_critic_policy_and_objective_have_batches_of_their_own(monkeypatch):
     monkeypatch.setattr(agents, "sample", lambda *x: (batch := sample(*x), sizes.append(batch.mask.shape[1]))[0])
     alpha = agents.nets.init_objective(1, DRAWS)
     with torch.no_grad():
-        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), Sick([]))
+        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), Sick([]))
     assert sizes == [8, 8, 8, 4 * 8] * 2
 
 
@@ -391,11 +392,22 @@ def test_meta_training_continues_without_an_agent_that_is_not_finite():
     alpha = groups[0].nets.init_objective(1, DRAWS)
     before, run = alpha.clone(), Sick(groups)
     with torch.no_grad():
-        metagenrl.meta_train(args, groups, alpha, alpha.repeat(5, 1, 1), run)
+        metagenrl.meta_train(args, groups, alpha, alpha.repeat(6, 1, 1), run)
     assert groups[0].state["diverged"].tolist() == [0, 1, 0] and len(run.logged) == 4
     assert all(value.isfinite() for values in run.logged for value in values.values())
     assert all(x.isfinite().all() for x in groups[0].state.values())
     assert alpha.isfinite().all() and not torch.equal(alpha, before)
+
+
+@pytest.mark.parametrize("steps", [10, 7, 300])
+def test_objectives_are_kept_from_after_parts_of_meta_training(steps):
+    alpha, history = torch.zeros(1, 2), torch.zeros(6, 1, 2)
+    for step in range(steps):
+        alpha += 1
+        metagenrl.keep_history(history, alpha, step, steps)
+    parts = torch.tensor(list(metagenrl.PROGRESS))
+    assert history[:, 0, 0].tolist() == (parts * steps / 100).ceil().tolist()
+    assert (alpha == steps).all()
 
 
 def test_critics_move_policies_until_annealing_is_over_and_not_afterwards(monkeypatch):
@@ -405,7 +417,7 @@ def test_critics_move_policies_until_annealing_is_over_and_not_afterwards(monkey
     agents = group(args)
     alpha = agents.nets.init_objective(1, DRAWS)
     with torch.no_grad():
-        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), Sick([]))
+        metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), Sick([]))
     assert calls == list(range(2, 12, 2))
 
 
@@ -417,7 +429,7 @@ def test_every_line_of_metrics_has_every_column():
         run, agents = Sick([]), group(args)
         alpha = agents.nets.init_objective(1, torch.Generator().manual_seed(3))
         with torch.no_grad():
-            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(5, 1, 1), run)
+            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
         names = {frozenset(values) for values in run.logged}
         assert len(names) == 1 and len(run.logged) == 12 // every
         logged[every] = {name: torch.stack([values[name] for values in run.logged]) for name in run.logged[0]}
@@ -444,6 +456,25 @@ def test_the_meta_test_reports_agents_that_are_not_finite(monkeypatch):
     assert [row["agents_reset"] for row in sick] == [2, 2, 2]  # at both evaluations
 
 
+def test_processes_share_the_agents_of_a_meta_test(monkeypatch):
+    """Each trains some of them, which are those of one process; of more processes than agents some train the same."""
+    args = replace(ARGS, test_envs=("pendulum",), test_steps=24, test_seeds=3, evaluations=2, episodes=2, learner="td3")
+    trained, train = [], metagenrl.train_agents
+    monkeypatch.setattr(metagenrl, "train_agents", lambda args, group, *x: (trained.append(group), train(args, group, *x)))
+    means = []
+    for rank, world in ((0, 1), (0, 2), (1, 2), (4, 5)):
+        run = Sick([])
+        run.rank, run.world, run.compiles = rank, world, False
+        with torch.no_grad():
+            tested = metagenrl.test_in_env(args, "pendulum", ["td3"], {}, None, run, metagenrl.tqdm(disable=True))
+        means.append([row["mean"] * row["seeds"] for row in tested])
+    whole, *parts = trained
+    assert [part.own.tolist() for part in parts] == [[0, 2], [1], [1]]
+    for part in parts:
+        torch.testing.assert_close(part.state["phi"], whole.state["phi"][part.own], rtol=1e-3, atol=1e-4)
+    assert means[0] == pytest.approx([a + b for a, b in zip(*means[1:3], strict=True)], rel=1e-3)  # sums over agents
+
+
 def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     """EPG's agents act with their policies, although --random-steps is longer than their training, as in the thesis."""
     epg = metagenrl.EPGArgs(life_steps=80, generations=1, pairs=4, sigma=0.5)
@@ -454,7 +485,7 @@ def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     run.compiles = False
     alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
     with torch.no_grad():
-        metagenrl.evolve(args, alpha, alpha.repeat(5, 1, 1), run)
+        metagenrl.evolve(args, alpha, alpha.repeat(6, 1, 1), run)
     assert len(losses[0].unique()) == 8
 
 
@@ -563,6 +594,56 @@ def test_an_agent_learns():
     assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
 
 
+# ---- the thesis' preset ------------------------------------------------------------------------------------------------
+CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
+THESIS = dict(  # tables A.2 and A.3, sections 2.5, A.2.2 and A.2.3, but where a comment says so
+    learner="metagenrl", envs=(LUNAR, CHEETAH), env_steps=600_000, test_steps=1_000_000, population=20, num_envs=1,
+    hidden=350, objective_units=32, objective_filters=32, inputs=("reward", "value", "next_value", "time"), bound=1000,
+    length=20, max_grad_norm=1, critic_lr=1e-3, policy_lr=1e-3, td3_lr=1e-3, reinforce_lr=1e-3, inner_lr=1e-3,
+    objective_lr=1e-3,
+    policy_noise=0.2, noise_clip=0.5, tau=0.005, gamma=0.99, batch_size=100, random_steps=10_000, exploration_noise=(0.1,),
+    anneal_steps=10_000, policy_frequency=2, inner_steps=1, inner_normalized=False, value_scaled=False, frozen_steps=0,
+    reset_every=0, objectives=1,
+    layers=2,  # section 2.3.3's 384 K parameters
+    ppo=metagenrl.PPOArgs(num_steps=4000, update_epochs=80, lr=3e-4, clip_coef=0.2, target_kl=0.015),  # Spinning Up's
+    gae_lambda=0.97,  # likewise
+)  # fmt: skip
+FOUR_BODIES = dict(envs=(CHEETAH, LUNAR, "Walker2d-v4", "Ant-v4"))
+THESIS_ROWS = {  # row and label of the command at the thesis preset -> what differs from THESIS
+    ("M1", ""): dict(test_envs=(HOPPER,), test_seen=True, progress=True),
+    ("M1", "hopper, lunar"): dict(envs=(HOPPER, LUNAR), test_envs=(CHEETAH, HOPPER, LUNAR)),
+    ("M1", "lunar"): dict(envs=(LUNAR,)),
+    ("M1", "cheetah, lunar, walker, ant"): FOUR_BODIES | dict(population=40, test_envs=(CHEETAH, HOPPER, LUNAR)),
+    ("M2", "rl2"): dict(learner="rl2", test_seen=True, test_envs=(HOPPER,)),
+    ("M2", "epg"): dict(learner="epg", test_seen=True, test_envs=(HOPPER,)),
+    ("M4", "no time"): dict(inputs=("reward", "value", "next_value"), test_seen=True, test_envs=()),
+    ("M4", "no next value"): dict(inputs=("reward", "value", "time")),
+    ("M4", "no values"): dict(inputs=("reward", "time")),
+    ("M5", "inner_steps 5"): dict(inner_steps=5, test_envs=(HOPPER, CHEETAH), test_seen=False),
+    ("M6", "each"): dict(envs=(LUNAR,), test_envs=(), test_seen=True, each=True, progress=True, test_seeds=12),
+    ("M7", "4 agents"): dict(population=4, test_envs=(HOPPER,)),
+    ("M7", "4 environments"): FOUR_BODIES,
+}
+
+
+@pytest.mark.parametrize(("row", "label"), THESIS_ROWS, ids=str)
+def test_rows_at_the_thesis_preset_have_the_thesis_numbers(row, label):
+    import reproduce
+
+    _, *flags = reproduce.ROWS[row].commands("thesis")[label].split()
+    args = tyro.cli(metagenrl.Args, args=flags, default=metagenrl.Args(**metagenrl.PRESETS["thesis"]))
+    expected = THESIS | THESIS_ROWS[row, label]
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_rl2_and_epg_have_the_thesis_budgets():
+    """Footnote 6 and section A.2.3: 100 M and 1 G environment steps; V = 64, M = 64 and 128 updates of an inner loop."""
+    epg, rl2 = metagenrl.EPGArgs(), metagenrl.RL2Args()
+    assert (2 * epg.pairs, epg.life_steps) == (64, 128 * 64)
+    assert epg.generations * 2 * epg.pairs * epg.life_steps == pytest.approx(10**9, rel=1e-3)
+    assert rl2.trial_steps == 100_000_000 and rl2.units == 64
+
+
 # ---- the command line --------------------------------------------------------------------------------------------------
 TINY = "--preset laptop --envs point_mass pendulum --test-envs continuous_cartpole --env-steps 96 --test-steps 40 --num-envs 4"
 TINY += " --population 4 --hidden 8 --objective-units 4 --objective-filters 4 --length 4 --batch-size 4 --random-steps 20"
@@ -590,13 +671,17 @@ def test_what_a_run_leaves_behind(finished):
     results = json.loads((folder / "results.json").read_text())
     assert results["script"] == "metagenrl" and results["agents_reset"] == 0 and results["parameters"] > 300
     actual = {(row["learner"], row["task"], row["novelty"]) for row in results["results"]}
-    learners = {"metagenrl", "untrained", "td3", "reinforce-off"} | {f"metagenrl, {20 * part} %" for part in range(1, 5)}
+    learners = {"metagenrl", "untrained", "td3", "reinforce-off"} | {f"metagenrl, {part} %" for part in (40, 60, 80)}
     tasks = {("point_mass", "none"), ("pendulum", "none"), ("continuous_cartpole", "domain")}
     assert actual == {(learner, *task) for learner in learners for task in tasks}
     for row in results["results"]:
         assert row["metric"] == "return" and row["seeds"] == 4 and row["step"] in (0, 20, 40)
         assert len(row["values"]) == 4 and sum(row["values"]) / 4 == pytest.approx(row["mean"], rel=1e-5)
-    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 6
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + 6
+    columns = [f"{env}_{name}" for env in ("point_mass", "pendulum") for name in ("meta_loss", "reward", "reward_std")]
+    assert lines[0].split(",")[2:] == columns
+    assert saved_state(folder)["['history']"].shape[:2] == (6, 2)  # 5, 14 and 20 % are from before policies are trained
     assert all(learner in output for learner in learners)
 
 
@@ -634,9 +719,16 @@ def test_environments_of_gymnasium_resume_in_the_same_numbers_too(tmp_path):
 
 def test_a_checkpoint_tested_again_gives_the_same_numbers_and_trains_agents_elsewhere(finished, tmp_path):
     flags = f"--mode test --checkpoint {finished[0] / 'checkpoint.pt'}"
-    assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
+    done = command(tmp_path, f"{flags} --run-name test", tiny="")
+    assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "test") == rows(finished[0])
-    done = command(tmp_path, f"{flags} --run-name far --no-test-seen --test-envs LunarLanderContinuous --baselines", tiny="")
+    small = tmp_path / "small.pt"  # a file as it would be shipped, of objectives alone
+    metagenrl.checkpoints.export(finished[0] / "checkpoint.pt", small)
+    assert small.stat().st_size < 30_000 and torch.equal(
+        metagenrl.LearnedObjective.load(small, 1).alpha, metagenrl.LearnedObjective.load(finished[0] / "checkpoint.pt", 1).alpha
+    )
+    flags = f"--mode test --checkpoint {small} --no-progress --run-name far --no-test-seen --baselines"
+    done = command(tmp_path, f"{flags} --test-envs LunarLanderContinuous", tiny="")
     assert done.returncode == 0, done.stderr
     assert {row["task"] for row in rows(tmp_path / "far")} == {"LunarLanderContinuous"}
 
@@ -650,6 +742,8 @@ def test_two_processes_equal_one(finished, tmp_path):
         for state in (ours[group], theirs[group]):
             state["meta_loss_sum"] = state["meta_loss_sum"].mean()  # each process holds the mean of its agents
         torch.testing.assert_close(ours[group], theirs[group], rtol=1e-2, atol=1e-3)
+    for one, other in zip(rows(tmp_path / "two"), rows(finished[0]), strict=True):
+        assert one["learner"] == other["learner"] and one["mean"] == pytest.approx(other["mean"], rel=1e-2, abs=1e-3)
 
 
 def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
