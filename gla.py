@@ -113,13 +113,13 @@ class Args:
     """The baseline, which does not have to learn slowly."""
 
     gaps: tuple[CountOrZero, ...] = (60, 0)
-    """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
-    all targets are those of the last policy, and sequences begin at the first update. one-task has the first. (Not in the
-    thesis; 7 x 60 updates span the teacher's learning.)"""
+    """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each. Sequences begin at any
+    update from which the largest can. 0: the limit in which all targets are those of the last policy, and sequences begin
+    at the first update. one-task has the first. (Not in the thesis; 7 x 60 updates span the teacher's learning.)"""
     chunk: Size = 128
     """Steps of a chunk, at most --teacher.num-steps (not in the thesis)."""
     chunks: Size = 8
-    """Chunks of a sequence, from updates 0, g, 2 g, … (not in the thesis)."""
+    """Chunks of a sequence, from updates k, k + g, k + 2 g, … (not in the thesis)."""
     auxiliary: Literal["none", "gap", "return", "progress"] = "none"
     """eta, an input beside the history (section 6.2): the gap, the reward per step of the chunk, or the position in the
     sequence from 0 to 1. At meta-test time: the gap, the best reward per step of any update of PPO, or the position."""
@@ -438,13 +438,14 @@ def subsample(
     args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
-    for each; the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the
-    part that is this process' `own`. With gap 0 updates are the first ones, and the policy is the last one in all of them."""
+    for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
+    untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
+    and the policy is the last one in all of them."""
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
     trajectory = draw(h, (count, 1, 1))[own]
-    first = draw(u - gap * (args.chunks - 1) if gap else 1, (count, 1, 1))[own]
+    first = draw(u - max(args.gaps) * (args.chunks - 1) if gap else 1, (count, 1, 1))[own]  # the same ones for all gaps
     update = first + max(gap, 1) * chunk[:, None]
     start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
 
