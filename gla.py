@@ -150,7 +150,7 @@ class Args:
     test_seeds: Size = 32
     """Lifetimes in each environment (Figures 6.5 and 6.6: 32)."""
     test_steps: Count | None = None
-    """Steps of a lifetime (default: as long as a sequence)."""
+    """Steps of a lifetime (default: as long as a sequence, or as the whole episodes that fit in one)."""
 
     def __post_init__(self):
         for name in ("teacher", "ppo"):
@@ -674,7 +674,7 @@ UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
     """Reward per step since the last point, of rollouts with new projections. No student: random actions. number: of the
     task, a part of the seed."""
-    steps = args.test_steps or args.chunks * args.chunk
+    steps = args.test_steps or lifetime_steps(args, env)
     generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
     if student:
         projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
@@ -682,9 +682,18 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
     else:
         rewards = uniform_rollout(env, steps, generator)
 
-    points = sorted({-(-steps * part // 32) for part in range(33)})
+    episodes = steps // (env.max_steps or steps)
+    parts = episodes if episodes >= 8 else 32  # short episodes are averaged as a whole
+    points = sorted({-(-steps * part // parts) for part in range(parts + 1)})
     row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
     return [row(step, rewards[:, before:step].mean(1)) for before, step in pairwise(points)]
+
+
+def lifetime_steps(args: Args, env: Env) -> int:
+    """As many as a sequence has, in whole episodes where they are shorter: the rewards of a body that starts from rest once
+    more would not tell what was learned."""
+    context = args.chunks * args.chunk
+    return context - context % min(env.max_steps or 1, context)
 
 
 def ppo_rows(

@@ -335,6 +335,17 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
     assert context.length == 12 and context.cache.shape == (2, 2, 4, 3, 12, 4)  # of three layers' heads, whatever the lifetime
 
 
+def test_lifetimes_are_of_whole_episodes_and_short_ones_are_averaged_as_a_whole():
+    """The last rewards of a lifetime are not those of a body that starts from rest once more."""
+    lengths = {None: 1024, 50: 1000, 1000: 1000, 2000: 1024}
+    for length, steps in lengths.items():
+        assert gla.lifetime_steps(gla.Args(), SimpleNamespace(max_steps=length)) == steps
+    args, env = replace(ARGS, test_envs=("reacher",)), gla.make_env("reacher", 4)
+    for steps, points in ((1000, list(range(100, 1001, 100))), (320, list(range(10, 321, 10)))):
+        measured = gla.rollout_rows(replace(args, test_steps=steps), "reacher", 0, "uniform", None, env)
+        assert [row["step"] for row in measured] == points
+
+
 def test_headings_in_space_are_no_other_domain():
     args = replace(ARGS, envs=("heading:0", "half_cheetah:0"))
     tasks = {"heading:0": "none", "heading:90": "task", "heading_3d:0": "task", "half_cheetah:180": "task", "point_mass": "domain"}
