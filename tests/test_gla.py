@@ -576,7 +576,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, finished, complai
 # ---- what a release has to reach: python -m pytest -m slow --------------------------------------------------------------
 @pytest.mark.slow
 def test_ppo_alone_runs_like_a_cheetah(tmp_path):
-    """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring (README's command)."""
+    """HalfCheetah, at least 2,000 in an episode of 1,000 steps within 1 M steps, exploring."""
     flags = "--learner ppo --baselines --envs half_cheetah --test-envs --ppo.agents 2"
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "ppo", "--preset", "thesis"]
     subprocess.run([*line, *flags.split()], check=True, cwd=tmp_path)
@@ -586,8 +586,8 @@ def test_ppo_alone_runs_like_a_cheetah(tmp_path):
 
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):
-    """`python gla.py`: reward per step rises to four times its start, over goals that were never seen (the side alone a little
-    less: it is learned within the first steps), the faster the larger the gap; who was distilled from one goal stays behind."""
+    """`python gla.py`: on goals that were never meta-trained on reward per step rises to four times its start (on the side alone
+    a little less: it is learned within the first steps), the faster the larger the gap, and not without rewards in its inputs."""
     start = time.time()
     line = [sys.executable, str(ROOT / "gla.py"), "--run-dir", str(tmp_path), "--run-name", "laptop", "--preset", "laptop"]
     subprocess.run(line, check=True, cwd=tmp_path)
@@ -595,11 +595,11 @@ def test_the_laptop_preset_reaches_its_floors(tmp_path):
     actual, first, last = rows(tmp_path / "laptop"), [], []
     for task in ("hidden_goal:1", "hidden_goal:8"):
         curve = {}
-        for name in ("gla", "gla, g = 8", "gla, g = 1", "one-task"):
+        for name in ("gla, g = 0", "gla", "no-reward"):
             curve[name] = [row["mean"] for row in actual if (row["learner"], row["task"]) == (name, task)]
         ends = [values[-1] for values in curve.values()]
         assert ends == sorted(ends, reverse=True)
-        assert curve["gla"][-1] > 3 * curve["gla"][0] and curve["gla, g = 8"][-1] > 2 * curve["gla, g = 8"][0]
-        first.append(curve["gla"][0])
-        last.append(curve["gla"][-1])
+        assert curve["gla, g = 0"][-1] > 3 * curve["gla, g = 0"][0] and curve["gla"][-1] > 2 * curve["gla"][0]
+        first.append(curve["gla, g = 0"][0])
+        last.append(curve["gla, g = 0"][-1])
     assert sum(last) > 4 * sum(first)
