@@ -121,8 +121,9 @@ class Args:
     chunks: Size = 8
     """Chunks of a sequence, from updates k, k + g, k + 2 g, … (not in the thesis)."""
     auxiliary: Literal["none", "gap", "return", "progress"] = "none"
-    """eta, an input beside the history (section 6.2): the gap, the reward per step of the chunk, or the position in the
-    sequence from 0 to 1. At meta-test time: the gap, the best reward per step of any update of PPO, or the position."""
+    """eta, an input beside the history (section 6.2): the gap (the same everywhere, as each gap has a Transformer of its own),
+    the reward per step of the chunk, or the position in the sequence from 0 to 1. At meta-test time: the gap, the best reward
+    per step of any update of PPO, or the position."""
     trajectories: str | None = None
     """The folder `trajectories` of an earlier run with the same PPO, to be read instead of collected."""
     projected: bool = True
@@ -463,7 +464,8 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
     """Minus J of Eq. 6.1, per step. The Transformer reads as many steps at once as it has positions, cloning one."""
     args, inputs = student.args, []
     for projection, steps, *_ in tasks:
-        progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
+        length = steps.reward.shape[1]
+        progress = (torch.arange(length, device=steps.reward.device) / length).expand_as(steps.reward)  # as in a rollout
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
         inputs.append(tokens(projection, transitions(steps), student.eta(progress, reward), student.masked))
 
