@@ -53,6 +53,7 @@ from tqdm import tqdm
 from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.envs.wrappers import Recorded
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
@@ -658,7 +659,7 @@ def meta_test(
         for learner in learners:
             if learner in agents:
                 recorded = trajectories.get(task) if learner == "teacher" or one_ppo else None
-                measure = partial(ppo_rows, args, task, number, learner, agents[learner], recorded, run.device)
+                measure = partial(ppo_rows, args, task, number, learner, agents[learner], recorded, env)
             else:
                 measure = partial(rollout_rows, args, task, number, learner, students.get(learner), env)
             rows += run.once(f"{task}, {learner}", measure)
@@ -674,21 +675,27 @@ UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 
 @torch.no_grad()
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
-    """Reward per step since the last point, of rollouts with new projections. No student: random actions. number: of the
-    task, a part of the seed."""
+    """Reward per step since the last point, of rollouts with new projections; of a body its speed, too; and the mean return of
+    episodes. No student: random actions. number: of the task, a part of the seed."""
     steps = args.test_steps or lifetime_steps(args, env)
     generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
+    recorded = Recorded(env)
     if student:
         projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
-        rewards = rollout(student, env, projection, steps, generator)
+        curves = {"reward_per_step": rollout(student, recorded, projection, steps, generator)}
     else:
-        rewards = uniform_rollout(env, steps, generator)
+        curves = {"reward_per_step": uniform_rollout(recorded, steps, generator)}
+    if (speeds := recorded.speeds()) is not None:
+        curves["speed"] = speeds
 
     episodes = steps // (env.max_steps or steps)
     parts = episodes if episodes >= 8 else 32  # short episodes are averaged as a whole
     points = sorted({-(-steps * part // parts) for part in range(parts + 1)})
-    row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
-    return [row(step, rewards[:, before:step].mean(1)) for before, step in pairwise(points)]
+    row = partial(result_row, learner, task, novelty(args, task, student))
+    rows = [row(name, step, x[:, before:step].mean(1)) for name, x in curves.items() for before, step in pairwise(points)]
+    if env.max_steps and len(returns := recorded.returns()):
+        rows.append(row("return", steps, returns))
+    return rows
 
 
 def lifetime_steps(args: Args, env: Env) -> int:
@@ -699,21 +706,29 @@ def lifetime_steps(args: Args, env: Env) -> int:
 
 
 def ppo_rows(
-    args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, device: torch.device
+    args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, env: Env
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over all agents. No trajectories: they learn now."""
+    """Reward per step at each update of PPO, over all agents; of a body its speed, too. No trajectories: they learn now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
     if trajectories:
         rewards = trajectories.curve.unbind(1)
+        speed = env.speed(trajectories.steps.reward, trajectories.steps.action)  # (p e, u, t)
+        speeds = [] if speed is None else speed.unflatten(0, (len(trajectories.curve), -1)).mean((1, 3)).unbind(1)
     else:
-        env = make_env(task, ppo.agents * ppo.num_envs, device)
-        agents = PPOAgents(ppo, env)
-        rewards = [agents.update(update).reward.mean((1, 2)) for update in tqdm(range(ppo.updates), f"PPO in {task}")]
-        env.close()
+        own_env = make_env(task, ppo.agents * ppo.num_envs, env.device)
+        agents = PPOAgents(ppo, own_env)
+        rewards, speeds = [], []
+        for update in tqdm(range(ppo.updates), f"PPO in {task}"):
+            new = agents.update(update)
+            rewards.append(new.reward.mean((1, 2)))
+            if (speed := env.speed(new.reward, new.action)) is not None:
+                speeds.append(speed.mean((1, 2)))
+        own_env.close()
 
-    row = partial(result_row, learner, task, novelty(args, task), "reward_per_step")
+    row = partial(result_row, learner, task, novelty(args, task))
     steps = ppo.num_steps * ppo.num_envs
-    return [row(steps * number, values) for number, values in enumerate(rewards, 1)]
+    curves = {"reward_per_step": rewards, "speed": speeds}
+    return [row(name, steps * number, values) for name, curve in curves.items() for number, values in enumerate(curve, 1)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -745,7 +760,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
         labels["gla" + (f", g = {gap}" if number else "")] = label
     plot(
-        rows,
+        [row for row in rows if row["metric"] == "reward_per_step"],
         path,
         xlabel="environment steps",
         ylabel="reward per step",

@@ -346,6 +346,30 @@ def test_lifetimes_are_of_whole_episodes_and_short_ones_are_averaged_as_a_whole(
         assert [row["step"] for row in measured] == points
 
 
+def test_rows_of_a_body_have_its_speed_and_returns():
+    """Rows of reward per step come first: claims that name no metric use these."""
+    args = replace(ARGS, envs=("half_cheetah",), chunk=5, test_steps=32, ppo=replace(TEACHER, agents=2, updates=2))
+    env = gla.make_env("half_cheetah", 4)
+    env.max_steps = env.env.max_steps = 10
+    measured = gla.rollout_rows(args, "half_cheetah", 0, "uniform", None, env)
+    by_metric = {name: [row for row in measured if row["metric"] == name] for name in ("reward_per_step", "speed", "return")}
+    assert measured == sum(by_metric.values(), []) and list(map(len, by_metric.values())) == [32, 32, 1]
+    reward, speed = (sum(row["mean"] for row in by_metric[name][:30]) for name in ("reward_per_step", "speed"))
+    assert by_metric["return"][0]["mean"] == pytest.approx(reward / 3, rel=1e-4) and speed > reward
+
+    learned = gla.ppo_rows(args, "half_cheetah", 0, "ppo", args.ppo, None, env)
+    points = [(name, step) for name in ("reward_per_step", "speed") for step in (10, 20)]
+    assert [(row["metric"], row["step"]) for row in learned] == points
+    torch.manual_seed(args.seed + 1_000_003)
+    made = gla.make_env("half_cheetah", 4)
+    agents = gla.PPOAgents(args.ppo, made)
+    first = agents.update(0)
+    recorded = gla.empty_trajectories(args.ppo, made, "cpu")
+    recorded.steps.reward[:, 0], recorded.steps.action[:, 0] = first.reward.flatten(0, 1), first.action.flatten(0, 1)
+    again = gla.ppo_rows(args, "half_cheetah", 0, "teacher", args.ppo, recorded, env)
+    assert again[2]["mean"] == pytest.approx(learned[2]["mean"], rel=1e-4)
+
+
 def test_headings_in_space_are_no_other_domain():
     args = replace(ARGS, envs=("heading:0", "half_cheetah:0"))
     tasks = {"heading:0": "none", "heading:90": "task", "heading_3d:0": "task", "half_cheetah:180": "task", "point_mass": "domain"}
