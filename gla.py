@@ -437,17 +437,20 @@ def rollout(student: Student, env: Env, projection: Projection, steps: int, gene
 # The outer loop
 # ======================================================================================================================
 def subsample(
-    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
+    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor, anywhere: bool = False
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
     for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
     untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
-    and the policy is the last one in all of them."""
+    or `anywhere` any, and the policy is the last one in all of them."""
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
     trajectory = draw(h, (count, 1, 1))[own]
-    first = draw(u - max(args.gaps) * (args.chunks - 1) if gap else 1, (count, 1, 1))[own]  # the same ones for all gaps
+    firsts = u - max(args.gaps) * (args.chunks - 1)  # how many updates k is one of, the same for all gaps
+    if not gap:
+        firsts = u - args.chunks + 1 if anywhere else 1
+    first = draw(firsts, (count, 1, 1))[own]
     update = first + max(gap, 1) * chunk[:, None]
     start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
 
@@ -509,7 +512,8 @@ def meta_train(
                 own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
-                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
+                anywhere = student.masked == "history"  # no lifetime to resemble, but states that the last policy reaches
+                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own, anywhere)  # line 6
                 tasks.append((projection, *batch))
 
             loss = meta_loss(fused[name], merge(tasks))

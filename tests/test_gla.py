@@ -151,6 +151,8 @@ def test_sequences_are_chunks_of_one_trajectory_a_gap_apart_from_any_update_on(g
     torch.testing.assert_close(policy.mean[..., 0], -steps.reward if gap == 0 else steps.reward)
     _, forces, _ = gla.subsample(ARGS, gap, trajectories, False, 9, torch.arange(9))
     assert torch.equal(forces.log_std.abs(), forces.mean.abs() // 10 * 10)  # of trajectory and update
+    steps, policy, _ = gla.subsample(ARGS, gap, trajectories, True, 200, torch.arange(200), anywhere=True)
+    assert set((steps.reward[:, 0].long() // 10 % 10).tolist()) == set(range(2 if gap else 4))
 
 
 def test_only_what_is_predicted_is_in_the_loss():
