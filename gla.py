@@ -787,10 +787,13 @@ class Agent:
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
-        action = agent.act(obs, reward, terminated or truncated)
+        if done := terminated or truncated:
+            obs, _ = env.reset()
+        action = agent.act(obs, reward, done)
 
-    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (s, a) for several; reward and done
-    are those of the last action, () or (s,). Actions are an int or (s,), or with action_size numbers (b,) or (s, b). Each
+    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (s, a) for several, to be acted on:
+    after an end, the first of the next episode (of gymnasium's vector environments with AutoresetMode.SAME_STEP). reward and
+    done are those of the last action, () or (s,). Actions are an int or (s,), or with action_size numbers (b,) or (s, b). Each
     environment has projections of its own. It learns from its first action on, until `reset`; beyond its positions it drops
     the older half of its history. Raises ValueError for other shapes.
     """
