@@ -17,7 +17,7 @@ General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
 
-    agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+    agent = gla.GLA.load("pretrained", num_actions=4)             # or "runs/NAME/checkpoint.pt"
     action = agent.act(obs, reward, done)                         # at each step of your environment
 
 Validation, by which everything is chosen: the meta-training environments under projections that are not meta-trained on, and
@@ -82,7 +82,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: collect, meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to meta-test."""
+    """The checkpoint.pt to meta-test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -783,7 +783,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
 class Agent:
     """A trained GLA that acts in your environments: act(obs, reward, done) and reset().
 
-        agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+        agent = gla.GLA.load("pretrained", num_actions=4)
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -857,8 +857,8 @@ def load_agent(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Agent:
-    """checkpoint: a checkpoint.pt of this script; learner: by its name in results.json; seed: decides projections and actions.
-    Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
+    """checkpoint: "pretrained", which learns hidden goals, or a checkpoint.pt of this script; learner: by its name in
+    results.json; seed: decides projections and actions. Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
         students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}
