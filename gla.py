@@ -858,7 +858,8 @@ def load_agent(
     device: torch.device | str = "cpu",
 ) -> Agent:
     """checkpoint: "pretrained", which learns hidden goals, or a checkpoint.pt of this script; learner: by its name in
-    results.json; seed: decides projections and actions. Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
+    results.json; seed: decides projections and actions. Raises CheckpointError or UserError for what is no checkpoint of this
+    script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
         students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}
