@@ -17,7 +17,7 @@ General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
     python gla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs hidden_goal:8
 
-    agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+    agent = gla.GLA.load("pretrained", num_actions=4)             # or "runs/NAME/checkpoint.pt"
     action = agent.act(obs, reward, done)                         # at each step of your environment
 
 Validation, by which everything is chosen: the meta-training environments under projections that are not meta-trained on, and
@@ -53,6 +53,7 @@ from tqdm import tqdm
 from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
+from common.envs.wrappers import Recorded
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
@@ -81,7 +82,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: collect, meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to meta-test."""
+    """The checkpoint.pt to meta-test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -113,16 +114,17 @@ class Args:
     """The baseline, which does not have to learn slowly."""
 
     gaps: tuple[CountOrZero, ...] = (60, 0)
-    """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each; 0: the limit in which
-    all targets are those of the last policy, and sequences begin at the first update. one-task has the first. (Not in the
-    thesis; 7 x 60 updates span the teacher's learning.)"""
+    """g, updates of PPO between one chunk of a sequence and the next (Eq. 6.1), a Transformer for each. Sequences begin at any
+    update from which the largest can. 0: the limit in which all targets are those of the last policy, and sequences begin
+    at the first update. one-task has the first. (Not in the thesis; 7 x 60 updates span the teacher's learning.)"""
     chunk: Size = 128
     """Steps of a chunk, at most --teacher.num-steps (not in the thesis)."""
     chunks: Size = 8
-    """Chunks of a sequence, from updates 0, g, 2 g, … (not in the thesis)."""
+    """Chunks of a sequence, from updates k, k + g, k + 2 g, … (not in the thesis)."""
     auxiliary: Literal["none", "gap", "return", "progress"] = "none"
-    """eta, an input beside the history (section 6.2): the gap, the reward per step of the chunk, or the position in the
-    sequence from 0 to 1. At meta-test time: the gap, the best reward per step of any update of PPO, or the position."""
+    """eta, an input beside the history (section 6.2): the gap (the same everywhere, as each gap has a Transformer of its own),
+    the reward per step of the chunk, or the position in the sequence from 0 to 1. At meta-test time: the gap, the best reward
+    per step of any update of PPO, or the position."""
     trajectories: str | None = None
     """The folder `trajectories` of an earlier run with the same PPO, to be read instead of collected."""
     projected: bool = True
@@ -150,7 +152,7 @@ class Args:
     test_seeds: Size = 32
     """Lifetimes in each environment (Figures 6.5 and 6.6: 32)."""
     test_steps: Count | None = None
-    """Steps of a lifetime (default: as long as a sequence)."""
+    """Steps of a lifetime (default: as long as a sequence, or as the whole episodes that fit in one)."""
 
     def __post_init__(self):
         for name in ("teacher", "ppo"):
@@ -435,16 +437,20 @@ def rollout(student: Student, env: Env, projection: Projection, steps: int, gene
 # The outer loop
 # ======================================================================================================================
 def subsample(
-    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
+    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor, anywhere: bool = False
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
-    for each; the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the
-    part that is this process' `own`. With gap 0 updates are the first ones, and the policy is the last one in all of them."""
+    for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
+    untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
+    or `anywhere` any, and the policy is the last one in all of them."""
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
     trajectory = draw(h, (count, 1, 1))[own]
-    first = draw(u - gap * (args.chunks - 1) if gap else 1, (count, 1, 1))[own]
+    firsts = u - max(args.gaps) * (args.chunks - 1)  # how many updates k is one of, the same for all gaps
+    if not gap:
+        firsts = u - args.chunks + 1 if anywhere else 1
+    first = draw(firsts, (count, 1, 1))[own]
     update = first + max(gap, 1) * chunk[:, None]
     start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
 
@@ -462,7 +468,8 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
     """Minus J of Eq. 6.1, per step. The Transformer reads as many steps at once as it has positions, cloning one."""
     args, inputs = student.args, []
     for projection, steps, *_ in tasks:
-        progress = torch.linspace(0, 1, steps.reward.shape[1], device=steps.reward.device).expand_as(steps.reward)
+        length = steps.reward.shape[1]
+        progress = (torch.arange(length, device=steps.reward.device) / length).expand_as(steps.reward)  # as in a rollout
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
         inputs.append(tokens(projection, transitions(steps), student.eta(progress, reward), student.masked))
 
@@ -505,7 +512,8 @@ def meta_train(
                 own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
-                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own)  # line 6
+                anywhere = student.masked == "history"  # no lifetime to resemble, but states that the last policy reaches
+                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own, anywhere)  # line 6
                 tasks.append((projection, *batch))
 
             loss = meta_loss(fused[name], merge(tasks))
@@ -655,7 +663,7 @@ def meta_test(
         for learner in learners:
             if learner in agents:
                 recorded = trajectories.get(task) if learner == "teacher" or one_ppo else None
-                measure = partial(ppo_rows, args, task, number, learner, agents[learner], recorded, run.device)
+                measure = partial(ppo_rows, args, task, number, learner, agents[learner], recorded, env)
             else:
                 measure = partial(rollout_rows, args, task, number, learner, students.get(learner), env)
             rows += run.once(f"{task}, {learner}", measure)
@@ -671,37 +679,60 @@ UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 
 @torch.no_grad()
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
-    """Reward per step since the last point, of rollouts with new projections. No student: random actions. number: of the
-    task, a part of the seed."""
-    steps = args.test_steps or args.chunks * args.chunk
+    """Reward per step since the last point, of rollouts with new projections; of a body its speed, too; and the mean return of
+    episodes. No student: random actions. number: of the task, a part of the seed."""
+    steps = args.test_steps or lifetime_steps(args, env)
     generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
+    recorded = Recorded(env)
     if student:
         projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
-        rewards = rollout(student, env, projection, steps, generator)
+        curves = {"reward_per_step": rollout(student, recorded, projection, steps, generator)}
     else:
-        rewards = uniform_rollout(env, steps, generator)
+        curves = {"reward_per_step": uniform_rollout(recorded, steps, generator)}
+    if (speeds := recorded.speeds()) is not None:
+        curves["speed"] = speeds
 
-    points = sorted({-(-steps * part // 32) for part in range(33)})
-    row = partial(result_row, learner, task, novelty(args, task, student), "reward_per_step")
-    return [row(step, rewards[:, before:step].mean(1)) for before, step in pairwise(points)]
+    episodes = steps // (env.max_steps or steps)
+    parts = episodes if episodes >= 8 else 32  # short episodes are averaged as a whole
+    points = sorted({-(-steps * part // parts) for part in range(parts + 1)})
+    row = partial(result_row, learner, task, novelty(args, task, student))
+    rows = [row(name, step, x[:, before:step].mean(1)) for name, x in curves.items() for before, step in pairwise(points)]
+    if env.max_steps and len(returns := recorded.returns()):
+        rows.append(row("return", steps, returns))
+    return rows
+
+
+def lifetime_steps(args: Args, env: Env) -> int:
+    """As many as a sequence has, in whole episodes where they are shorter: the rewards of a body that starts from rest once
+    more would not tell what was learned."""
+    context = args.chunks * args.chunk
+    return context - context % min(env.max_steps or 1, context)
 
 
 def ppo_rows(
-    args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, device: torch.device
+    args: Args, task: str, number: int, learner: str, ppo: PPO, trajectories: Trajectories | None, env: Env
 ) -> list[dict[str, Any]]:
-    """Reward per step at each update of PPO, over all agents. No trajectories: they learn now."""
+    """Reward per step at each update of PPO, over all agents; of a body its speed, too. No trajectories: they learn now."""
     torch.manual_seed(args.seed + 1_000_003 * (number + 1))
     if trajectories:
         rewards = trajectories.curve.unbind(1)
+        speed = env.speed(trajectories.steps.reward, trajectories.steps.action)  # (p e, u, t)
+        speeds = [] if speed is None else speed.unflatten(0, (len(trajectories.curve), -1)).mean((1, 3)).unbind(1)
     else:
-        env = make_env(task, ppo.agents * ppo.num_envs, device)
-        agents = PPOAgents(ppo, env)
-        rewards = [agents.update(update).reward.mean((1, 2)) for update in tqdm(range(ppo.updates), f"PPO in {task}")]
-        env.close()
+        own_env = make_env(task, ppo.agents * ppo.num_envs, env.device)
+        agents = PPOAgents(ppo, own_env)
+        rewards, speeds = [], []
+        for update in tqdm(range(ppo.updates), f"PPO in {task}"):
+            new = agents.update(update)
+            rewards.append(new.reward.mean((1, 2)))
+            if (speed := env.speed(new.reward, new.action)) is not None:
+                speeds.append(speed.mean((1, 2)))
+        own_env.close()
 
-    row = partial(result_row, learner, task, novelty(args, task), "reward_per_step")
+    row = partial(result_row, learner, task, novelty(args, task))
     steps = ppo.num_steps * ppo.num_envs
-    return [row(steps * number, values) for number, values in enumerate(rewards, 1)]
+    curves = {"reward_per_step": rewards, "speed": speeds}
+    return [row(name, steps * number, values) for name, curve in curves.items() for number, values in enumerate(curve, 1)]
 
 
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
@@ -733,7 +764,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
         labels["gla" + (f", g = {gap}" if number else "")] = label
     plot(
-        rows,
+        [row for row in rows if row["metric"] == "reward_per_step"],
         path,
         xlabel="environment steps",
         ylabel="reward per step",
@@ -752,14 +783,17 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
 class Agent:
     """A trained GLA that acts in your environments: act(obs, reward, done) and reset().
 
-        agent = gla.GLA.load("runs/NAME/checkpoint.pt", num_actions=4)
+        agent = gla.GLA.load("pretrained", num_actions=4)
         obs, _ = env.reset()
         action = agent.act(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
-        action = agent.act(obs, reward, terminated or truncated)
+        if done := terminated or truncated:
+            obs, _ = env.reset()
+        action = agent.act(obs, reward, done)
 
-    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (s, a) for several; reward and done
-    are those of the last action, () or (s,). Actions are an int or (s,), or with action_size numbers (b,) or (s, b). Each
+    obs are arrays or tensors of finite numbers of about one, (a,) for one environment or (s, a) for several, to be acted on:
+    after an end, the first of the next episode (of gymnasium's vector environments with AutoresetMode.SAME_STEP). reward and
+    done are those of the last action, () or (s,). Actions are an int or (s,), or with action_size numbers (b,) or (s, b). Each
     environment has projections of its own. It learns from its first action on, until `reset`; beyond its positions it drops
     the older half of its history. Raises ValueError for other shapes.
     """
@@ -823,8 +857,9 @@ def load_agent(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Agent:
-    """checkpoint: a checkpoint.pt of this script; learner: by its name in results.json; seed: decides projections and actions.
-    Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
+    """checkpoint: "pretrained", which learns hidden goals, or a checkpoint.pt of this script; learner: by its name in
+    results.json; seed: decides projections and actions. Raises CheckpointError or UserError for what is no checkpoint of this
+    script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
         students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}

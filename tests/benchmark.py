@@ -508,7 +508,7 @@ def measure_gla(bench: Bench) -> None:
     with and without the cache."""
     import gla
 
-    args = bench.args(gla)
+    args = replace(bench.args(gla), gaps=(1,))
     env_name = "heading:0" if bench.thesis else "hidden_goal:8"
     few = replace(args.teacher, agents=4, num_envs=1, updates=args.chunks, update_epochs=1)
     few = replace(few, num_steps=max(few.num_steps, args.chunk), num_minibatches=1)
@@ -520,7 +520,7 @@ def measure_gla(bench: Bench) -> None:
     model = gla.GLA(args).to(bench.device)
     compiles = bench.run.compiles and bench.cuda
     net = torch.compile(model, dynamic=False) if compiles else model
-    adam = torch.optim.AdamW(model.parameters(), args.lr)
+    adam = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
     own = torch.arange(args.batch, device=bench.device)
     number = itertools.count()
 

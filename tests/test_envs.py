@@ -15,7 +15,7 @@ import torch
 from conftest import PYTHON, ROOT, rows, run_script
 
 from common import envs
-from common.envs.wrappers import Shuffled
+from common.envs.wrappers import Recorded, Shuffled
 
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -798,6 +798,31 @@ def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
         if terminated:
             break
     assert steps > 5
+
+
+@pytest.mark.parametrize("name", ["half_cheetah:180", "ant:0", "scaled_ant:90"])
+def test_the_speed_of_a_body_is_its_way_in_the_rewarded_direction(name):
+    env = envs.make(name, 3)
+    state, _ = env.reset(draws(env, 3))
+    action = 2.4 * torch.rand(3, env.action_size, generator=DRAWS) - 1.2
+    moved, step = env.step(state, action, draws(env, 3))
+    x, y = ((moved["physics"] - state["physics"]) / 0.05)[:, :2].float().unbind(1)
+    expected = {"half_cheetah:180": -x, "ant:0": x, "scaled_ant:90": y}[name]
+    torch.testing.assert_close(env.speed(step.reward, action), expected, rtol=1e-4, atol=1e-5)
+    assert envs.make("reacher", 3).speed(step.reward, action) is None
+
+
+def test_recorded_steps_give_returns_and_speeds():
+    """Of episodes that ended alone; an environment in which none did has no return."""
+    env = Recorded(envs.make("half_cheetah", 3))
+    state, _ = env.reset(draws(env, 3))
+    for _ in range(4):
+        state, _ = env.step(state, torch.rand(3, 6, generator=DRAWS), draws(env, 3))
+    assert env.speeds().shape == (3, 4) and env.returns().shape == (0,)
+    rewards = torch.tensor([[1.0, 2, 4, 8], [1, 1, 1, 1], [0, 5, 0, 7]])
+    ended = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    env.steps = [(reward, end, None) for reward, end in zip(rewards.T, ended.T, strict=True)]
+    assert env.returns().tolist() == [3.5, 12] and env.speeds() is None
 
 
 def test_models_of_gymnasium_leave_no_file_behind(tmp_path, monkeypatch):

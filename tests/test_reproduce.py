@@ -221,6 +221,22 @@ def test_the_commands_of_an_entry_parse_and_leave_the_rows_that_its_claims_name(
         assert figure.points(one), figure.name
 
 
+CHAPTER_6 = {  # entry and command: environments, others to test in, projected, smallest gap, meta-test seeds
+    ("L1", 1): (("ant",), (), False, 0, 64),
+    ("L2", 0): (("ant:0", "ant:180"), (), False, 60, 64),
+    ("L3", 0): (("ant",), ("Reacher-v4", "half_cheetah", "dm_cartpole_swing_up"), True, 0, 32),
+    ("L4", 0): (("ant",), ("Reacher-v4", "half_cheetah", "dm_cartpole_swing_up"), True, 0, 32),
+}
+
+
+@pytest.mark.parametrize("name, index", CHAPTER_6)
+def test_the_thesis_commands_of_gla_have_the_numbers_of_chapter_6(name, index):
+    args = parsed(resolved(name, index, "thesis"), "thesis")
+    numbers = (args.envs, args.test_envs, args.projected, min(args.gaps), args.test_seeds)
+    assert numbers == CHAPTER_6[name, index]
+    assert (args.obs_size, args.action_size) == (64, 16) and {"no-reward", "cloning"} <= {*args.baselines}
+
+
 def test_a_sweep_has_a_command_for_each_combination():
     assert sweep("x.py --a", num_tasks=[1, 2], learner=["outer_lstm"]) == {
         "num_tasks 1, learner outer_lstm": "x.py --a --num-tasks 1 --learner outer_lstm",

@@ -129,6 +129,11 @@ class Env:
         """The expected reward (p, b) of each action, for bandits; else None."""
         return None
 
+    def speed(self, reward: Tensor, action: Tensor) -> Tensor | None:
+        """For bodies the speed (...) in the rewarded direction, in steps with rewards (...) and actions
+        (..., b); else None."""
+        return None
+
     def close(self) -> None:
         """End the processes and threads of the environment, if it has any."""
 

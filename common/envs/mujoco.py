@@ -294,8 +294,15 @@ class HalfCheetah(MuJoCo):
     def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
         moved = self.simulate(state["physics"], action)
         speed = ((moved[:, 0] - state["physics"][:, 0]) / self.seconds).to(self.dtype)
-        reward = self.direction * speed - 0.1 * (action.clamp(-1, 1) ** 2).sum(-1)
+        reward = self.direction * speed - self.effort(action)
         return {"physics": moved}, reward, never(reward)
+
+    def effort(self, action: Tensor) -> Tensor:
+        """What an action (..., b) costs."""
+        return 0.1 * (action.clamp(-1, 1) ** 2).sum(-1)
+
+    def speed(self, reward: Tensor, action: Tensor) -> Tensor:
+        return reward + self.effort(action)
 
 
 class Ant(MuJoCo):
@@ -333,11 +340,18 @@ class Ant(MuJoCo):
     def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
         moved = self.simulate(state["physics"], action)
         velocity = (moved - state["physics"])[:, :2] @ self.direction / self.seconds
-        reward = velocity.to(self.dtype) + 1 - 0.5 * (action.clamp(-1, 1) ** 2).sum(-1)
+        reward = velocity.to(self.dtype) + 1 - self.effort(action)
         height = moved[:, 2]
         healthy = (height >= self.min_height) & (height <= self.max_height)
         healthy = healthy & moved.isfinite().all(-1)
         return {"physics": moved}, reward, ~healthy
+
+    def effort(self, action: Tensor) -> Tensor:
+        """What an action (..., b) costs."""
+        return 0.5 * (action.clamp(-1, 1) ** 2).sum(-1)
+
+    def speed(self, reward: Tensor, action: Tensor) -> Tensor:
+        return reward - 1 + self.effort(action)
 
 
 class DMCartPole(MuJoCo):

@@ -66,8 +66,39 @@ class Wrapper(Env):
     def expected_rewards(self, state: State) -> Tensor | None:
         return self.env.expected_rewards(state)
 
+    def speed(self, reward: Tensor, action: Tensor) -> Tensor | None:
+        return self.env.speed(reward, action)
+
     def close(self) -> None:
         self.env.close()
+
+
+class Recorded(Wrapper):
+    """Keeps of every step the reward, whether an episode ended, and the speed of a body."""
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        self.steps: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        moved, step = self.env.step(state, action, draws)
+        ended = step.terminated | step.truncated
+        self.steps.append((step.reward, ended, self.env.speed(step.reward, action)))
+        return moved, step
+
+    def speeds(self) -> Tensor | None:
+        """Of every step (p, t); None without a body."""
+        speeds = [speed for *_, speed in self.steps if speed is not None]
+        return torch.stack(speeds, 1) if speeds else None
+
+    def returns(self) -> Tensor:
+        """The mean return of the episodes that ended, in those of the environments in which one did."""
+        reward, ended, _ = zip(*self.steps, strict=True)
+        ended = torch.stack(ended, 1).long()
+        counts = ended.sum(1)
+        inside = ended.flip(1).cumsum(1).flip(1) > 0  # of an episode that ended
+        total = (torch.stack(reward, 1) * inside).sum(1)
+        return total[counts > 0] / counts[counts > 0]
 
 
 class Repeated(Wrapper):
