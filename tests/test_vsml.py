@@ -685,6 +685,8 @@ ROWS = {  # row and number of the command at the thesis preset -> what differs f
     ("V5", 7): dict(projected=0.5, augment_baselines=True),
     ("V7", 0): OMNIGLOT,
     ("V9", 1): CONV,
+    ("V11", 0): dict(feed_label=True, norm_messages=True),
+    ("V11", 3): dict(feed_label=True, norm_messages=True, hidden=(32, 32, 32)),
     ("V9", 2): CONV | dict(dataset=("cifar10",), test_steps=10_000),
 }
 
