@@ -801,6 +801,8 @@ def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
         images = len(dataset.shape) == 3
         task = f"{dataset.name}@{size}" if size and images else dataset.name
         tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
+        if args.shots and not {args.learner, *args.baselines} <= {*META_TRAINED, *FIXED_RATE}:
+            plain.reload(split="train")  # refuses one that is too small for the search of rates
         if args.robustness and images and len(dataset):
             tests[f"{task} 5 classes"] = replace(plain, classes=min(5, dataset.num_classes))
             tests |= {f"{task} at {size} x {size}": replace(plain, dataset=dataset.resize(size)) for size in (21, 48)}

@@ -530,7 +530,8 @@ class Tasks:
             )
         if shots and (not len(data) or shots >= data.counts.min()):
             raise DatasetError(
-                f"'{name}' has too few stored examples of a class for episodes of {shots} shots."
+                f"The {data.split} split of '{name}' has too few stored examples of a class for "
+                f"episodes of {shots} shots."
             )
         if self.project and self.projection != "gaussian":
             raise DatasetError("There is a faster form of Gaussian projections only.")

@@ -905,6 +905,19 @@ def test_few_shots_from_the_command_line(tmp_path):
     assert not any(row["metric"] == "cumulative_accuracy" for row in rows(tmp_path / "few"))
 
 
+def test_few_shots_and_too_few_examples_to_search_a_rate_with(complain, tmp_path):
+    """Refused before anything is written; learners without a rate to search, or at a fixed one, need no train split."""
+    labels = {"train": np.arange(8) % 4, "test": np.arange(40) % 4}
+    arrays = {f"x_{split}": np.random.default_rng(0).normal(size=(len(y), 3)) for split, y in labels.items()}
+    np.savez(tmp_path / "my.npz", **arrays | {f"y_{split}": y for split, y in labels.items()})
+    flags = f"{TINY} --shots 3 --test-datasets {tmp_path / 'my.npz'} --run-name few --baselines"
+    for name in ("sgd", "adam2"):
+        assert "train split of 'my' has too few stored examples" in complain("vsml", f"{flags} rnn {name}")
+    assert [path.name for path in tmp_path.iterdir()] == ["my.npz"]
+    args = replace(vsml.Args(**vsml.LAPTOP), shots=3, baselines=("rnn", "sgd_1e-2"), test_datasets=(str(tmp_path / "my.npz"),))
+    assert vsml.test_tasks(args, "cpu")["my"].episode == 13
+
+
 def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatch):
     """A short cloning on digits; then the sub-RNNs train a fresh network to (nearly) what backpropagation trains it to,
     while neither autograd nor the rules of backpropagation can be called."""
