@@ -1,4 +1,4 @@
-"""Ranges of numbers on the command line, declared where the flag is.
+"""Ranges of numbers on the command line, declared where the flag is, and text that is not empty.
 
     @dataclass
     class Args:
@@ -27,21 +27,22 @@ Real = Annotated[float, (-1e30, 1e30)]
 
 
 class FlagError(Exception):
-    """A flag out of its range; the message is one sentence that names both."""
+    """A flag out of its range, or empty; the message is one sentence that names it."""
 
 
 def check_ranges(args: Any, prefix: str = "--") -> None:
     """Raises FlagError at the first number of a dataclass that is out of the range that its
-    annotation has.
+    annotation has, and at text that is empty, as that of a variable that a shell does not know.
 
-    Tuples are checked number by number, nested dataclasses flag by flag; None and text are left
-    alone.
+    Tuples are checked number by number, nested dataclasses flag by flag.
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         flag = prefix + name.replace("_", "-")
         value = getattr(args, name)
         if is_dataclass(value):
             check_ranges(value, flag + ".")
+        if value == "":
+            raise FlagError(f"{flag} is empty; give it a value or leave it out.")
         for low, high in ranges(hint):
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not low <= number <= high:

@@ -73,6 +73,16 @@ def test_every_number_among_the_flags_has_a_range(name):
         check_ranges(script.Args(**preset))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_empty_text_is_refused(name, complain, tmp_path):
+    """`--resume "$RUN"` without a RUN is no new run."""
+    flags = [field.name for field in fields(importlib.import_module(name).Args) if field.type in (str, str | None)]
+    assert {"resume", "checkpoint", "run_dir", "run_name"} <= set(flags)
+    for flag in (flag.replace("_", "-") for flag in flags):
+        assert f"--{flag} is empty" in complain(name, f"--run-name new --{flag}=")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------
 def some_state():
     torch.manual_seed(0)
