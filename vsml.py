@@ -756,10 +756,10 @@ def meta_test(
             for name, step in steps.items():
                 run.info(f"{task}: {LABELS[name]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = [name for name in (args.learner, "sgd", "adam") if name in learners]
-        complete = [of for of in tests.values() if all(name in of and has_pairs(of[name]) for name in shown)]
-        if complete:
+        complete = (of for of in tests.values() if all(name in of for name in shown) and has_pairs(of[args.learner]))
+        if first := next(complete, None):
             path = run.folder / "introspection.png"
-            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, complete[0])
+            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, first)
     return rows, facts
 
 
@@ -825,8 +825,9 @@ def fitting_tests(learners: dict[str, Learner], tests: dict[str, Tasks], run: "R
 
 
 def has_pairs(tasks: Tasks) -> bool:
-    """Whether there are two stored examples of each class."""
-    return len(tasks.dataset) > 0 and bool(tasks.dataset.counts.min() >= 2)
+    """Whether there are two stored examples of each class, also in the train split, where a rate is searched."""
+    splits = (tasks.dataset, tasks.dataset.reload(split="train"))
+    return all(len(data) > 0 and bool(data.counts.min() >= 2) for data in splits)
 
 
 def introspect(
@@ -842,7 +843,7 @@ def introspect(
             theta = rollouts.best_at_repeats(learner, tests[name].reload(split="train"), args.test_seeds)
         repeats[name] = rollouts.second_correct(learner, tests[name], args.test_seeds, theta[None]).item()
         panels[LABELS[name]] = rollouts.twice_and_many(learner, tests[name], theta)
-    heat_maps(panels, path, widths=(1, 4))
+    heat_maps(panels, path, {"each class twice": 1, "random examples": 4})
     return repeats
 
 

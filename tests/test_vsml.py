@@ -23,7 +23,7 @@ from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from sklearn.datasets import load_wine
 
 import vsml
-from common import cells, checkpoints, cloning, convolutions, es, rollouts
+from common import cells, checkpoints, cloning, convolutions, es, figures, rollouts
 from common.datasets import Tasks, load
 from common.machine import can_compile
 from common.rng import fold, key
@@ -445,6 +445,28 @@ def test_second_examples_of_a_class():
     assert rollouts.second_correct(Repeat(False), tasks, 5, torch.zeros(1, 1)) == 1.0
     slow, fast = rollouts.second_correct(vsml.OnlineSGD(False), tasks, 5, torch.tensor([[-9.0], [0.0]]))
     assert slow < 0.4 < 0.8 < fast
+
+
+def test_introspection_is_of_a_dataset_with_second_examples_in_both_splits(tmp_path, monkeypatch):
+    """The rate of gradient descent is searched on those of the train split. Each panel has a title of its own."""
+
+    def own(**counts):
+        arrays = {}
+        for split, count in counts.items():
+            arrays[f"y_{split}"] = y = np.arange(2 * count) // count
+            arrays[f"x_{split}"] = np.random.default_rng(0).normal(size=(len(y), 3)) + y[:, None]
+        np.savez(tmp_path / "my.npz", **arrays)
+        return Tasks(load(str(tmp_path / "my.npz"), "test"))
+
+    for train, test, pairs in ((4, 2, True), (1, 2, False), (4, 1, False)):
+        tasks = own(train=train, test=test)
+        assert vsml.has_pairs(tasks) == pairs
+    assert not vsml.has_pairs(Tasks(load("random", "test")))
+
+    monkeypatch.setattr(figures, "save", lambda figure, path: titles.extend(ax.get_title() for ax in figure.axes))
+    titles, learners = [], {"sgd": vsml.OnlineSGD(False)}
+    vsml.introspect(tmp_path / "x.png", vsml.Args(), learners, {"sgd": torch.zeros(1)}, {"sgd": own(train=4, test=2)})
+    assert titles == ["online SGD: each class twice", "online SGD: random examples"]
 
 
 def test_rollouts_pass_once_through_the_examples_of_their_classes():
