@@ -1136,7 +1136,8 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
             learner.forward_part = torch.compile(learner.forward_part, dynamic=False)
             learner.backward_part = torch.compile(learner.backward_part, dynamic=False)
     elif name == "vsml":
-        learner = make_vsml(args, cells.fastest(args, use) if run.compiles else None)
+        form = args.device, args.meta_optimizer if use == "train" else "test", args.state_size, bool(args.conv)
+        learner = make_vsml(args, cells.fastest(*form) if run.compiles else None)
     else:
         deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend

@@ -152,6 +152,14 @@ def test_compiled_cell_equals_the_readable_one():
             torch.testing.assert_close(fast, exact, atol=1e-3, rtol=0)  # gates 1e-4, cells up to 8
 
 
+def test_which_form_of_the_cell_is_fastest():
+    """Decided by four values, without the flags of a script."""
+    fastest = {use: cells.fastest("cpu", use, 16, shared=False) for use in ("test", "es", "backprop")}
+    assert fastest["backprop"] == cells.TrainableCell.apply and fastest["es"].keywords == {"tanh": cells.rational_tanh}
+    assert fastest["test"] is not None and cells.fastest("cpu", "backprop", 16, shared=True) is None
+    assert {cells.fastest("cuda", use, 16, shared=False) for use in fastest} == {None}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_trainable_cell_has_the_gradient_of_the_readable_one(compiled):
     """Of a chain of two ticks with several members and sequences, up to the error of its tanh."""
