@@ -762,8 +762,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -811,7 +811,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -962,7 +962,7 @@ def main() -> None:
     run = Run(args, checkpoint)
     evolution = Evolution(args, run)
     if args.mode == "test":
-        checkpoints.restore({"evolution": evolution}, checkpoint["state"])
+        checkpoints.restore({"evolution": evolution}, checkpoint["state"], args.checkpoint)
         missing = ", ".join(job for job in evolution.jobs if job not in evolution.results)
         if missing:
             raise UserError(f"{args.checkpoint} has no solutions for {missing}; choose other --envs, --learner or --baselines.")

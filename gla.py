@@ -537,7 +537,7 @@ def collect(ppo: PPO, name: str, path: Path, device: torch.device, bar: Callable
     first = 0
     if path.exists():
         saved = read_collection(ppo, path, {"trajectories": trajectories} | agents.state())
-        checkpoints.set_rng_state(saved["rng"])
+        checkpoints.set_rng_state(saved["rng"], path)
         first = saved["updates"]
 
     stored = time.time()
@@ -596,7 +596,7 @@ def read_collection(ppo: PPO, path: Path, keep: dict[str, Any]) -> dict[str, Any
             if saved["flags"].get(flag) != value:
                 words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
                 raise UserError(f"The trajectories in {path} were collected with {words}.")
-        checkpoints.restore(keep, saved["state"])
+        checkpoints.restore(keep, saved["state"], path)
     except CheckpointError as error:
         raise UserError(f"{error} Delete it to collect its trajectories again.") from error
     return saved
@@ -832,7 +832,7 @@ def load_agent(
         students = {}
     if learner not in students:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a learner {learner}.")
-    checkpoints.restore({"models": {learner: students[learner].model}}, saved["state"])
+    checkpoints.restore({"models": {learner: students[learner].model}}, saved["state"], checkpoint)
     students[learner].model.to(device).eval()
     return Agent(students[learner], num_actions, action_size, seed)
 
@@ -954,8 +954,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1003,7 +1003,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1110,7 +1110,7 @@ def main() -> None:
     students = make_students(args)
     models = {name: student.model.to(run.device) for name, student in students.items()}
     if checkpoint:
-        checkpoints.restore({"models": models}, checkpoint["state"])
+        checkpoints.restore({"models": models}, checkpoint["state"], args.checkpoint or args.resume)
     trajectories = {}
     if args.mode == "train" and args.trajectories and students:
         trajectories = read_trajectories(args, Path(args.trajectories), run.device)

@@ -751,7 +751,7 @@ class InContextLearner(Learner):
             args = None
         if args is None:
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
-        learners, parts = restored(args, [args.learner], saved["state"])
+        learners, parts = restored(args, [args.learner], saved["state"], path)
         learner = InContextLearner(learners[args.learner].to(device), args, *parts["sizes"].tolist())
         return Classifier(learner, torch.zeros(0, device=device), num_classes, seed)
 
@@ -892,8 +892,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -941,7 +941,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1023,13 +1023,16 @@ def sampling(args: Args, tasks: Tasks) -> Any:
     return graphs.replayed(tasks.sample) if args.graphs else tasks.sample
 
 
-def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """Learners by name from the state in a checkpoint, their settings, and sizes (2,), the numbers of inputs and classes."""
+def restored(
+    args: Args, names: list[str], state: dict[str, Any], source: Path | str
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Learners by name from the state in a checkpoint, the file `source`, their settings, and sizes (2,), the numbers of inputs
+    and classes."""
     parts = {"settings": {name: torch.zeros(3) for name in names if name in TUNED}, "sizes": torch.zeros(2, dtype=torch.int64)}
     parts["plateau"] = torch.tensor(-1)
-    checkpoints.restore(parts, state)
+    checkpoints.restore(parts, state, source)
     learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
-    checkpoints.restore({"models": learners}, state)
+    checkpoints.restore({"models": learners}, state, source)
     return learners, parts
 
 
@@ -1042,7 +1045,7 @@ def main() -> None:
     if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
         compile_draws()  # fewer tasks save less time than compiling takes
     if checkpoint:
-        learners, parts = restored(args, names, checkpoint["state"])
+        learners, parts = restored(args, names, checkpoint["state"], args.checkpoint or args.resume)
     if args.mode == "train":
         datasets = [prepare(args, name, "train", run.device) for name in args.dataset]
     if not checkpoint:

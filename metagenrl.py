@@ -966,8 +966,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1015,7 +1015,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1129,7 +1129,7 @@ def main() -> None:
     learned = {"net": rl2.to(run.device)} if rl2 else {"alpha": alpha, "history": history}
     groups = []
     if args.mode == "test":
-        checkpoints.restore(learned, checkpoint["state"])
+        checkpoints.restore(learned, checkpoint["state"], args.checkpoint)
     elif args.learner == "metagenrl":
         which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
         own = torch.arange(len(which))[run.rank :: run.world]

@@ -681,7 +681,7 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
     if learner is None:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
-    checkpoints.restore({"thetas": {"symla": theta}}, saved["state"])
+    checkpoints.restore({"thetas": {"symla": theta}}, saved["state"], checkpoint)
     learner = NormalizedRewards(learner) if learner.args.normalize_rewards else learner
     return Agent(learner, theta.to(device), num_actions, seed)
 
@@ -803,8 +803,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -852,7 +852,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1006,13 +1006,13 @@ def main() -> None:
     trained = [name for name in names if name in META_TRAINED]
     thetas = {name: LEARNERS[name](args).init(torch.Generator().manual_seed(args.seed)).to(run.device) for name in names}
     if args.mode == "test":
-        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"])
+        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"], args.checkpoint)
     elif args.init and not args.resume:
         first = checkpoints.read(Path(args.init), state=dict)["state"]
         shared = {name: thetas[name] for name in trained if f"['thetas']['{name}']" in first}
         if not shared:
             raise UserError(f"{args.init} has parameters of none of the learners that the flags name.")
-        checkpoints.restore({"thetas": shared}, first)
+        checkpoints.restore({"thetas": shared}, first, args.init)
     run.open_folder()
 
     started = time.time()

@@ -863,7 +863,7 @@ def load_classifier(
     if learner is None:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
-    checkpoints.restore({"thetas": {"vsml": theta}}, saved["state"])
+    checkpoints.restore({"thetas": {"vsml": theta}}, saved["state"], checkpoint)
     return Classifier(learner, theta.to(device), num_classes, seed)
 
 
@@ -984,8 +984,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1033,7 +1033,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1159,7 +1159,7 @@ def main() -> None:
     datasets = train_tasks(args, run) if args.mode == "train" else []
     sizes = torch.zeros(2, dtype=torch.int64)  # numbers of inputs and outputs, where they are fixed
     if args.mode == "test":
-        checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"])
+        checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"], args.checkpoint)
     else:
         sizes[0] = max(tasks.num_inputs for tasks in datasets)
         sizes[1] = max(tasks.num_classes for tasks in [*datasets, *tests.values()])
@@ -1172,9 +1172,9 @@ def main() -> None:
     }
     to_train = {"thetas": {name: thetas[name] for name in trained}}
     if args.mode == "test":
-        checkpoints.restore(to_train, checkpoint["state"])
+        checkpoints.restore(to_train, checkpoint["state"], args.checkpoint)
     elif args.init and not args.resume:
-        checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"])
+        checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"], args.init)
     train = {name: [learners[name].fit(tasks) for tasks in datasets] for name in trained}
     tests = fitting_tests(learners, tests, run)
     run.open_folder()

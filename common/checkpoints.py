@@ -114,9 +114,9 @@ def state_of(keep: Any) -> dict[str, Any]:
     return state
 
 
-def restore(keep: Any, state: dict[str, Any]) -> None:
-    """The opposite of state_of, in place; `state` may hold more. Raises CheckpointError if a part
-    is missing or does not fit."""
+def restore(keep: Any, state: dict[str, Any], source: Path | str = "The checkpoint") -> None:
+    """The opposite of state_of, in place; `state` may hold more. source: the file that it is of. Raises
+    CheckpointError if a part is missing or does not fit."""
     for path, leaf in tree_flatten_with_path(keep)[0]:
         part = keystr(path)
         try:
@@ -127,8 +127,8 @@ def restore(keep: Any, state: dict[str, Any]) -> None:
         except Exception as error:  # other flags, another version or another program wrote it
             names = ", ".join(map(_words, state))
             raise CheckpointError(
-                f"The checkpoint has no '{_words(part)}' of the kind and size that these flags ask "
-                f"for; it has {names}."
+                f"{source} has no '{_words(part)}' of the kind and size that these flags ask for; it has "
+                f"{names}; use the flags of the run that wrote it, or another file."
             ) from error
 
 
@@ -151,12 +151,12 @@ def rng_state() -> list[Tensor]:
     return [torch.get_rng_state(), *gpus]
 
 
-def set_rng_state(state: list[Tensor]) -> None:
+def set_rng_state(state: list[Tensor], source: Path | str = "the checkpoint") -> None:
     """Restore what `rng_state` returned. GPUs that were not there at that time keep their state.
-    Raises CheckpointError if it is no such state."""
+    source: the file that it is of. Raises CheckpointError if it is no such state."""
     try:
         torch.set_rng_state(state[0])
         if torch.cuda.is_initialized() and len(state) > 1:
             torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
     except (IndexError, TypeError, RuntimeError) as error:
-        raise CheckpointError("The checkpoint's random state is damaged.") from error
+        raise CheckpointError(f"The random state in {source} is damaged.") from error

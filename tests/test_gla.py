@@ -548,8 +548,8 @@ REFUSED = {
     "--trajectories {done}": "give --trajectories the folder `trajectories`",
     "--trajectories {done}/trajectories --teacher.updates 7": "were collected with --teacher.updates 6, not 7",
     "--trajectories {done}/trajectories --envs hidden_goal:3 hidden_goal:5": "hidden_goal-5.pt",
-    "--mode test --checkpoint {done}/checkpoint.pt --width 16": "no 'models gla'",
-    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "no 'models gla g 0'",
+    "--mode test --checkpoint {done}/checkpoint.pt --width 16": "checkpoint.pt has no 'models gla'",
+    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "checkpoint.pt has no 'models gla g 0'",
 }
 
 

@@ -745,8 +745,8 @@ REFUSED = {
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
-    f"{CHECKPOINT} --objective-units 7": "no 'alpha'",
-    f"{CHECKPOINT} --objectives 3": "no 'alpha'",
+    f"{CHECKPOINT} --objective-units 7": "checkpoint.pt has no 'alpha'",
+    f"{CHECKPOINT} --objectives 3": "checkpoint.pt has no 'alpha'",
 }
 
 
