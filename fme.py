@@ -50,7 +50,7 @@ from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
 from common.figures import plot
-from common.flags import Count, FlagError, Seed, check_ranges
+from common.flags import Count, FlagError, Seed, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, median_difference, result_row, table, to_json
 
@@ -612,7 +612,7 @@ class FME:
     def load(checkpoint: str | Path, env: str, learner: str = "fme", seed: int = 0, device: str = "cpu") -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = with_tuned(Args(**saved["args"]), env)
+            args = with_tuned(from_dict(Args, saved["args"]), env)
             result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
             phi = result["phi"][result["curve"][:, -1].argmax()].to(device)
             FME(args, make_env(env, 1, device), phi, learner).act(torch.zeros(make_env(env, 1).obs_size))  # of fitting sizes
@@ -677,10 +677,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

@@ -54,7 +54,7 @@ from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.ppo import PPO, Policy, PPOAgents, executed
 from common.results import MetricsLog, result_row, table, to_json
@@ -151,11 +151,6 @@ class Args:
     """Lifetimes in each environment (Figures 6.5 and 6.6: 32)."""
     test_steps: Count | None = None
     """Steps of a lifetime (default: as long as a sequence)."""
-
-    def __post_init__(self):
-        for name in ("teacher", "ppo"):
-            if isinstance(getattr(self, name), dict):  # of a checkpoint
-                setattr(self, name, PPO(**getattr(self, name)))
 
 
 GRID = PPO(agents=64, updates=64, num_steps=16, lr=2e-2, gamma=0.99, gae_lambda=0.95, normalised=False, hidden=16)
@@ -827,7 +822,7 @@ def load_agent(
     Raises CheckpointError or UserError for what is no checkpoint of this script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}
+        students = make_students(from_dict(Args, saved["args"])) if saved["method"] == METHOD else {}
     except TypeError:
         students = {}
     if learner not in students:
@@ -869,10 +864,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

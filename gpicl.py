@@ -54,7 +54,7 @@ from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
 from common.features import FeatureError, Network, pretrained, trained
 from common.figures import plot, pyplot, save
-from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
+from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges, from_dict
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.optimizers import SignOfAverage, Statistics
@@ -746,7 +746,7 @@ class InContextLearner(Learner):
         path = checkpoints.named(checkpoint, METHOD)
         saved = checkpoints.read(path, method=str, args=dict, state=dict)
         try:
-            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
         except TypeError:
             args = None
         if args is None:
@@ -807,10 +807,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

@@ -53,7 +53,7 @@ from common.agents import Agents, Batch, State, masked_mean, masked_std, mean_re
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.networks import Network, adam, gradient, half_squares, init_adam
 from common.policy_gradients import RL2, discounted, update_agents
@@ -244,11 +244,6 @@ class Args:
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: Count = 100
     """Iterations that a line of metrics.csv is the mean of."""
-
-    def __post_init__(self):
-        for name, flags in (("ppo", PPOArgs), ("epg", EPGArgs), ("rl2", RL2Args)):
-            if isinstance(values := getattr(self, name), dict):  # of a checkpoint
-                setattr(self, name, flags(**values))
 
 
 LAPTOP = dict(
@@ -816,7 +811,7 @@ class LearnedObjective:
         CheckpointError or UserError for another file, and IndexError."""
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
             args = None
@@ -881,10 +876,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

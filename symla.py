@@ -48,7 +48,7 @@ from common import cells, checkpoints, envs, es, graphs, kernels, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, FlagError, Positive, Seed, check_ranges
+from common.flags import Count, FlagError, Positive, Seed, check_ranges, from_dict
 from common.learners import Learner, Params, initial_weight
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
@@ -675,7 +675,7 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
         raise ValueError(f"There have to be at least two actions, not {num_actions}.")
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = SymLA(Args(**saved["args"])) if saved["method"] == METHOD else None
+        learner = SymLA(from_dict(Args, saved["args"])) if saved["method"] == METHOD else None
     except TypeError:
         learner = None
     if learner is None:
@@ -718,10 +718,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

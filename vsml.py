@@ -56,7 +56,7 @@ from common.checkpoints import CheckpointError
 from common.cloning import Backprop, Clone
 from common.datasets import BUNDLED, GENERATED, DatasetError, Tasks, distinct, load
 from common.figures import error_map, heat_maps, plot
-from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, Size, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, Size, check_ranges, from_dict
 from common.learners import (
     Classifier,
     FastWeightMemory,
@@ -857,7 +857,7 @@ def load_classifier(
     CheckpointError or UserError for what is no checkpoint of a VSML learner."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = make_vsml(Args(**saved["args"])) if saved["method"] == METHOD else None
+        learner = make_vsml(from_dict(Args, saved["args"])) if saved["method"] == METHOD else None
     except TypeError:
         learner = None
     if learner is None:
@@ -899,10 +899,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)

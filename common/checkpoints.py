@@ -52,8 +52,8 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path, **parts: type) -> Any:
-    """What `write` made of a value: of a dict, with parts of these types, finite in all its
-    numbers.
+    """What `write` made of a value: of a dict, with parts of these types, ints that are counts, finite
+    in all its numbers.
 
     Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other
     parts, and OSError if it cannot be read.
@@ -66,6 +66,7 @@ def read(path: Path, **parts: type) -> Any:
         tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
         intact = data[-8:] == checksum(memoryview(data)[:-8]) and all(x.isfinite().all() for x in tensors)
         intact = intact and all(isinstance(value[name], kind) for name, kind in parts.items())
+        intact = intact and all(0 <= value[name] <= 2**31 for name, kind in parts.items() if kind is int)
     except Exception as error:  # damaged bytes can lead the reader anywhere
         raise CheckpointError(f"{path} is damaged or not a checkpoint.") from error
     if not intact:
@@ -132,9 +133,9 @@ def restore(keep: Any, state: dict[str, Any], source: Path | str = "The checkpoi
             ) from error
 
 
-def _words(part: str) -> str:
+def _words(part: Any) -> str:
     """['thetas']['vsml'] as a person would write it."""
-    return re.sub(r"\W+", " ", part).strip()
+    return re.sub(r"\W+", " ", str(part)).strip()
 
 
 def first_not_finite(state: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Ranges of numbers on the command line, declared where the flag is, and text that is not empty.
+"""Types and ranges of the values of flags, declared where the flag is.
 
     @dataclass
     class Args:
@@ -7,13 +7,15 @@
         sizes: tuple[Side, ...] = ()
 
     check_ranges(tyro.cli(Args))      # --gamma nan: "--gamma has to be from 0 to 1, not nan."
+    args = from_dict(Args, asdict(args))
 
 A range is the (low, high) in an Annotated, both ends included. A number that is not finite is in
 none.
 """
 
 from dataclasses import is_dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Seed = Annotated[int, (0, 2**32 - 1)]
 Count = Annotated[int, (1, 2**31)]
@@ -47,6 +49,35 @@ def check_ranges(args: Any, prefix: str = "--") -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not low <= number <= high:
                     raise FlagError(f"{flag} has to be from {low} to {high}, not {number}.")
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` with these values of its flags, in which nested dataclasses may be dicts too.
+    Raises TypeError for flags that it does not have, and for values of another type than the
+    annotation's."""
+    hints = get_type_hints(kind, include_extras=True)
+    nested = [name for name, value in values.items() if isinstance(value, dict) and is_dataclass(hints.get(name))]
+    args = kind(**values | {name: from_dict(hints[name], values[name]) for name in nested})
+    for name, hint in hints.items():
+        if not _is_of(getattr(args, name), hint):
+            raise TypeError(f"{name} is not of type {hint}")
+    return args
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an annotation. Whole numbers are floats too, but not bools."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _is_of(value, parts[0])
+    if origin in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple:
+        several = isinstance(value, tuple) and parts[-1] is ...
+        parts = parts[:1] * len(value) if several else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def ranges(hint: Any) -> list[tuple[float, float]]:

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from conftest import ENV, PYTHON, ROOT, killed, rows, run_script
 from common import checkpoints, machine
 from common.checkpoints import CheckpointError
 from common.figures import matrix, plot
-from common.flags import Count, FlagError, Positive, Share, check_ranges, ranges
+from common.flags import Count, FlagError, Positive, Share, check_ranges, from_dict, ranges
 from common.results import MetricsLog, read_metrics, result_row, table, to_json
 
 SCRIPTS = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
@@ -44,7 +44,7 @@ class Flags:
     sizes: tuple[Count, ...] = ()
     lr: Positive | None = None
     name: str = "x"
-    ppo: Baseline = None
+    ppo: Baseline = field(default_factory=Baseline)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,46 @@ def test_every_number_among_the_flags_has_a_range(name):
     assert "seed" in numbers and not [number for number in numbers if not ranges(hints[number])]
     for preset in script.PRESETS.values():
         check_ranges(script.Args(**preset))
+        assert from_dict(script.Args, asdict(script.Args(**preset))) == script.Args(**preset)
+
+
+@dataclass
+class Kinds(Flags):
+    size: tuple[int, int] | None = None
+    count: Count | Literal["inf"] = "inf"
+    quick: bool = False
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": 1.0},
+        {"steps": True},
+        {"steps": torch.tensor(1)},
+        {"sizes": [1, 2]},
+        {"sizes": (1, "2")},
+        {"sizes": 3},
+        {"lr": "0.1"},
+        {"lr": torch.ones(2)},
+        {"name": None},
+        {"name": b"x"},
+        {"ppo": "x"},
+        {"ppo": {"gamma": None}},
+        {"ppo": {"delta": 0.5}},
+        {"size": (1, 2, 3)},
+        {"count": "infinite"},
+        {"count": torch.ones(2)},
+        {"quick": 0},
+        {"other": 1},
+        {1: 1},
+    ],
+)
+def test_flags_of_another_type(changed):
+    """As a checkpoint of another version or program may hold them."""
+    fine = {"lr": 1, "sizes": (2, 3), "size": (2, 3), "count": 5, "ppo": {"gamma": 0.5}}
+    assert from_dict(Kinds, fine) == Kinds(**fine | {"ppo": Baseline(0.5)})
+    with pytest.raises(TypeError):
+        from_dict(Kinds, fine | changed)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -341,6 +381,46 @@ def test_a_renamed_copy_reads_old_checkpoints(finished, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "runs" / "copy") == rows(finished)
+
+
+OTHER_VERSION = "was written by another version of"
+CRAFTED = {  # what is changed in a checkpoint, and a part of the sentence that refuses it
+    "step -1": ({"step": -1}, "is damaged"),
+    "step 2^80": ({"step": 2**80}, "is damaged"),
+    "step 1.5": ({"step": 1.5}, "is damaged"),
+    "step of a tensor": ({"step": torch.tensor(1)}, "is damaged"),
+    "a list of args": ({"args": [1]}, "is damaged"),
+    "a name that is no text": ({"args": {1: 2}}, OTHER_VERSION),
+    "an unknown flag": ({"args": {"unknown": 2}}, OTHER_VERSION),
+    "a number as text": ({"args": {"seed": "1"}}, OTHER_VERSION),
+    "a tensor as a number": ({"args": {"checkpoint_every": torch.ones(3)}}, OTHER_VERSION),
+    "text as a switch": ({"args": {"compile": "no"}}, OTHER_VERSION),
+    "nested text": ({"args": {"baselines": ((),)}}, OTHER_VERSION),
+    "an unknown learner": ({"args": {"learner": "x"}}, OTHER_VERSION),
+    "a number out of its range": ({"args": {"seed": -5}}, "--seed has to be from 0"),
+    "a list as the state": ({"state": [torch.ones(2)]}, "is damaged"),
+    "an empty state": ({"state": {}}, "has no '"),
+    "names that are no text": ({"state": {1: torch.ones(2), None: 3}}, "has no '"),
+    "a random state that is no list": ({"rng": torch.ones(2)}, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_crafted_checkpoint_is_refused_in_one_sentence(name, complain, tmp_path):
+    """With the checksum that it should have. The damage of each kind is in a dictionary as a run writes it."""
+    script = importlib.import_module(name)
+    args = asdict(script.Args(**script.LAPTOP, preset="laptop"))
+    whole = {"method": name, "args": args, "step": 0, "state": {}, "rng": checkpoints.rng_state()}
+    (tmp_path / "run").mkdir()
+    for parts, sentence in CRAFTED.values():
+        crafted = whole | parts
+        if isinstance(parts.get("args"), dict):
+            crafted["args"] = args | parts["args"]
+        checkpoints.write(tmp_path / "run" / "checkpoint.pt", crafted)
+        ways = [f"--mode test --checkpoint {tmp_path / 'run' / 'checkpoint.pt'}", f"--resume {tmp_path / 'run'}"]
+        for flags in ways[: 1 if "state" in parts else 2]:  # a resumed run reads the state last
+            assert sentence in complain(name, flags)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
 
 
 def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
