@@ -131,7 +131,7 @@ class Args:
     """Self-referential layers (Appendix E.1)."""
 
     test_seeds: Size = 25
-    """Fresh executions of each solution results."""
+    """Fresh executions of each of the best solutions."""
     chunk: Size = 125
     """Networks executed as one batch; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
 
@@ -853,7 +853,7 @@ def rounds(args: Args) -> int:
 
 
 def measured_rounds(args: Args) -> list[int]:
-    """Rounds after which the solutions results so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
+    """Rounds after which the best solutions so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
     points = [args.executions * part // 8 for part in range(1, 9)] + [1, 10, 100, 400, 1000, 10_000]
     return sorted({max(0, -(-point // args.num_parallel) - 1) for point in points if point <= args.executions})
 

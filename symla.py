@@ -129,7 +129,7 @@ class Args:
     rnn_outputs: Size | None = None
     """Number of its actions, likewise."""
     rnn_noise_std: Positive | None = None
-    """es: sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
+    """Sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
     rnn_lr: Positive | None = None
     """Adam's learning rate for the in-context RNN (default: --lr)."""
 
@@ -138,25 +138,25 @@ class Args:
     meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
     population: Annotated[int, (2, 2**20)] = 1024
-    """es: members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
+    """Members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
     counts antithetic pairs)."""
     evaluations: Size | None = None
-    """es: lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
+    """Lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
     common_lifetimes: bool = False
-    """es: all pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
+    """All pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
     members share (C.4)."""
     chunk: Count | None = None
-    """es: pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
+    """Pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
     noise_std: Positive | None = None
-    """es: sigma, standard deviation of the perturbations (C.2.2: 0.035, bandits 0.2)."""
+    """Sigma, standard deviation of the perturbations (C.2.2: 0.035, bandits 0.2)."""
     noise_end: Positive | None = None
-    """es: sigma falls linearly to this (not in the thesis; default: it does not)."""
+    """Sigma falls linearly to this (not in the thesis; default: it does not)."""
     lr: Positive | None = None
     """Adam's learning rate (C.2.2: 0.01, bandits 0.2)."""
     lr_decay: bool = False
     """Let the learning rate fall linearly to zero (not in the thesis)."""
     rank_shaping: bool = False
-    """es: use the ranks of fitness instead of fitness (Salimans et al. 2017; not in the thesis)."""
+    """Use the ranks of fitness instead of fitness (Salimans et al. 2017; not in the thesis)."""
     fitness: Literal["reward", "expected"] = "reward"
     """Fitness of a lifetime: its rewards (Eq. 4.10), or for bandits the expected rewards of the policy at each step."""
 

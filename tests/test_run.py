@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Literal, get_type_hints
 
@@ -72,6 +72,31 @@ def test_every_number_among_the_flags_has_a_range(name):
     for preset in script.PRESETS.values():
         check_ranges(script.Args(**preset))
         assert from_dict(script.Args, asdict(script.Args(**preset))) == script.Args(**preset)
+
+
+def all_flags(args, prefix=""):
+    """The names of a dataclass' flags as they are typed, with those of nested ones, and the values that they choose from."""
+    names, values = set(), set()
+    for name, hint in get_type_hints(args).items():
+        flag = prefix + name.replace("_", "-")
+        names |= {flag, f"no-{flag}"}
+        values |= set(re.findall(r"'([\w-]+)'", str(hint)))
+        if is_dataclass(hint):
+            nested = all_flags(hint, flag + ".")
+            names, values = names | nested[0], values | nested[1]
+    return names, values
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_texts_name_flags_that_exist(name):
+    """--X anywhere in a script, and X: at the beginning of a flag's help, where it is a value of another flag."""
+    script = importlib.import_module(name)
+    names, values = all_flags(script.Args)
+    text = (ROOT / f"{name}.py").read_text()
+    mentioned = {flag.rstrip(".-") for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", text)}
+    assert mentioned - {"nproc-per-node", "help"} <= names
+    help_texts = text[text.index("\nclass Args") : text.index("\nPRESETS")]
+    assert set(re.findall(r'\n    """([a-z][\w-]*):\s', help_texts)) <= values
 
 
 @dataclass
