@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from common import checkpoints, envs, graphs, machine
@@ -393,12 +392,8 @@ class Population:
         self.solutions = Solutions(args, self.roots)
         self.sigma: float | Tensor = args.sigma  # of hill climbing
 
-        ids = args.roots + rounds(args) * args.num_parallel
-        zeros = partial(torch.zeros, args.populations, device=run.device)
-        self.history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
-        self.history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+        self.history, self.curve = empty_history(args, run.device)
         self.history["parent"][:, : args.roots] = -1
-        self.curve = zeros(len(measured_rounds(args)))  # what the best so far achieve in fresh executions
 
     def keep(self, slots: int) -> dict[str, Any]:
         """The state in a checkpoint of a job that is not finished, with the first slots of the solutions."""
@@ -858,6 +853,15 @@ def measured_rounds(args: Args) -> list[int]:
     return sorted({max(0, -(-point // args.num_parallel) - 1) for point in points if point <= args.executions})
 
 
+def empty_history(args: Args, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Zeros to be filled: the history of a Population, and what its best so far achieve in fresh executions (p, points)."""
+    ids = args.roots + rounds(args) * args.num_parallel
+    zeros = partial(torch.zeros, args.populations, device=device)
+    history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
+    history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+    return history, zeros(len(measured_rounds(args)))
+
+
 def with_tuned(args: Args, name: str) -> Args:
     """Args with the values of TUNED where flags are not given."""
     tuned = dict(populations=64, num_parallel=1) | TUNED[name] | (TUNED_LAPTOP[name] if args.preset == "laptop" else {})
@@ -947,12 +951,26 @@ class Evolution:
         return {"results": self.results, "at": {name: part.clone() for name, part in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of the jobs that the flags name; one that is not finished only where it continues."""
-        to_device = partial(tree_map_only, Tensor, lambda part: part.to(self.run.device))
-        self.results = {job: to_device(state["results"][job]) for job in self.jobs if job in state["results"]}
-        if self.args.resume and "at" in state:
-            self.current = self.start(self.jobs[len(self.results)])
+        """Of the jobs that the flags name; one that is not finished only where it continues. Raises CheckpointError,
+        LookupError, TypeError or AttributeError where a part is missing or does not fit."""
+        self.results = {job: self.result(job, state["results"][job]) for job in self.jobs if job in state["results"]}
+        left = self.plan[self.run.first :] if self.args.resume else []
+        if left and left[0][1] > 0:
+            self.current = self.start(left[0][0])
             checkpoints.restore(self.current.keep(state["at"]["['solutions']['id']"].shape[1]), state["at"])
+        if self.args.resume and not {*self.jobs} <= {*self.results, *dict(left)}:
+            raise LookupError("a finished job has no result")
+
+    def result(self, job: str, saved: dict[str, Any]) -> dict[str, Any]:
+        """The result of a job as a checkpoint has it."""
+        name, learner = job.split()
+        args = for_learner(with_tuned(self.args, name), learner)
+        n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, make_env(name, 1)))
+        zeros = partial(torch.zeros, args.populations, device=self.run.device)
+        history, curve = empty_history(args, self.run.device)
+        result = {"phi": zeros(n), "pairs": zeros(saved["pairs"].shape[1], 3), "curve": curve, "history": history}
+        checkpoints.restore(result, checkpoints.state_of(saved))
+        return result
 
 
 @torch.no_grad()

@@ -588,8 +588,9 @@ def read_collection(ppo: PPO, path: Path, keep: dict[str, Any]) -> dict[str, Any
     try:
         saved = checkpoints.read(path, flags=dict, updates=int, state=dict, rng=list)
         for flag, value in asdict(ppo).items():
-            if saved["flags"].get(flag) != value:
-                words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
+            kept = saved["flags"].get(flag)
+            if not isinstance(kept, int | float) or kept != value:
+                words = f"--teacher.{flag.replace('_', '-')} {kept}, not {value}"
                 raise UserError(f"The trajectories in {path} were collected with {words}.")
         checkpoints.restore(keep, saved["state"], path)
     except CheckpointError as error:

@@ -1027,10 +1027,15 @@ def restored(
     args: Args, names: list[str], state: dict[str, Any], source: Path | str
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Learners by name from the state in a checkpoint, the file `source`, their settings, and sizes (2,), the numbers of inputs
-    and classes."""
+    and classes. Raises CheckpointError if they are missing, or none."""
     parts = {"settings": {name: torch.zeros(3) for name in names if name in TUNED}, "sizes": torch.zeros(2, dtype=torch.int64)}
     parts["plateau"] = torch.tensor(-1)
     checkpoints.restore(parts, state, source)
+    for rule, hidden, lr in map(Tensor.tolist, [*parts["settings"].values()]):
+        if not (0 <= rule < len(incontext.OnlineSGD.RULES) and hidden >= 0 and lr > 0):
+            raise CheckpointError(f"The settings in {source} are damaged.")
+    if parts["sizes"].min() < 1:
+        raise CheckpointError(f"The numbers of inputs and classes in {source} are damaged.")
     learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
     checkpoints.restore({"models": learners}, state, source)
     return learners, parts

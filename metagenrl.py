@@ -814,8 +814,9 @@ class LearnedObjective:
             args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
-            args = None
-        if args is None or alpha.shape[-1] != sum(make_nets(args, 1, 1).objective_sizes):
+            args = alpha = None
+        size = (args.objectives, sum(make_nets(args, 1, 1).objective_sizes)) if args else None
+        if not isinstance(alpha, Tensor) or (alpha.shape, alpha.dtype) != (size, torch.float32):
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
         return LearnedObjective(args, alpha[index].to(device))
 

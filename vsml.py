@@ -1164,7 +1164,7 @@ def main() -> None:
         sizes[0] = max(tasks.num_inputs for tasks in datasets)
         sizes[1] = max(tasks.num_classes for tasks in [*datasets, *tests.values()])
 
-    make = partial(make_learner, args=args, run=run, sizes=sizes.tolist())
+    make = partial(make_learner, args=args, run=run, sizes=sizes.clamp(min=1).tolist())
     learners = {name: make(name, use="test") for name in names}
     thetas = {
         name: learner.init(torch.Generator().manual_seed(args.seed)).to(run.device)

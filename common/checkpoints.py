@@ -14,6 +14,7 @@ import io
 import os
 import re
 import zlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,50 @@ def restore(keep: Any, state: dict[str, Any], source: Path | str = "The checkpoi
         part = keystr(path)
         try:
             if isinstance(leaf, Tensor):
-                leaf.data.copy_(state[part].view(leaf.shape))
+                leaf.data.copy_(_of_type(leaf, state[part]).view(leaf.shape))
+            elif isinstance(leaf, torch.optim.Optimizer):
+                leaf.load_state_dict(state[part])
+                _of_types(leaf.state_dict()["state"], state[part]["state"])
+                _try_step(leaf)
             else:
+                if isinstance(leaf, torch.nn.Module):
+                    _of_types(leaf.state_dict(), dict(state[part]))
                 leaf.load_state_dict(state[part])
         except Exception as error:  # other flags, another version or another program wrote it
-            names = ", ".join(map(_words, state))
+            names = ", ".join(map(_words, state)) or "nothing"
             raise CheckpointError(
                 f"{source} has no '{_words(part)}' of the kind and size that these flags ask for; it has "
                 f"{names}; use the flags of the run that wrote it, or another file."
             ) from error
+
+
+def _of_type(own: Tensor, saved: Any) -> Tensor:
+    """saved. Raises TypeError if it is no tensor of the type that `own` has."""
+    if not isinstance(saved, Tensor) or (saved.dtype, saved.layout) != (own.dtype, own.layout):
+        raise TypeError(f"{own.dtype} is needed")
+    return saved
+
+
+def _of_types(own: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    """Raises TypeError or KeyError if the tensors in nested dicts are not of the types of those in `own`."""
+    for name, value in own.items():
+        if isinstance(value, dict):
+            _of_types(value, saved[name])
+        elif isinstance(value, Tensor):
+            _of_type(value, saved[name])
+
+
+def _try_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step of a copy. Raises whatever averages or settings lead to that are not this optimiser's. Their
+    sizes are checked before, since fused steps do not."""
+    trial = deepcopy(optimizer)
+    for parameter in [p for group in trial.param_groups for p in group["params"]]:
+        parameter.grad = torch.zeros_like(parameter)
+        sizes = (parameter.shape, (parameter.numel(),))
+        for name, x in trial.state.get(parameter, {}).items():
+            if isinstance(x, Tensor) and x.shape not in (((),) if name == "step" else sizes):
+                raise ValueError(f"{name} has the size {tuple(x.shape)}")
+    trial.step()
 
 
 def _words(part: Any) -> str:

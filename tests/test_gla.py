@@ -429,6 +429,10 @@ def test_a_damaged_collection_is_refused_until_it_is_deleted(finished, stopped, 
     path.write_bytes(whole)
     refused = command(tmp_path, f"--resume {folder}", tiny="")
     assert refused.returncode == 1 and "hidden_goal-4.pt is damaged. Delete it" in refused.stderr
+    saved = gla.checkpoints.read(finished / "trajectories" / "hidden_goal-3.pt")
+    gla.checkpoints.write(path, saved | {"flags": saved["flags"] | {"lr": torch.ones(2)}})
+    refused = command(tmp_path, f"--resume {folder}", tiny="")
+    assert refused.returncode == 1 and "were collected with --teacher.lr tensor" in refused.stderr
     path.unlink()
     assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0
     assert rows(folder) == rows(finished)

@@ -669,6 +669,15 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
         gpicl.InContextLearner.load(tmp_path / "none.pt")
 
 
+def test_settings_and_sizes_that_are_none(finished, complain, tmp_path):
+    saved = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    parts = {"['sizes']": torch.tensor([-3, 10]), "['settings']['sgd']": torch.tensor([7.0, 0.0, 0.1])}
+    for name, part in parts.items():
+        checkpoints.write(tmp_path / "x.pt", saved | {"state": saved["state"] | {name: part}})
+        message = complain("gpicl", f"--mode test --checkpoint {tmp_path / 'x.pt'}")
+        assert re.search("x.pt are damaged", message)
+
+
 @pytest.fixture
 def brightness(monkeypatch):
     """A pre-trained network whose features are the mean brightness of four bands of an image."""

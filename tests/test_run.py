@@ -152,7 +152,7 @@ def test_an_empty_text_is_refused(name, complain, tmp_path):
 def some_state():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    adam = torch.optim.Adam(model.parameters())
+    adam = torch.optim.Adam(model.parameters(), fused=True)
     model(torch.randn(4, 3)).sum().backward()
     adam.step()
     Pair = namedtuple("Pair", "h c")
@@ -183,6 +183,44 @@ def test_a_part_that_does_not_fit(keep, part):
     sentence = f"^x.pt has no '{part}' of the kind and size .* it has model, adam first, theta.*; use the flags of the run"
     with pytest.raises(CheckpointError, match=sentence):
         checkpoints.restore(keep, checkpoints.state_of(some_state()), "x.pt")
+
+
+OTHER_PARTS = {  # of some_state(), by what is wrong with them
+    "theta of another type": {"['theta']": torch.zeros(5, dtype=torch.float64)},
+    "complex theta": {"['theta']": torch.zeros(5, dtype=torch.complex64)},
+    "sparse theta": {"['theta']": torch.zeros(5).to_sparse()},
+    "theta is a list": {"['theta']": [0.0] * 5},
+    "a weight of another type": {"['model']": {"weight": torch.zeros(2, 3, dtype=torch.int64), "bias": torch.zeros(2)}},
+    "no bias": {"['model']": {"weight": torch.zeros(2, 3)}},
+    "a module is a tensor": {"['model']": torch.zeros(8)},
+    "an optimiser without parts": {"['adam']['first']": {}},
+    "an optimiser of numbers": {"['adam']['first']": {"state": 1, "param_groups": 2}},
+}
+ONE = torch.tensor(1.0)
+OTHER_AVERAGES = {  # of Adam's first parameter, (2, 3)
+    "no averages": {"step": ONE},
+    "averages of another size": {"step": ONE, "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.zeros(3, 2)},
+    "empty averages": {"step": ONE, "exp_avg": torch.zeros(0), "exp_avg_sq": torch.zeros(2, 3)},
+    "averages that are text": {"step": ONE, "exp_avg": "x", "exp_avg_sq": "y"},
+    "averages that are a list": [1.0, 2.0],
+    "averages of another type": {"step": ONE, "exp_avg": torch.zeros(2, 3).int(), "exp_avg_sq": torch.zeros(2, 3)},
+}
+
+
+@pytest.mark.parametrize("wrong", [*OTHER_PARTS, *OTHER_AVERAGES, "settings that are text"])
+def test_a_part_of_another_type(wrong):
+    """Nothing is converted. Of an optimiser, a step of a copy shows whether all is there, so that training need not."""
+    state = checkpoints.state_of(some_state())
+    checkpoints.restore(some_state(), state)
+    adam = state["['adam']['first']"]
+    if wrong in OTHER_AVERAGES:
+        adam["state"][0] = OTHER_AVERAGES[wrong]
+    elif wrong in OTHER_PARTS:
+        state |= OTHER_PARTS[wrong]
+    else:
+        adam["param_groups"][0] |= {"betas": "xy", "lr": None}
+    with pytest.raises(CheckpointError, match="of the kind and size"):
+        checkpoints.restore(some_state(), state)
 
 
 def test_every_flipped_bit_that_changes_a_number_is_noticed(tmp_path):

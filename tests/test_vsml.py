@@ -1003,6 +1003,8 @@ def broken_checkpoints(finished, folder):
     checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
     checkpoints.write(folder / "foreign.pt", checkpoint | {"method": "fme"})
     checkpoints.write(folder / "unknown.pt", {"weights": torch.zeros(3)})
+    sizes = {"['rnn_sizes']": torch.tensor([-3, 10])}
+    checkpoints.write(folder / "sizes.pt", checkpoint | {"state": checkpoint["state"] | sizes})
     (folder / "foreign_run").mkdir()
     checkpoints.write(folder / "foreign_run" / "checkpoint.pt", checkpoint | {"method": "fme"})
 
@@ -1018,6 +1020,7 @@ REFUSED = {
     "--mode test --checkpoint {tmp}/text.pt": "text.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "is a checkpoint of fme.py, not of vsml.py",
     "--mode test --checkpoint {tmp}/unknown.pt": "unknown.pt is damaged or not a checkpoint",
+    "--mode test --checkpoint {tmp}/sizes.pt": "sizes.pt has no 'thetas rnn'",
     "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "checkpoint.pt has no 'thetas vsml' of the kind and size .* use the flags of the run",
     "--checkpoint {done}/checkpoint.pt": "need each other, and exclude --resume",
     "--resume {done}": "holds a run: --resume it if it was stopped",
