@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from common import checkpoints, envs, graphs, machine
@@ -50,7 +49,7 @@ from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
 from common.figures import plot
-from common.flags import Count, FlagError, Seed, check_ranges
+from common.flags import Count, FlagError, Seed, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, median_difference, result_row, table, to_json
 
@@ -133,7 +132,7 @@ class Args:
     """Self-referential layers (Appendix E.1)."""
 
     test_seeds: Size = 25
-    """Fresh executions of each solution results."""
+    """Fresh executions of each of the best solutions."""
     chunk: Size = 125
     """Networks executed as one batch; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
 
@@ -395,12 +394,8 @@ class Population:
         self.solutions = Solutions(args, self.roots)
         self.sigma: float | Tensor = args.sigma  # of hill climbing
 
-        ids = args.roots + rounds(args) * args.num_parallel
-        zeros = partial(torch.zeros, args.populations, device=run.device)
-        self.history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
-        self.history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+        self.history, self.curve = empty_history(args, run.device)
         self.history["parent"][:, : args.roots] = -1
-        self.curve = zeros(len(measured_rounds(args)))  # what the best so far achieve in fresh executions
 
     def keep(self, slots: int) -> dict[str, Any]:
         """The state in a checkpoint of a job that is not finished, with the first slots of the solutions."""
@@ -622,7 +617,7 @@ class FME:
     ) -> "FME":
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = with_tuned(Args(**saved["args"]), env)
+            args = with_tuned(from_dict(Args, saved["args"]), env)
             result = saved["state"]["['evolution']"]["results"][f"{env} {learner}"]
             phi = result["phi"][result["curve"][:, -1].argmax()].to(device)
             FME(args, make_env(env, 1, device), phi, learner).act(torch.zeros(make_env(env, 1).obs_size))  # of fitting sizes
@@ -687,10 +682,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -772,8 +767,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -821,7 +816,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -863,9 +858,18 @@ def rounds(args: Args) -> int:
 
 
 def measured_rounds(args: Args) -> list[int]:
-    """Rounds after which the solutions results so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
+    """Rounds after which the best solutions so far are measured: for every eighth of the executions, and 1, 10, 100, ..."""
     points = [args.executions * part // 8 for part in range(1, 9)] + [1, 10, 100, 400, 1000, 10_000]
     return sorted({max(0, -(-point // args.num_parallel) - 1) for point in points if point <= args.executions})
+
+
+def empty_history(args: Args, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Zeros to be filled: the history of a Population, and what its best so far achieve in fresh executions (p, points)."""
+    ids = args.roots + rounds(args) * args.num_parallel
+    zeros = partial(torch.zeros, args.populations, device=device)
+    history = {name: zeros(ids) for name in ("reward", "episodes", "achieved", "change")}
+    history |= {name: zeros(ids, dtype=torch.int64) for name in ("depth", "parent")}
+    return history, zeros(len(measured_rounds(args)))
 
 
 def with_tuned(args: Args, name: str) -> Args:
@@ -957,12 +961,26 @@ class Evolution:
         return {"results": self.results, "at": {name: part.clone() for name, part in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of the jobs that the flags name; one that is not finished only where it continues."""
-        to_device = partial(tree_map_only, Tensor, lambda part: part.to(self.run.device))
-        self.results = {job: to_device(state["results"][job]) for job in self.jobs if job in state["results"]}
-        if self.args.resume and "at" in state:
-            self.current = self.start(self.jobs[len(self.results)])
+        """Of the jobs that the flags name; one that is not finished only where it continues. Raises CheckpointError,
+        LookupError, TypeError or AttributeError where a part is missing or does not fit."""
+        self.results = {job: self.result(job, state["results"][job]) for job in self.jobs if job in state["results"]}
+        left = self.plan[self.run.first :] if self.args.resume else []
+        if left and left[0][1] > 0:
+            self.current = self.start(left[0][0])
             checkpoints.restore(self.current.keep(state["at"]["['solutions']['id']"].shape[1]), state["at"])
+        if self.args.resume and not {*self.jobs} <= {*self.results, *dict(left)}:
+            raise LookupError("a finished job has no result")
+
+    def result(self, job: str, saved: dict[str, Any]) -> dict[str, Any]:
+        """The result of a job as a checkpoint has it."""
+        name, learner = job.split()
+        args = for_learner(with_tuned(self.args, name), learner)
+        n = sum(a * (b + 2 * a + 4) for a, b in sizes(args, make_env(name, 1)))
+        zeros = partial(torch.zeros, args.populations, device=self.run.device)
+        history, curve = empty_history(args, self.run.device)
+        result = {"phi": zeros(n), "pairs": zeros(saved["pairs"].shape[1], 3), "curve": curve, "history": history}
+        checkpoints.restore(result, checkpoints.state_of(saved))
+        return result
 
 
 @torch.no_grad()
@@ -972,7 +990,7 @@ def main() -> None:
     run = Run(args, checkpoint)
     evolution = Evolution(args, run)
     if args.mode == "test":
-        checkpoints.restore({"evolution": evolution}, checkpoint["state"])
+        checkpoints.restore({"evolution": evolution}, checkpoint["state"], args.checkpoint)
         missing = ", ".join(job for job in evolution.jobs if job not in evolution.results)
         if missing:
             raise UserError(f"{args.checkpoint} has no solutions for {missing}; choose other --envs, --learner or --baselines.")

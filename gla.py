@@ -55,7 +55,7 @@ from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.wrappers import Recorded
 from common.figures import plot
-from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.ppo import PPO, Policy, PPOAgents, executed
 from common.results import MetricsLog, result_row, table, to_json
@@ -153,11 +153,6 @@ class Args:
     """Lifetimes in each environment (Figures 6.5 and 6.6: 32)."""
     test_steps: Count | None = None
     """Steps of a lifetime (default: as long as a sequence, or as the whole episodes that fit in one)."""
-
-    def __post_init__(self):
-        for name in ("teacher", "ppo"):
-            if isinstance(getattr(self, name), dict):  # of a checkpoint
-                setattr(self, name, PPO(**getattr(self, name)))
 
 
 GRID = PPO(agents=64, updates=64, num_steps=16, lr=2e-2, gamma=0.99, gae_lambda=0.95, normalised=False, hidden=16)
@@ -545,7 +540,7 @@ def collect(ppo: PPO, name: str, path: Path, device: torch.device, bar: Callable
     first = 0
     if path.exists():
         saved = read_collection(ppo, path, {"trajectories": trajectories} | agents.state())
-        checkpoints.set_rng_state(saved["rng"])
+        checkpoints.set_rng_state(saved["rng"], path)
         first = saved["updates"]
 
     stored = time.time()
@@ -601,10 +596,11 @@ def read_collection(ppo: PPO, path: Path, keep: dict[str, Any]) -> dict[str, Any
     try:
         saved = checkpoints.read(path, flags=dict, updates=int, state=dict, rng=list)
         for flag, value in asdict(ppo).items():
-            if saved["flags"].get(flag) != value:
-                words = f"--teacher.{flag.replace('_', '-')} {saved['flags'].get(flag)}, not {value}"
+            kept = saved["flags"].get(flag)
+            if not isinstance(kept, int | float) or kept != value:
+                words = f"--teacher.{flag.replace('_', '-')} {kept}, not {value}"
                 raise UserError(f"The trajectories in {path} were collected with {words}.")
-        checkpoints.restore(keep, saved["state"])
+        checkpoints.restore(keep, saved["state"], path)
     except CheckpointError as error:
         raise UserError(f"{error} Delete it to collect its trajectories again.") from error
     return saved
@@ -862,12 +858,12 @@ def load_agent(
     script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        students = make_students(Args(**saved["args"])) if saved["method"] == METHOD else {}
+        students = make_students(from_dict(Args, saved["args"])) if saved["method"] == METHOD else {}
     except TypeError:
         students = {}
     if learner not in students:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a learner {learner}.")
-    checkpoints.restore({"models": {learner: students[learner].model}}, saved["state"])
+    checkpoints.restore({"models": {learner: students[learner].model}}, saved["state"], checkpoint)
     students[learner].model.to(device).eval()
     return Agent(students[learner], num_actions, action_size, seed)
 
@@ -904,10 +900,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -989,8 +985,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1038,7 +1034,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1145,7 +1141,7 @@ def main() -> None:
     students = make_students(args)
     models = {name: student.model.to(run.device) for name, student in students.items()}
     if checkpoint:
-        checkpoints.restore({"models": models}, checkpoint["state"])
+        checkpoints.restore({"models": models}, checkpoint["state"], args.checkpoint or args.resume)
     trajectories = {}
     if args.mode == "train" and args.trajectories and students:
         trajectories = read_trajectories(args, Path(args.trajectories), run.device)

@@ -54,7 +54,7 @@ from common.checkpoints import CheckpointError
 from common.datasets import BUNDLED, FIRST_ID, GENERATED, MAKERS, Dataset, DatasetError, Tasks, distinct, load
 from common.features import FeatureError, Network, pretrained, trained
 from common.figures import plot, pyplot, save
-from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges
+from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges, from_dict
 from common.learners import Classifier, Learner, Params, pad
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.optimizers import SignOfAverage, Statistics
@@ -775,12 +775,12 @@ class InContextLearner(Learner):
         path = checkpoints.named(checkpoint, METHOD)
         saved = checkpoints.read(path, method=str, args=dict, state=dict)
         try:
-            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
         except TypeError:
             args = None
         if args is None:
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
-        learners, parts = restored(args, [args.learner], saved["state"])
+        learners, parts = restored(args, [args.learner], saved["state"], path)
         learner = InContextLearner(learners[args.learner].to(device), args, *parts["sizes"].tolist())
         return Classifier(learner, torch.zeros(0, device=device), num_classes, seed)
 
@@ -836,10 +836,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -921,8 +921,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -970,7 +970,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1052,13 +1052,21 @@ def sampling(args: Args, tasks: Tasks) -> Any:
     return graphs.replayed(tasks.sample) if args.graphs else tasks.sample
 
 
-def restored(args: Args, names: list[str], state: dict[str, Any]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """Learners by name from the state in a checkpoint, their settings, and sizes (2,), the numbers of inputs and classes."""
+def restored(
+    args: Args, names: list[str], state: dict[str, Any], source: Path | str
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Learners by name from the state in a checkpoint, the file `source`, their settings, and sizes (2,), the numbers of inputs
+    and classes. Raises CheckpointError if they are missing, or none."""
     parts = {"settings": {name: torch.zeros(3) for name in names if name in TUNED}, "sizes": torch.zeros(2, dtype=torch.int64)}
     parts["plateau"] = torch.tensor(-1)
-    checkpoints.restore(parts, state)
+    checkpoints.restore(parts, state, source)
+    for rule, hidden, lr in map(Tensor.tolist, [*parts["settings"].values()]):
+        if not (0 <= rule < len(incontext.OnlineSGD.RULES) and hidden >= 0 and lr > 0):
+            raise CheckpointError(f"The settings in {source} are damaged.")
+    if parts["sizes"].min() < 1:
+        raise CheckpointError(f"The numbers of inputs and classes in {source} are damaged.")
     learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
-    checkpoints.restore({"models": learners}, state)
+    checkpoints.restore({"models": learners}, state, source)
     return learners, parts
 
 
@@ -1071,7 +1079,7 @@ def main() -> None:
     if run.compiles and args.mode == "train" and args.meta_steps * args.batch > 100_000:
         compile_draws()  # fewer tasks save less time than compiling takes
     if checkpoint:
-        learners, parts = restored(args, names, checkpoint["state"])
+        learners, parts = restored(args, names, checkpoint["state"], args.checkpoint or args.resume)
     if args.mode == "train":
         datasets = [prepare(args, name, "train", run.device) for name in args.dataset]
     if not checkpoint:

@@ -56,7 +56,7 @@ from common.agents import Agents, Batch, State, masked_mean, masked_std, mean_re
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.networks import Network, adam, gradient, half_squares, init_adam
 from common.policy_gradients import RL2, discounted, update_agents
@@ -248,11 +248,6 @@ class Args:
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: Count = 100
     """Iterations that a line of metrics.csv is the mean of."""
-
-    def __post_init__(self):
-        for name, flags in (("ppo", PPOArgs), ("epg", EPGArgs), ("rl2", RL2Args)):
-            if isinstance(values := getattr(self, name), dict):  # of a checkpoint
-                setattr(self, name, flags(**values))
 
 
 LAPTOP = dict(
@@ -834,11 +829,12 @@ class LearnedObjective:
         CheckpointError or UserError for another file, and IndexError."""
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = Args(**saved["args"]) if saved["method"] == METHOD else None
+            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
-            args = None
-        if args is None or alpha.shape[-1] != sum(make_nets(args, 1, 1).objective_sizes):
+            args = alpha = None
+        size = (args.objectives, sum(make_nets(args, 1, 1).objective_sizes)) if args else None
+        if not isinstance(alpha, Tensor) or (alpha.shape, alpha.dtype) != (size, torch.float32):
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
         return LearnedObjective(args, alpha[index].to(device))
 
@@ -899,10 +895,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -984,8 +980,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1033,7 +1029,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1148,7 +1144,7 @@ def main() -> None:
     groups = []
     if args.mode == "test":
         needed = learned if rl2 or args.progress else {"alpha": alpha}
-        checkpoints.restore(needed, checkpoint["state"])
+        checkpoints.restore(needed, checkpoint["state"], args.checkpoint)
     elif args.learner == "metagenrl":
         which = torch.arange(args.objectives).repeat_interleave(args.population // len(args.envs))
         own = torch.arange(len(which))[run.rank :: run.world]

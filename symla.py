@@ -48,7 +48,7 @@ from common import cells, checkpoints, envs, es, graphs, kernels, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
-from common.flags import Count, FlagError, Positive, Seed, check_ranges
+from common.flags import Count, FlagError, Positive, Seed, check_ranges, from_dict
 from common.learners import Learner, Params, initial_weight
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.results import MetricsLog, result_row, table, to_json
@@ -129,7 +129,7 @@ class Args:
     rnn_outputs: Size | None = None
     """Number of its actions, likewise."""
     rnn_noise_std: Positive | None = None
-    """es: sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
+    """Sigma of the in-context RNN (default: --noise-std); where sigma falls, it falls by the same factor."""
     rnn_lr: Positive | None = None
     """Adam's learning rate for the in-context RNN (default: --lr)."""
 
@@ -138,25 +138,25 @@ class Args:
     meta_steps: Count | None = None
     """Outer steps (C.2.2: 20,000, bandits 4,000)."""
     population: Annotated[int, (2, 2**20)] = 1024
-    """es: members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
+    """Members of a population, half of them the mirror images of the others (C.2.2: a population size of 512, which in C.4
     counts antithetic pairs)."""
     evaluations: Size | None = None
-    """es: lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
+    """Lifetimes of each member (C.2.2: 10 "evaluations per population sample", bandits 100)."""
     common_lifetimes: bool = False
-    """es: all pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
+    """All pairs have the same lifetimes. Otherwise each has initial states and random numbers of its own, which its two
     members share (C.4)."""
     chunk: Count | None = None
-    """es: pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
+    """Pairs of members evaluated at a time, to bound memory (default: chosen for the device)."""
     noise_std: Positive | None = None
-    """es: sigma, standard deviation of the perturbations (C.2.2: 0.035, bandits 0.2)."""
+    """Sigma, standard deviation of the perturbations (C.2.2: 0.035, bandits 0.2)."""
     noise_end: Positive | None = None
-    """es: sigma falls linearly to this (not in the thesis; default: it does not)."""
+    """Sigma falls linearly to this (not in the thesis; default: it does not)."""
     lr: Positive | None = None
     """Adam's learning rate (C.2.2: 0.01, bandits 0.2)."""
     lr_decay: bool = False
     """Let the learning rate fall linearly to zero (not in the thesis)."""
     rank_shaping: bool = False
-    """es: use the ranks of fitness instead of fitness (Salimans et al. 2017; not in the thesis)."""
+    """Use the ranks of fitness instead of fitness (Salimans et al. 2017; not in the thesis)."""
     fitness: Literal["reward", "expected"] = "reward"
     """Fitness of a lifetime: its rewards (Eq. 4.10), or for bandits the expected rewards of the policy at each step."""
 
@@ -676,13 +676,13 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
         raise ValueError(f"There have to be at least two actions, not {num_actions}.")
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = SymLA(Args(**saved["args"])) if saved["method"] == METHOD else None
+        learner = SymLA(from_dict(Args, saved["args"])) if saved["method"] == METHOD else None
     except TypeError:
         learner = None
     if learner is None:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
-    checkpoints.restore({"thetas": {"symla": theta}}, saved["state"])
+    checkpoints.restore({"thetas": {"symla": theta}}, saved["state"], checkpoint)
     learner = NormalizedRewards(learner) if learner.args.normalize_rewards else learner
     return Agent(learner, theta.to(device), num_actions, seed)
 
@@ -719,10 +719,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -804,8 +804,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -853,7 +853,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1007,13 +1007,13 @@ def main() -> None:
     trained = [name for name in names if name in META_TRAINED]
     thetas = {name: LEARNERS[name](args).init(torch.Generator().manual_seed(args.seed)).to(run.device) for name in names}
     if args.mode == "test":
-        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"])
+        checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"], args.checkpoint)
     elif args.init and not args.resume:
         first = checkpoints.read(Path(args.init), state=dict)["state"]
         shared = {name: thetas[name] for name in trained if f"['thetas']['{name}']" in first}
         if not shared:
             raise UserError(f"{args.init} has parameters of none of the learners that the flags name.")
-        checkpoints.restore({"thetas": shared}, first)
+        checkpoints.restore({"thetas": shared}, first, args.init)
     run.open_folder()
 
     started = time.time()

@@ -56,7 +56,7 @@ from common.checkpoints import CheckpointError
 from common.cloning import Backprop, Clone
 from common.datasets import BUNDLED, GENERATED, DatasetError, Tasks, distinct, load
 from common.figures import error_map, heat_maps, plot
-from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, Size, check_ranges
+from common.flags import Count, CountOrZero, FlagError, Positive, Real, Seed, Share, Side, Size, check_ranges, from_dict
 from common.learners import (
     Classifier,
     FastWeightMemory,
@@ -756,10 +756,10 @@ def meta_test(
             for name, step in steps.items():
                 run.info(f"{task}: {LABELS[name]} overtakes {LABELS[args.learner]} after {step} examples.")
         shown = [name for name in (args.learner, "sgd", "adam") if name in learners]
-        complete = [of for of in tests.values() if all(name in of and has_pairs(of[name]) for name in shown)]
-        if complete:
+        complete = (of for of in tests.values() if all(name in of for name in shown) and has_pairs(of[args.learner]))
+        if first := next(complete, None):
             path = run.folder / "introspection.png"
-            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, complete[0])
+            facts["repeats"] = introspect(path, args, {name: learners[name] for name in shown}, thetas, first)
     return rows, facts
 
 
@@ -801,6 +801,8 @@ def test_tasks(args: Args, device: torch.device) -> dict[str, Tasks]:
         images = len(dataset.shape) == 3
         task = f"{dataset.name}@{size}" if size and images else dataset.name
         tests[task] = plain = Tasks(dataset, classes=args.test_classes, shots=args.shots, seed=args.seed)
+        if args.shots and not {args.learner, *args.baselines} <= {*META_TRAINED, *FIXED_RATE}:
+            plain.reload(split="train")  # refuses one that is too small for the search of rates
         if args.robustness and images and len(dataset):
             tests[f"{task} 5 classes"] = replace(plain, classes=min(5, dataset.num_classes))
             tests |= {f"{task} at {size} x {size}": replace(plain, dataset=dataset.resize(size)) for size in (21, 48)}
@@ -823,8 +825,9 @@ def fitting_tests(learners: dict[str, Learner], tests: dict[str, Tasks], run: "R
 
 
 def has_pairs(tasks: Tasks) -> bool:
-    """Whether there are two stored examples of each class."""
-    return len(tasks.dataset) > 0 and bool(tasks.dataset.counts.min() >= 2)
+    """Whether there are two stored examples of each class, also in the train split, where a rate is searched."""
+    splits = (tasks.dataset, tasks.dataset.reload(split="train"))
+    return all(len(data) > 0 and bool(data.counts.min() >= 2) for data in splits)
 
 
 def introspect(
@@ -840,7 +843,7 @@ def introspect(
             theta = rollouts.best_at_repeats(learner, tests[name].reload(split="train"), args.test_seeds)
         repeats[name] = rollouts.second_correct(learner, tests[name], args.test_seeds, theta[None]).item()
         panels[LABELS[name]] = rollouts.twice_and_many(learner, tests[name], theta)
-    heat_maps(panels, path, widths=(1, 4))
+    heat_maps(panels, path, {"each class twice": 1, "random examples": 4})
     return repeats
 
 
@@ -854,13 +857,13 @@ def load_classifier(
     CheckpointError or UserError for what is no checkpoint of a VSML learner."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        learner = make_vsml(Args(**saved["args"])) if saved["method"] == METHOD else None
+        learner = make_vsml(from_dict(Args, saved["args"])) if saved["method"] == METHOD else None
     except TypeError:
         learner = None
     if learner is None:
         raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
     theta = learner.init(torch.Generator())
-    checkpoints.restore({"thetas": {"vsml": theta}}, saved["state"])
+    checkpoints.restore({"thetas": {"vsml": theta}}, saved["state"], checkpoint)
     return Classifier(learner, theta.to(device), num_classes, seed)
 
 
@@ -896,10 +899,10 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         checkpoint = checkpoints.read(path, method=str, args=dict, step=int, state=dict, rng=list)
         base = checkpoint["args"] | {"mode": typed.mode, "resume": typed.resume}
         base |= {} if typed.resume else {"run_name": None, "run_dir": typed.run_dir}
-        if checkpoint["method"] != METHOD or checkpoint["step"] < 0:
+        if checkpoint["method"] != METHOD:
             raise UserError(f"{path} is a checkpoint of {checkpoint['method']}.py, not of {METHOD}.py.")
     try:
-        base = Args(**base | {"device": device})
+        base = from_dict(Args, base | {"device": device})
     except TypeError as error:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
@@ -981,8 +984,8 @@ class Run:
         if self.first > total:
             raise UserError(f"The checkpoint has {self.first} meta-steps, more than the {total} of this run.")
         if self.args.resume:
-            checkpoints.restore(keep, self.checkpoint["state"])
-            checkpoints.set_rng_state(self.checkpoint["rng"])
+            checkpoints.restore(keep, self.checkpoint["state"], self.folder / "checkpoint.pt")
+            checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
         steps = range(self.first, total)
@@ -1030,7 +1033,7 @@ class Run:
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
         value, rng = self.cache[part]
-        checkpoints.set_rng_state(rng)
+        checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
     def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
@@ -1133,7 +1136,8 @@ def make_learner(name: str, args: Args, run: Run, sizes: tuple[int, int], use: s
             learner.forward_part = torch.compile(learner.forward_part, dynamic=False)
             learner.backward_part = torch.compile(learner.backward_part, dynamic=False)
     elif name == "vsml":
-        learner = make_vsml(args, cells.fastest(args, use) if run.compiles else None)
+        form = args.device, args.meta_optimizer if use == "train" else "test", args.state_size, bool(args.conv)
+        learner = make_vsml(args, cells.fastest(*form) if run.compiles else None)
     else:
         deep = name in ("sgd2", "adam2")
         step = torch.compile(descend, dynamic=True) if deep and run.compiles else descend
@@ -1155,12 +1159,12 @@ def main() -> None:
     datasets = train_tasks(args, run) if args.mode == "train" else []
     sizes = torch.zeros(2, dtype=torch.int64)  # numbers of inputs and outputs, where they are fixed
     if args.mode == "test":
-        checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"])
+        checkpoints.restore({"rnn_sizes": sizes}, checkpoint["state"], args.checkpoint)
     else:
         sizes[0] = max(tasks.num_inputs for tasks in datasets)
         sizes[1] = max(tasks.num_classes for tasks in [*datasets, *tests.values()])
 
-    make = partial(make_learner, args=args, run=run, sizes=sizes.tolist())
+    make = partial(make_learner, args=args, run=run, sizes=sizes.clamp(min=1).tolist())
     learners = {name: make(name, use="test") for name in names}
     thetas = {
         name: learner.init(torch.Generator().manual_seed(args.seed)).to(run.device)
@@ -1168,9 +1172,9 @@ def main() -> None:
     }
     to_train = {"thetas": {name: thetas[name] for name in trained}}
     if args.mode == "test":
-        checkpoints.restore(to_train, checkpoint["state"])
+        checkpoints.restore(to_train, checkpoint["state"], args.checkpoint)
     elif args.init and not args.resume:
-        checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"])
+        checkpoints.restore(to_train, checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"], args.init)
     train = {name: [learners[name].fit(tasks) for tasks in datasets] for name in trained}
     tests = fitting_tests(learners, tests, run)
     run.open_folder()

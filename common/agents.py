@@ -229,11 +229,13 @@ class Agents:
         return whole
 
     def load_state_dict(self, whole: State) -> None:
-        """The opposite, on any number of processes. Raises KeyError or RuntimeError where a part is
-        missing or does not fit."""
+        """The opposite, on any number of processes. Raises KeyError, TypeError or RuntimeError where a
+        part is missing or does not fit."""
         for name, own in self.state.items():
+            if whole[name].dtype != own.dtype:
+                raise TypeError(f"{name} has to be of {own.dtype}")
             x = whole[name].to(self.device).index_select(self.axis(name), self.own)
-            self.state[name] = x.to(own.dtype).view(own.shape)
+            self.state[name] = x.view(own.shape)
 
     def axis(self, name: str) -> int:
         """Which axis of a part of the state is the agents'."""

@@ -84,13 +84,14 @@ class TrainableCell(torch.autograd.Function):
         return d_weight, gates.sum(-2), gates.sum(-3), dh, dc * f
 
 
-def fastest(args: Any, use: str) -> Callable | None:
-    """The form for a use, "train" or "test", with the flags of vsml.py. None: lstm_cell, whose products a
-    GPU computes on tensor cores."""
-    if args.device == "cuda":
+def fastest(device: str, use: str, units: int, shared: bool) -> Callable | None:
+    """The form of LSTMs of so many units for a use, "test", "es" or "backprop". None: lstm_cell, whose
+    products a GPU computes on tensor cores, and whose gradient sums over the positions of an image
+    where they share a state, which TrainableCell's does not."""
+    if device == "cuda":
         return None
     if use == "test":
-        return torch.compile(fused_lstm_cell, options=options(args.state_size))  # for all sizes
-    if args.meta_optimizer == "es":
+        return torch.compile(fused_lstm_cell, options=options(units))  # for all sizes
+    if use == "es":
         return partial(fused_lstm_cell, tanh=rational_tanh)
-    return None if args.conv else TrainableCell.apply
+    return None if shared else TrainableCell.apply

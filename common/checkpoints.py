@@ -14,6 +14,7 @@ import io
 import os
 import re
 import zlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path, **parts: type) -> Any:
-    """What `write` made of a value: of a dict, with parts of these types, finite in all its
-    numbers.
+    """What `write` made of a value: of a dict, with parts of these types, ints that are counts, finite
+    in all its numbers.
 
     Nothing in the file is executed. Raises CheckpointError if it is missing, damaged, or has other
     parts, and OSError if it cannot be read.
@@ -66,6 +67,7 @@ def read(path: Path, **parts: type) -> Any:
         tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
         intact = data[-8:] == checksum(memoryview(data)[:-8]) and all(x.isfinite().all() for x in tensors)
         intact = intact and all(isinstance(value[name], kind) for name, kind in parts.items())
+        intact = intact and all(0 <= value[name] <= 2**31 for name, kind in parts.items() if kind is int)
     except Exception as error:  # damaged bytes can lead the reader anywhere
         raise CheckpointError(f"{path} is damaged or not a checkpoint.") from error
     if not intact:
@@ -114,27 +116,62 @@ def state_of(keep: Any) -> dict[str, Any]:
     return state
 
 
-def restore(keep: Any, state: dict[str, Any]) -> None:
-    """The opposite of state_of, in place; `state` may hold more. Raises CheckpointError if a part
-    is missing or does not fit."""
+def restore(keep: Any, state: dict[str, Any], source: Path | str = "The checkpoint") -> None:
+    """The opposite of state_of, in place; `state` may hold more. source: the file that it is of. Raises
+    CheckpointError if a part is missing or does not fit."""
     for path, leaf in tree_flatten_with_path(keep)[0]:
         part = keystr(path)
         try:
             if isinstance(leaf, Tensor):
-                leaf.data.copy_(state[part].view(leaf.shape))
+                leaf.data.copy_(_of_type(leaf, state[part]).view(leaf.shape))
+            elif isinstance(leaf, torch.optim.Optimizer):
+                leaf.load_state_dict(state[part])
+                _of_types(leaf.state_dict()["state"], state[part]["state"])
+                _try_step(leaf)
             else:
+                if isinstance(leaf, torch.nn.Module):
+                    _of_types(leaf.state_dict(), dict(state[part]))
                 leaf.load_state_dict(state[part])
         except Exception as error:  # other flags, another version or another program wrote it
-            names = ", ".join(map(_words, state))
+            names = ", ".join(map(_words, state)) or "nothing"
             raise CheckpointError(
-                f"The checkpoint has no '{_words(part)}' of the kind and size that these flags ask "
-                f"for; it has {names}."
+                f"{source} has no '{_words(part)}' of the kind and size that these flags ask for; it has "
+                f"{names}; use the flags of the run that wrote it, or another file."
             ) from error
 
 
-def _words(part: str) -> str:
+def _of_type(own: Tensor, saved: Any) -> Tensor:
+    """saved. Raises TypeError if it is no tensor of the type that `own` has."""
+    if not isinstance(saved, Tensor) or (saved.dtype, saved.layout) != (own.dtype, own.layout):
+        raise TypeError(f"{own.dtype} is needed")
+    return saved
+
+
+def _of_types(own: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    """Raises TypeError or KeyError if the tensors in nested dicts are not of the types of those in `own`."""
+    for name, value in own.items():
+        if isinstance(value, dict):
+            _of_types(value, saved[name])
+        elif isinstance(value, Tensor):
+            _of_type(value, saved[name])
+
+
+def _try_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step of a copy. Raises whatever averages or settings lead to that are not this optimiser's. Their
+    sizes are checked before, since fused steps do not."""
+    trial = deepcopy(optimizer)
+    for parameter in [p for group in trial.param_groups for p in group["params"]]:
+        parameter.grad = torch.zeros_like(parameter)
+        sizes = (parameter.shape, (parameter.numel(),))
+        for name, x in trial.state.get(parameter, {}).items():
+            if isinstance(x, Tensor) and x.shape not in (((),) if name == "step" else sizes):
+                raise ValueError(f"{name} has the size {tuple(x.shape)}")
+    trial.step()
+
+
+def _words(part: Any) -> str:
     """['thetas']['vsml'] as a person would write it."""
-    return re.sub(r"\W+", " ", part).strip()
+    return re.sub(r"\W+", " ", str(part)).strip()
 
 
 def first_not_finite(state: dict[str, Any]) -> str | None:
@@ -151,12 +188,12 @@ def rng_state() -> list[Tensor]:
     return [torch.get_rng_state(), *gpus]
 
 
-def set_rng_state(state: list[Tensor]) -> None:
+def set_rng_state(state: list[Tensor], source: Path | str = "the checkpoint") -> None:
     """Restore what `rng_state` returned. GPUs that were not there at that time keep their state.
-    Raises CheckpointError if it is no such state."""
+    source: the file that it is of. Raises CheckpointError if it is no such state."""
     try:
         torch.set_rng_state(state[0])
         if torch.cuda.is_initialized() and len(state) > 1:
             torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
     except (IndexError, TypeError, RuntimeError) as error:
-        raise CheckpointError("The checkpoint's random state is damaged.") from error
+        raise CheckpointError(f"The random state in {source} is damaged.") from error

@@ -17,6 +17,7 @@ Axes: s tasks or sequences in parallel, t time, a inputs, c classes.
 import math
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from http.client import HTTPException
@@ -331,10 +332,12 @@ def _read_split(name: str, make: Callable, data_dir: Path) -> Examples:
 
 
 def _download(make: Callable, data_dir: Path) -> None:
-    """Download a dataset so that `data_dir` never has half of it, whatever other processes do."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+    """Download a dataset so that `data_dir` never has half of it, whatever other processes do. Folders
+    that it makes and then leaves empty are removed."""
+    made = [path for path in (data_dir, *data_dir.parents) if not path.exists()]
     patience = socket.getdefaulttimeout()
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds without a byte; torchvision would wait for ever
         with TemporaryDirectory(dir=data_dir) as folder:
             make(folder, download=True)
@@ -345,6 +348,9 @@ def _download(make: Callable, data_dir: Path) -> None:
                 path.replace(target)
     finally:
         socket.setdefaulttimeout(patience)
+        for path in made:
+            with suppress(OSError):  # it has files, was not made, or another process uses it
+                path.rmdir()
 
 
 def _arrays(name: str, data: Any) -> Examples:
@@ -530,7 +536,8 @@ class Tasks:
             )
         if shots and (not len(data) or shots >= data.counts.min()):
             raise DatasetError(
-                f"'{name}' has too few stored examples of a class for episodes of {shots} shots."
+                f"The {data.split} split of '{name}' has too few stored examples of a class for "
+                f"episodes of {shots} shots."
             )
         if self.project and self.projection != "gaussian":
             raise DatasetError("There is a faster form of Gaussian projections only.")

@@ -148,26 +148,29 @@ def matrix(
     save(figure, path)
 
 
-def heat_maps(rows: dict[str, list[tuple[Any, Any]]], path: Path, widths: Sequence[int]) -> None:
+def heat_maps(
+    rows: dict[str, list[tuple[Any, Any]]], path: Path, columns: dict[str, int]
+) -> None:
     """Heat-maps of the probabilities (t, b) of classes as examples arrive, in a column each. The class y
     (t,) of an example is framed, the predicted one dotted.
 
-    rows: by their titles, pairs of probabilities and y, side by side at these relative widths.
+    rows: by their titles, pairs of probabilities and y, side by side. columns: by their titles, the
+    relative widths.
     """
     figure, axes = pyplot().subplots(
         len(rows),
-        len(widths),
+        len(columns),
         figsize=(18, 2.4 * len(rows)),
-        width_ratios=widths,
+        width_ratios=list(columns.values()),
         squeeze=False,
         layout="constrained",
     )
     for (title, pairs), row in zip(rows.items(), axes, strict=True):
-        for ax, (p, y) in zip(row, pairs, strict=True):
+        for ax, column, (p, y) in zip(row, columns, pairs, strict=True):
             ax.imshow(p.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             ax.plot(y, "s", mfc="none", mec="tab:red", ms=7)
             ax.plot(p.argmax(1), ".", color="black", ms=4)
-            ax.set(title=title, xlabel="examples seen", ylabel="class")
+            ax.set(title=f"{title}: {column}", xlabel="examples seen", ylabel="class")
             for axis in (ax.xaxis, ax.yaxis):
                 axis.get_major_locator().set_params(integer=True)
     save(figure, path)

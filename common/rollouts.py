@@ -48,7 +48,8 @@ def correct(learner: Any, theta: Tensor, tasks: Any, ids: Tensor, x: Tensor, y: 
 
 def second_correct(learner: Any, tasks: Any, count: int, theta: Tensor) -> Tensor:
     """Two examples of each class, one after the other: the share (p,) of the second ones that members
-    theta (p, d) predict correctly, over at most `count` sequences."""
+    theta (p, d) predict correctly, over at most `count` sequences. tasks: with two stored examples of
+    each class."""
     x, y = tasks.twice_each(count)
     seconds = correct(learner, theta, tasks, tasks.test_ids(len(x)), x, y)[:, :, 1::2]
     return seconds.mean((1, 2))

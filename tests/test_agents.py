@@ -193,6 +193,8 @@ def test_a_state_is_that_of_all_agents_and_goes_to_any_number_of_processes(monke
         assert torch.equal(x, expected.view(x.shape)), name
     with pytest.raises(KeyError):
         blank.load_state_dict({name: x for name, x in gathered.items() if name != "phi"})
+    with pytest.raises(TypeError, match="phi has to be of torch.float32"):
+        blank.load_state_dict(gathered | {"phi": gathered["phi"].double()})
 
 
 # ---- metrics and returns -----------------------------------------------------------------------------------------------

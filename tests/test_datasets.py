@@ -562,6 +562,24 @@ def test_a_download_that_is_cut_off_or_not_the_only_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
+def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    """But what was there before, or came meanwhile, is not removed."""
+    import torchvision.datasets
+
+    def download(self):
+        (Path(self.root) / "half").mkdir()
+        if meanwhile:
+            (data_dir / "other").mkdir()
+        raise ConnectionResetError
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    (tmp_path / "own").mkdir()
+    for data_dir, meanwhile in ((tmp_path / "own" / "new" / "data", False), (tmp_path / "own", False), (tmp_path / "x" / "y", True)):
+        with pytest.raises(DatasetError, match="could not be downloaded"):
+            load("mnist", "train", data_dir)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["own", "x", "x/y", "x/y/other"]
+
+
 IMAGES, LABELS = (f"MNIST/raw/train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
 DAMAGE = {
     "cut off": lambda root: (root / IMAGES).write_bytes((root / IMAGES).read_bytes()[:1000]),

@@ -648,6 +648,24 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(flags, finished, com
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_without_the_results_that_its_flags_ask_for(finished, complain, tmp_path):
+    """Of another type or size, or of a step before which they are missing."""
+    saved = checkpoints.read(finished[0] / "checkpoint.pt")
+    results = saved["state"]["['evolution']"]["results"]
+    result = results["bandit fme"]
+    history = result["history"] | {"depth": result["history"]["depth"].float()}
+    others = ({}, {"phi": result["phi"].double()}, {"curve": result["curve"][:, :1]}, {"pairs": 1.0}, {"history": history})
+    for other in others:
+        evolution = {"results": results | {"bandit fme": result | other if other else other}}
+        checkpoints.write(tmp_path / "x.pt", saved | {"state": {"['evolution']": evolution}})
+        assert "x.pt has no 'evolution'" in complain("fme", f"--mode test --checkpoint {tmp_path / 'x.pt'}")
+    (tmp_path / "run").mkdir()
+    for step, kept in ((1, results), (saved["step"], {"bandit fme": result})):
+        state = {"['evolution']": {"results": kept}}
+        checkpoints.write(tmp_path / "run" / "checkpoint.pt", saved | {"state": state, "step": step})
+        assert "checkpoint.pt has no 'evolution'" in complain("fme", f"--resume {tmp_path / 'run'}")
+
+
 # ---- what a release has to reach: python -m pytest -m slow -------------------------------------------------------------
 @pytest.mark.slow
 def test_the_laptop_preset_reaches_its_floors(tmp_path):

@@ -467,6 +467,10 @@ def test_a_damaged_collection_is_refused_until_it_is_deleted(finished, stopped, 
     path.write_bytes(whole)
     refused = command(tmp_path, f"--resume {folder}", tiny="")
     assert refused.returncode == 1 and "hidden_goal-4.pt is damaged. Delete it" in refused.stderr
+    saved = gla.checkpoints.read(finished / "trajectories" / "hidden_goal-3.pt")
+    gla.checkpoints.write(path, saved | {"flags": saved["flags"] | {"lr": torch.ones(2)}})
+    refused = command(tmp_path, f"--resume {folder}", tiny="")
+    assert refused.returncode == 1 and "were collected with --teacher.lr tensor" in refused.stderr
     path.unlink()
     assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0
     assert rows(folder) == rows(finished)
@@ -614,8 +618,8 @@ REFUSED = {
     "--trajectories {done}": "give --trajectories the folder `trajectories`",
     "--trajectories {done}/trajectories --teacher.updates 7": "were collected with --teacher.updates 6, not 7",
     "--trajectories {done}/trajectories --envs hidden_goal:3 hidden_goal:5": "hidden_goal-5.pt",
-    "--mode test --checkpoint {done}/checkpoint.pt --width 16": "no 'models gla'",
-    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "no 'models gla g 0'",
+    "--mode test --checkpoint {done}/checkpoint.pt --width 16": "checkpoint.pt has no 'models gla'",
+    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "checkpoint.pt has no 'models gla g 0'",
 }
 
 

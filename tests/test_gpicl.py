@@ -715,6 +715,15 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
         gpicl.InContextLearner.load(tmp_path / "none.pt")
 
 
+def test_settings_and_sizes_that_are_none(finished, complain, tmp_path):
+    saved = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    parts = {"['sizes']": torch.tensor([-3, 10]), "['settings']['sgd']": torch.tensor([7.0, 0.0, 0.1])}
+    for name, part in parts.items():
+        checkpoints.write(tmp_path / "x.pt", saved | {"state": saved["state"] | {name: part}})
+        message = complain("gpicl", f"--mode test --checkpoint {tmp_path / 'x.pt'}")
+        assert re.search("x.pt are damaged", message)
+
+
 @pytest.fixture
 def brightness(monkeypatch):
     """A pre-trained network whose features are the mean brightness of four bands of an image."""
@@ -776,9 +785,9 @@ REFUSED = {
     "--features resnet18": "The weights of resnet18 are not at hand and could not be downloaded",
     "--features clip": "needs open_clip",
     "--features untrained --dataset wine --test-datasets wine": "'wine' has no stored uint8 images to compute features of",
-    "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "has no 'models lstm'",
-    "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "has no 'settings maml'",
-    "--mode test --checkpoint {done}/checkpoint.pt --width 32": "has no 'models transformer' of the kind and size",
+    "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "checkpoint.pt has no 'models lstm'",
+    "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "checkpoint.pt has no 'settings maml'",
+    "--mode test --checkpoint {done}/checkpoint.pt --width 32": "checkpoint.pt has no 'models transformer' of the kind and size",
     "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
     "--classes 1 2": "--classes has to be from 2 on",
     "--meta-sgd": "are for maml",

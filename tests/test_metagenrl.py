@@ -804,10 +804,11 @@ def test_an_objective_from_python(finished, tmp_path):
     with pytest.raises(ValueError, match="Actions have to be"):
         learned(taken, policy, rewards[:, :5], values, next_values, times)
     old, other = torch.load(path, weights_only=True), tmp_path / "old.pt"
-    old["state"]["['alpha']"] = old["state"]["['alpha']"][:, :-8]  # other networks
-    metagenrl.checkpoints.write(other, old)
-    with pytest.raises(metagenrl.UserError, match="not a checkpoint of this"):
-        metagenrl.LearnedObjective.load(other)
+    alpha = old["state"]["['alpha']"]
+    for part in (alpha[:, :-8], alpha.double(), [1.0]):  # of other networks, of another type
+        metagenrl.checkpoints.write(other, old | {"state": {"['alpha']": part}})
+        with pytest.raises(metagenrl.UserError, match="not a checkpoint of this"):
+            metagenrl.LearnedObjective.load(other)
     with pytest.raises(IndexError):
         metagenrl.LearnedObjective.load(path, index=99)
     with pytest.raises(metagenrl.CheckpointError, match="There is no checkpoint"):
@@ -839,8 +840,8 @@ REFUSED = {
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
-    f"{CHECKPOINT} --objective-units 7": "no 'alpha'",
-    f"{CHECKPOINT} --objectives 3": "no 'alpha'",
+    f"{CHECKPOINT} --objective-units 7": "checkpoint.pt has no 'alpha'",
+    f"{CHECKPOINT} --objectives 3": "checkpoint.pt has no 'alpha'",
 }
 
 

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from conftest import ENV, PYTHON, ROOT, killed, rows, run_script
 from common import checkpoints, machine
 from common.checkpoints import CheckpointError
 from common.figures import matrix, plot
-from common.flags import Count, FlagError, Positive, Share, check_ranges, ranges
+from common.flags import Count, FlagError, Positive, Share, check_ranges, from_dict, ranges
 from common.results import MetricsLog, read_metrics, result_row, table, to_json
 
 SCRIPTS = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
@@ -44,7 +44,7 @@ class Flags:
     sizes: tuple[Count, ...] = ()
     lr: Positive | None = None
     name: str = "x"
-    ppo: Baseline = None
+    ppo: Baseline = field(default_factory=Baseline)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,88 @@ def test_every_number_among_the_flags_has_a_range(name):
     assert "seed" in numbers and not [number for number in numbers if not ranges(hints[number])]
     for preset in script.PRESETS.values():
         check_ranges(script.Args(**preset))
+        assert from_dict(script.Args, asdict(script.Args(**preset))) == script.Args(**preset)
+
+
+def all_flags(args, prefix=""):
+    """The names of a dataclass' flags as they are typed, with those of nested ones, and the values that they choose from."""
+    names, values = set(), set()
+    for name, hint in get_type_hints(args).items():
+        flag = prefix + name.replace("_", "-")
+        names |= {flag, f"no-{flag}"}
+        values |= set(re.findall(r"'([\w-]+)'", str(hint)))
+        if is_dataclass(hint):
+            nested = all_flags(hint, flag + ".")
+            names, values = names | nested[0], values | nested[1]
+    return names, values
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_texts_name_flags_that_exist(name):
+    """--X anywhere in a script, and X: at the beginning of a flag's help, where it is a value of another flag."""
+    script = importlib.import_module(name)
+    names, values = all_flags(script.Args)
+    text = (ROOT / f"{name}.py").read_text()
+    mentioned = {flag.rstrip(".-") for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", text)}
+    assert mentioned - {"nproc-per-node", "help"} <= names
+    help_texts = text[text.index("\nclass Args") : text.index("\nPRESETS")]
+    assert set(re.findall(r'\n    """([a-z][\w-]*):\s', help_texts)) <= values
+
+
+@dataclass
+class Kinds(Flags):
+    size: tuple[int, int] | None = None
+    count: Count | Literal["inf"] = "inf"
+    quick: bool = False
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": 1.0},
+        {"steps": True},
+        {"steps": torch.tensor(1)},
+        {"sizes": [1, 2]},
+        {"sizes": (1, "2")},
+        {"sizes": 3},
+        {"lr": "0.1"},
+        {"lr": torch.ones(2)},
+        {"name": None},
+        {"name": b"x"},
+        {"ppo": "x"},
+        {"ppo": {"gamma": None}},
+        {"ppo": {"delta": 0.5}},
+        {"size": (1, 2, 3)},
+        {"count": "infinite"},
+        {"count": torch.ones(2)},
+        {"quick": 0},
+        {"other": 1},
+        {1: 1},
+    ],
+)
+def test_flags_of_another_type(changed):
+    """As a checkpoint of another version or program may hold them."""
+    fine = {"lr": 1, "sizes": (2, 3), "size": (2, 3), "count": 5, "ppo": {"gamma": 0.5}}
+    assert from_dict(Kinds, fine) == Kinds(**fine | {"ppo": Baseline(0.5)})
+    with pytest.raises(TypeError):
+        from_dict(Kinds, fine | changed)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_empty_text_is_refused(name, complain, tmp_path):
+    """`--resume "$RUN"` without a RUN is no new run."""
+    flags = [field.name for field in fields(importlib.import_module(name).Args) if field.type in (str, str | None)]
+    assert {"resume", "checkpoint", "run_dir", "run_name"} <= set(flags)
+    for flag in (flag.replace("_", "-") for flag in flags):
+        assert f"--{flag} is empty" in complain(name, f"--run-name new --{flag}=")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
 def some_state():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    adam = torch.optim.Adam(model.parameters())
+    adam = torch.optim.Adam(model.parameters(), fused=True)
     model(torch.randn(4, 3)).sum().backward()
     adam.step()
     Pair = namedtuple("Pair", "h c")
@@ -104,8 +179,48 @@ def test_a_state_goes_to_a_file_and_back(tmp_path):
     ("keep", "part"), [({"theta": torch.zeros(4)}, "theta"), ({"phi": torch.zeros(5)}, "phi"), ({"model": torch.nn.Linear(4, 2)}, "model")]
 )
 def test_a_part_that_does_not_fit(keep, part):
-    with pytest.raises(CheckpointError, match=f"no '{part}' of the kind and size .* it has model, adam first, theta"):
-        checkpoints.restore(keep, checkpoints.state_of(some_state()))
+    """The message has the file, what is in it, and what to do."""
+    sentence = f"^x.pt has no '{part}' of the kind and size .* it has model, adam first, theta.*; use the flags of the run"
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoints.restore(keep, checkpoints.state_of(some_state()), "x.pt")
+
+
+OTHER_PARTS = {  # of some_state(), by what is wrong with them
+    "theta of another type": {"['theta']": torch.zeros(5, dtype=torch.float64)},
+    "complex theta": {"['theta']": torch.zeros(5, dtype=torch.complex64)},
+    "sparse theta": {"['theta']": torch.zeros(5).to_sparse()},
+    "theta is a list": {"['theta']": [0.0] * 5},
+    "a weight of another type": {"['model']": {"weight": torch.zeros(2, 3, dtype=torch.int64), "bias": torch.zeros(2)}},
+    "no bias": {"['model']": {"weight": torch.zeros(2, 3)}},
+    "a module is a tensor": {"['model']": torch.zeros(8)},
+    "an optimiser without parts": {"['adam']['first']": {}},
+    "an optimiser of numbers": {"['adam']['first']": {"state": 1, "param_groups": 2}},
+}
+ONE = torch.tensor(1.0)
+OTHER_AVERAGES = {  # of Adam's first parameter, (2, 3)
+    "no averages": {"step": ONE},
+    "averages of another size": {"step": ONE, "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.zeros(3, 2)},
+    "empty averages": {"step": ONE, "exp_avg": torch.zeros(0), "exp_avg_sq": torch.zeros(2, 3)},
+    "averages that are text": {"step": ONE, "exp_avg": "x", "exp_avg_sq": "y"},
+    "averages that are a list": [1.0, 2.0],
+    "averages of another type": {"step": ONE, "exp_avg": torch.zeros(2, 3).int(), "exp_avg_sq": torch.zeros(2, 3)},
+}
+
+
+@pytest.mark.parametrize("wrong", [*OTHER_PARTS, *OTHER_AVERAGES, "settings that are text"])
+def test_a_part_of_another_type(wrong):
+    """Nothing is converted. Of an optimiser, a step of a copy shows whether all is there, so that training need not."""
+    state = checkpoints.state_of(some_state())
+    checkpoints.restore(some_state(), state)
+    adam = state["['adam']['first']"]
+    if wrong in OTHER_AVERAGES:
+        adam["state"][0] = OTHER_AVERAGES[wrong]
+    elif wrong in OTHER_PARTS:
+        state |= OTHER_PARTS[wrong]
+    else:
+        adam["param_groups"][0] |= {"betas": "xy", "lr": None}
+    with pytest.raises(CheckpointError, match="of the kind and size"):
+        checkpoints.restore(some_state(), state)
 
 
 def test_every_flipped_bit_that_changes_a_number_is_noticed(tmp_path):
@@ -329,6 +444,46 @@ def test_a_renamed_copy_reads_old_checkpoints(finished, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "runs" / "copy") == rows(finished)
+
+
+OTHER_VERSION = "was written by another version of"
+CRAFTED = {  # what is changed in a checkpoint, and a part of the sentence that refuses it
+    "step -1": ({"step": -1}, "is damaged"),
+    "step 2^80": ({"step": 2**80}, "is damaged"),
+    "step 1.5": ({"step": 1.5}, "is damaged"),
+    "step of a tensor": ({"step": torch.tensor(1)}, "is damaged"),
+    "a list of args": ({"args": [1]}, "is damaged"),
+    "a name that is no text": ({"args": {1: 2}}, OTHER_VERSION),
+    "an unknown flag": ({"args": {"unknown": 2}}, OTHER_VERSION),
+    "a number as text": ({"args": {"seed": "1"}}, OTHER_VERSION),
+    "a tensor as a number": ({"args": {"checkpoint_every": torch.ones(3)}}, OTHER_VERSION),
+    "text as a switch": ({"args": {"compile": "no"}}, OTHER_VERSION),
+    "nested text": ({"args": {"baselines": ((),)}}, OTHER_VERSION),
+    "an unknown learner": ({"args": {"learner": "x"}}, OTHER_VERSION),
+    "a number out of its range": ({"args": {"seed": -5}}, "--seed has to be from 0"),
+    "a list as the state": ({"state": [torch.ones(2)]}, "is damaged"),
+    "an empty state": ({"state": {}}, "has no '"),
+    "names that are no text": ({"state": {1: torch.ones(2), None: 3}}, "has no '"),
+    "a random state that is no list": ({"rng": torch.ones(2)}, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_crafted_checkpoint_is_refused_in_one_sentence(name, complain, tmp_path):
+    """With the checksum that it should have. The damage of each kind is in a dictionary as a run writes it."""
+    script = importlib.import_module(name)
+    args = asdict(script.Args(**script.LAPTOP, preset="laptop"))
+    whole = {"method": name, "args": args, "step": 0, "state": {}, "rng": checkpoints.rng_state()}
+    (tmp_path / "run").mkdir()
+    for parts, sentence in CRAFTED.values():
+        crafted = whole | parts
+        if isinstance(parts.get("args"), dict):
+            crafted["args"] = args | parts["args"]
+        checkpoints.write(tmp_path / "run" / "checkpoint.pt", crafted)
+        ways = [f"--mode test --checkpoint {tmp_path / 'run' / 'checkpoint.pt'}", f"--resume {tmp_path / 'run'}"]
+        for flags in ways[: 1 if "state" in parts else 2]:  # a resumed run reads the state last
+            assert sentence in complain(name, flags)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
 
 
 def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):

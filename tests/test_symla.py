@@ -700,10 +700,10 @@ REFUSED = {
     "--hidden 0": "--hidden has to be from 1 to",
     "--lr nan": "--lr has to be from",
     "--rnn-outputs 2": "--rnn-outputs 2 are too small for independent_bandit:3",
-    "--init {done}/checkpoint.pt --hidden 7": "no 'thetas symla' of the kind and size that these flags ask for",
+    "--init {done}/checkpoint.pt --hidden 7": "checkpoint.pt has no 'thetas symla' of the kind and size .* use the flags of the run",
     "--init {tmp}/alone.pt --learner rnn --baselines": "parameters of none of the learners",
-    "--mode test --checkpoint {done}/checkpoint.pt --hidden 7": "no 'thetas symla' of the kind and size",
-    "--mode test --checkpoint {tmp}/alone.pt": "no 'thetas rnn' .* it has thetas symla",
+    "--mode test --checkpoint {done}/checkpoint.pt --hidden 7": "checkpoint.pt has no 'thetas symla' of the kind and size",
+    "--mode test --checkpoint {tmp}/alone.pt": "alone.pt has no 'thetas rnn' .* it has thetas symla",
 }
 
 

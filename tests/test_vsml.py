@@ -23,7 +23,7 @@ from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
 from sklearn.datasets import load_wine
 
 import vsml
-from common import cells, checkpoints, cloning, convolutions, es, rollouts
+from common import cells, checkpoints, cloning, convolutions, es, figures, rollouts
 from common.datasets import Tasks, load
 from common.machine import can_compile
 from common.rng import fold, key
@@ -150,6 +150,14 @@ def test_compiled_cell_equals_the_readable_one():
         inputs = [2 * torch.randn(shape, generator=generator) for shape in shapes]
         for fast, exact in zip(compiled(*inputs), vsml.lstm_cell(*inputs), strict=True):
             torch.testing.assert_close(fast, exact, atol=1e-3, rtol=0)  # gates 1e-4, cells up to 8
+
+
+def test_which_form_of_the_cell_is_fastest():
+    """Decided by four values, without the flags of a script."""
+    fastest = {use: cells.fastest("cpu", use, 16, shared=False) for use in ("test", "es", "backprop")}
+    assert fastest["backprop"] == cells.TrainableCell.apply and fastest["es"].keywords == {"tanh": cells.rational_tanh}
+    assert fastest["test"] is not None and cells.fastest("cpu", "backprop", 16, shared=True) is None
+    assert {cells.fastest("cuda", use, 16, shared=False) for use in fastest} == {None}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -445,6 +453,28 @@ def test_second_examples_of_a_class():
     assert rollouts.second_correct(Repeat(False), tasks, 5, torch.zeros(1, 1)) == 1.0
     slow, fast = rollouts.second_correct(vsml.OnlineSGD(False), tasks, 5, torch.tensor([[-9.0], [0.0]]))
     assert slow < 0.4 < 0.8 < fast
+
+
+def test_introspection_is_of_a_dataset_with_second_examples_in_both_splits(tmp_path, monkeypatch):
+    """The rate of gradient descent is searched on those of the train split. Each panel has a title of its own."""
+
+    def own(**counts):
+        arrays = {}
+        for split, count in counts.items():
+            arrays[f"y_{split}"] = y = np.arange(2 * count) // count
+            arrays[f"x_{split}"] = np.random.default_rng(0).normal(size=(len(y), 3)) + y[:, None]
+        np.savez(tmp_path / "my.npz", **arrays)
+        return Tasks(load(str(tmp_path / "my.npz"), "test"))
+
+    for train, test, pairs in ((4, 2, True), (1, 2, False), (4, 1, False)):
+        tasks = own(train=train, test=test)
+        assert vsml.has_pairs(tasks) == pairs
+    assert not vsml.has_pairs(Tasks(load("random", "test")))
+
+    monkeypatch.setattr(figures, "save", lambda figure, path: titles.extend(ax.get_title() for ax in figure.axes))
+    titles, learners = [], {"sgd": vsml.OnlineSGD(False)}
+    vsml.introspect(tmp_path / "x.png", vsml.Args(), learners, {"sgd": torch.zeros(1)}, {"sgd": own(train=4, test=2)})
+    assert titles == ["online SGD: each class twice", "online SGD: random examples"]
 
 
 def test_rollouts_pass_once_through_the_examples_of_their_classes():
@@ -907,6 +937,19 @@ def test_few_shots_from_the_command_line(tmp_path):
     assert not any(row["metric"] == "cumulative_accuracy" for row in rows(tmp_path / "few"))
 
 
+def test_few_shots_and_too_few_examples_to_search_a_rate_with(complain, tmp_path):
+    """Refused before anything is written; learners without a rate to search, or at a fixed one, need no train split."""
+    labels = {"train": np.arange(8) % 4, "test": np.arange(40) % 4}
+    arrays = {f"x_{split}": np.random.default_rng(0).normal(size=(len(y), 3)) for split, y in labels.items()}
+    np.savez(tmp_path / "my.npz", **arrays | {f"y_{split}": y for split, y in labels.items()})
+    flags = f"{TINY} --shots 3 --test-datasets {tmp_path / 'my.npz'} --run-name few --baselines"
+    for name in ("sgd", "adam2"):
+        assert "train split of 'my' has too few stored examples" in complain("vsml", f"{flags} rnn {name}")
+    assert [path.name for path in tmp_path.iterdir()] == ["my.npz"]
+    args = replace(vsml.Args(**vsml.LAPTOP), shots=3, baselines=("rnn", "sgd_1e-2"), test_datasets=(str(tmp_path / "my.npz"),))
+    assert vsml.test_tasks(args, "cpu")["my"].episode == 13
+
+
 def test_cloning_learns_backpropagation_and_then_needs_none(tmp_path, monkeypatch):
     """A short cloning on digits; then the sub-RNNs train a fresh network to (nearly) what backpropagation trains it to,
     while neither autograd nor the rules of backpropagation can be called."""
@@ -962,6 +1005,8 @@ def broken_checkpoints(finished, folder):
     checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
     checkpoints.write(folder / "foreign.pt", checkpoint | {"method": "fme"})
     checkpoints.write(folder / "unknown.pt", {"weights": torch.zeros(3)})
+    sizes = {"['rnn_sizes']": torch.tensor([-3, 10])}
+    checkpoints.write(folder / "sizes.pt", checkpoint | {"state": checkpoint["state"] | sizes})
     (folder / "foreign_run").mkdir()
     checkpoints.write(folder / "foreign_run" / "checkpoint.pt", checkpoint | {"method": "fme"})
 
@@ -977,7 +1022,8 @@ REFUSED = {
     "--mode test --checkpoint {tmp}/text.pt": "text.pt is damaged or not a checkpoint",
     "--mode test --checkpoint {tmp}/foreign.pt": "is a checkpoint of fme.py, not of vsml.py",
     "--mode test --checkpoint {tmp}/unknown.pt": "unknown.pt is damaged or not a checkpoint",
-    "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
+    "--mode test --checkpoint {tmp}/sizes.pt": "sizes.pt has no 'thetas rnn'",
+    "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "checkpoint.pt has no 'thetas vsml' of the kind and size .* use the flags of the run",
     "--checkpoint {done}/checkpoint.pt": "need each other, and exclude --resume",
     "--resume {done}": "holds a run: --resume it if it was stopped",
     "--resume {tmp}": "There is no checkpoint",
@@ -989,7 +1035,7 @@ REFUSED = {
     "--shots 5 --dataset random": "'random' has too few stored examples",
     "--conv 8 --baselines --test-datasets wine": "No learner fits any of the test datasets",
     "--init {tmp}/cut.pt": "cut.pt is damaged or not a checkpoint",
-    "--init {done}/checkpoint.pt --state-size 8": "no 'thetas vsml' of the kind and size that these flags ask for",
+    "--init {done}/checkpoint.pt --state-size 8": "checkpoint.pt has no 'thetas vsml' of the kind and size .* use the flags of the run",
     "--meta-steps 0": "--meta-steps has to be from 1 to",
     "--backprop-lr inf": "--backprop-lr has to be from",
     "--logit-slot 8": "--message-size 8 is too small for --logit-slot",
