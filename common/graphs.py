@@ -22,7 +22,8 @@ def replayed(function: Callable) -> Callable:
 
 
 def replayed_loss(loss: Callable, parameters: Iterable[Tensor]) -> Callable:
-    """The same loss(*inputs) -> (scalar, *other tensors), whose backward pass is a part of the graph."""
+    """The same loss(*inputs) -> (scalar, *other tensors), whose backward pass is a part of the graph: call backward before
+    the next loss, which takes the place of its gradients."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
 
     def with_gradients(*inputs: Tensor) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ STRIP = {
     "MetaGenRL": ("M1", "pendulum", False, "metagenrl_returns.png", (738, 0, 1135, 354)),
     "VSML": ("V3", "fashion_mnist", True, "vsml_transfer.png", (440, 0, 876, 312)),
     "SymLA": ("S1", "independent_bandit", False, "symla_bandits.png", (0, 0, 398, 312)),
-    "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (413, 628, 822, 938)),
+    "GPICL": ("G2", "fashion_mnist", False, "gpicl_accuracy.png", (827, 4, 1232, 314)),
     "GLA": ("L4", "hidden_goal:8", True, "gla_goals.png", (900, 265, 1200, 520)),
     "FME": ("F1", "bandit", False, "fme_self_modifications.png", (0, 0, 502, 358)),
 }
