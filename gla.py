@@ -57,13 +57,13 @@ from common.envs.wrappers import Recorded
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.ppo import PPO, Policy, PPOAgents, executed
+from common.ppo import PPO, Policy, PPOAgents, executed, log_prob_executed
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "ppo", "uniform"]
+Name = Literal["gla", "one-task", "no-reward", "ad", "dpt", "cloning", "teacher", "ppo", "uniform"]
 
 
 @dataclass
@@ -97,10 +97,12 @@ class Args:
     learner: Name = "gla"
     """What learns at meta-test time. gla: a Transformer for each of --gaps. With the first gap, one-task: distilled from the
     first of --envs alone (Figure 6.4; where there is but one, gla itself); no-reward: with rewards masked, so that it cannot
-    learn from them. cloning: the last policy without a history. ppo: PPO from scratch; teacher: PPO as --teacher, if that is
-    another; uniform: random actions."""
+    learn from them; ad: Algorithm Distillation (Laskin et al. 2022), the likelihood of the actions that were taken, not a
+    distance to the policies. dpt: Decision-Pretrained Transformer (Lee et al. 2023), targets of the last policy after chunks of
+    any updates, in any order. cloning: the same without a history. ppo: PPO from scratch; teacher: PPO as --teacher, if that
+    is another; uniform: random actions."""
     baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "ppo", "uniform")
-    """What else is meta-trained and meta-tested."""
+    """What else is meta-trained and meta-tested. ad and dpt are not, as each takes as long as a gap."""
 
     envs: tuple[str, ...] = ("ant",)
     """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own
@@ -336,13 +338,15 @@ def tokens(projection: Projection, known: Transition, eta: Tensor, masked: str =
 
 
 class Student(NamedTuple):
-    """A Transformer, its gap, the environments whose teachers it learns from, and what is masked in its inputs."""
+    """A Transformer, and what it learns from."""
 
     args: Args
     model: GLA
     gap: int
-    envs: tuple[str, ...]
-    masked: str = ""
+    envs: tuple[str, ...]  # of its teachers
+    masked: str = ""  # in its inputs, see tokens
+    shuffled: bool = False  # chunks are of any updates, in any order
+    likelihood: bool = False  # targets are the actions that were taken
 
     def eta(self, progress: Tensor, reward: Tensor | None = None) -> Tensor:
         """The input that sets how much better the policy should get (section 6.2). progress: from 0 to 1 in a sequence; reward:
@@ -432,21 +436,21 @@ def rollout(student: Student, env: Env, projection: Projection, steps: int, gene
 # The outer loop
 # ======================================================================================================================
 def subsample(
-    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor, anywhere: bool = False
+    student: Student, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
     for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
     untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
-    or `anywhere` any, and the policy is the last one in all of them."""
+    and the policy is the last one in all of them."""
+    args, gap = student.args, student.gap
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
     trajectory = draw(h, (count, 1, 1))[own]
-    firsts = u - max(args.gaps) * (args.chunks - 1)  # how many updates k is one of, the same for all gaps
-    if not gap:
-        firsts = u - args.chunks + 1 if anywhere else 1
-    first = draw(firsts, (count, 1, 1))[own]
-    update = first + max(gap, 1) * chunk[:, None]
+    firsts = u - max(args.gaps) * (args.chunks - 1) if gap else 1  # how many updates k is one of, the same for all gaps
+    update = draw(firsts, (count, 1, 1))[own] + max(gap, 1) * chunk[:, None]
+    if student.shuffled:
+        update = draw(u, (count, args.chunks, 1))[own]
     start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
 
     index = trajectory, update, start + place
@@ -473,7 +477,10 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
         outputs = student.model(sequences)
     outputs = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in outputs)
     outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
-    losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
+    losses = []
+    for y, log_std, (projection, steps, p, _) in outputs:
+        q = native(y, log_std, projection, p.log_std is None)
+        losses.append(-log_prob_executed(q, steps.action) if student.likelihood else divergence(p, q))
     predicted = torch.cat([task[3] for task in tasks]).float()
     count = es.all_reduce_mean(predicted.sum()).clamp(min=1)  # the same in all processes
     return (torch.cat(losses) * predicted).sum() / count
@@ -507,8 +514,7 @@ def meta_train(
                 own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
-                anywhere = student.masked == "history"  # no lifetime to resemble, but states that the last policy reaches
-                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own, anywhere)  # line 6
+                batch = subsample(student, trajectories[env_name], discrete, len(env_ids), own)  # line 6
                 tasks.append((projection, *batch))
 
             loss = meta_loss(fused[name], merge(tasks))
@@ -518,7 +524,7 @@ def meta_train(
             nn.utils.clip_grad_norm_(student.model.parameters(), args.clip)
             adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
             adam[name].step()  # line 7
-            metrics[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
+            metrics[name.replace(", g = ", "_gap_") + "_loss"] = es.all_reduce_mean(loss.detach().clone())
         run.log(step, metrics)
 
 
@@ -756,6 +762,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
     known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
     labels = {"ppo": "PPO", "teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
     labels |= {"no-reward": "GLA, rewards masked", "cloning": "cloning, without history"}
+    labels |= {"ad": "Algorithm Distillation", "dpt": "Decision-Pretrained Transformer"}
     for number, gap in enumerate(args.gaps):
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
         labels["gla" + (f", g = {gap}" if number else "")] = label
@@ -1105,7 +1112,7 @@ def check(args: Args, world: int) -> None:
         raise UserError(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
     if world > 1 and args.batch % (len(args.envs) * world):
         raise UserError(f"--batch {args.batch} cannot be divided by {len(args.envs)} environments and {world} processes.")
-    transformers = {"gla", "one-task", "no-reward", "cloning"} & {args.learner, *args.baselines}
+    transformers = {args.learner, *args.baselines} - {"teacher", "ppo", "uniform"}
     for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
         if transformers and (env.num_actions or env.action_size) > args.action_size:
@@ -1116,21 +1123,24 @@ def check(args: Args, world: int) -> None:
 
 def make_students(args: Args) -> dict[str, Student]:
     """The Transformers that the flags ask for, equal at first."""
-    learners = (args.learner, *args.baselines)
+    differences: dict[str, dict[str, Any]] = {"gla": {}}
+    differences |= {f"gla, g = {gap}": {"gap": gap} for gap in args.gaps[1:]}
+    differences |= {
+        "one-task": {"envs": args.envs[:1]},
+        "no-reward": {"masked": "reward"},
+        "ad": {"likelihood": True},
+        "dpt": {"gap": 0, "shuffled": True},
+        "cloning": {"gap": 0, "shuffled": True, "masked": "history"},
+    }
+    learners = {args.learner, *args.baselines}
+    if len(set(args.envs)) == 1 and args.learner != "one-task":
+        learners.discard("one-task")
     students = {}
-
-    def add(name: str, gap: int, of: Args = args, **options: Any) -> None:
-        torch.manual_seed(args.seed)
-        students[name] = Student(args, GLA(of), gap, **{"envs": args.envs} | options)
-
-    for number, gap in enumerate(args.gaps if "gla" in learners else ()):
-        add("gla" + (f", g = {gap}" if number else ""), gap)
-    if args.learner == "one-task" or ("one-task" in learners and len(set(args.envs)) > 1):
-        add("one-task", args.gaps[0], envs=args.envs[:1])
-    if "no-reward" in learners:
-        add("no-reward", args.gaps[0], masked="reward")
-    if "cloning" in learners:
-        add("cloning", 0, of=replace(args, chunks=1, chunk=1), masked="history")
+    for name, different in differences.items():
+        if name.partition(",")[0] in learners:
+            torch.manual_seed(args.seed)
+            model = GLA(replace(args, chunks=1, chunk=1) if name == "cloning" else args)
+            students[name] = Student(args, model, **{"gap": args.gaps[0], "envs": args.envs} | different)
     return students
 
 
