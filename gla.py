@@ -97,10 +97,10 @@ class Args:
     learner: Name = "gla"
     """What learns at meta-test time. gla: a Transformer for each of --gaps. With the first gap, one-task: distilled from the
     first of --envs alone (Figure 6.4; where there is but one, gla itself); no-reward: with rewards masked, so that it cannot
-    learn from them; ad: Algorithm Distillation (Laskin et al. 2022), the likelihood of the actions that were taken, not a
-    distance to the policies. dpt: Decision-Pretrained Transformer (Lee et al. 2023), targets of the last policy after chunks of
-    any updates, in any order. cloning: the same without a history. ppo: PPO from scratch; teacher: PPO as --teacher, if that
-    is another; uniform: random actions."""
+    learn from them. ad: Algorithm Distillation (Laskin et al. 2022), with the largest gap the likelihood of the actions that
+    were taken, not a distance to policies. dpt: Decision-Pretrained Transformer (Lee et al. 2023), targets of the last policy
+    after chunks of any updates, in any order. cloning: the same without a history. ppo: PPO from scratch; teacher: PPO as
+    --teacher, if that is another; uniform: random actions."""
     baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "ppo", "uniform")
     """What else is meta-trained and meta-tested. ad and dpt are not, as each takes as long as a gap."""
 
@@ -1090,6 +1090,8 @@ def check(args: Args, world: int) -> None:
         raise UserError("--envs needs at least one environment.")
     if not args.gaps or len(set(args.gaps)) < len(args.gaps):
         raise UserError("--gaps needs at least one number, and each of them once.")
+    if "ad" in (args.learner, *args.baselines) and max(args.gaps) == 0:
+        raise UserError("--learner ad needs a gap above 0, with which sequences span the learning of PPO.")
     context, most = args.chunks * args.chunk, args.teacher.num_steps
     if context == 1:
         raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
@@ -1128,7 +1130,7 @@ def make_students(args: Args) -> dict[str, Student]:
     differences |= {
         "one-task": {"envs": args.envs[:1]},
         "no-reward": {"masked": "reward"},
-        "ad": {"likelihood": True},
+        "ad": {"gap": max(args.gaps), "likelihood": True},
         "dpt": {"gap": 0, "shuffled": True},
         "cloning": {"gap": 0, "shuffled": True, "masked": "history"},
     }

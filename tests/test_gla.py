@@ -659,6 +659,7 @@ REFUSED = {
     "--gaps": "--gaps needs at least one",
     "--gaps 2 2": "each of them once",
     "--gaps 3": "update 6 of 6",
+    "--gaps 0 --learner ad": "ad needs a gap above 0",
     "--chunk 1 --chunks 1": "at least two steps",
     "--chunk 6": "--chunk 6 is longer than --teacher.num-steps 5",
     "--heads 3": "--width 8 cannot be divided",
