@@ -11,7 +11,7 @@ General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla
     Algorithm 10           -> collect (line 2), draw_projection (line 5), subsample (line 6), meta_train
     Algorithm 11           -> rollout, next_policy
     Section 6.2 (augment)  -> Projection
-    Figures 6.3 to 6.6     -> meta_test, draw_curves
+    Figures 6.3 to 6.6     -> meta_test, draw_curves (and paths in the grid world: draw_paths)
 
     python gla.py                                                 # nine hidden goals, two of them new: 5 minutes
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
@@ -54,7 +54,7 @@ from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.wrappers import Recorded
-from common.figures import plot
+from common.figures import grid_paths, plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
 from common.ppo import PPO, Policy, PPOAgents, executed, log_prob_executed
@@ -261,6 +261,9 @@ class Projection(NamedTuple):
     action: Tensor
 
 
+UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
+
+
 def draw_projection(args: Args, env: Env, ids: Tensor) -> Projection:
     """Projections of tasks, a pure function of their ids (s,) and --seed. Observations: normal, of variance 1 / a; actions:
     random orthonormal rows, for choices of the identity. Without --projected observation and action come first, then zeros."""
@@ -412,9 +415,10 @@ def next_policy(
     return policy.map(lambda x: x[:, 0])
 
 
-def rollout(student: Student, env: Env, projection: Projection, steps: int, generator: torch.Generator) -> Tensor:
+def rollout(student: Student, env: Env, steps: int, generator: torch.Generator) -> Tensor:
     """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
-    Returns rewards (s, t)."""
+    Projections are new ones. Returns rewards (s, t)."""
+    projection = draw_projection(student.args, env, UNSEEN + torch.arange(env.num_envs, device=env.device))
     s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
     draw = partial(torch.rand, s, generator=generator, device=env.device)
     world, obs = env.reset(draw(env.lifetime_draws))
@@ -652,7 +656,7 @@ def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
 def meta_test(
     args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run"
 ) -> list[dict[str, Any]]:
-    """Result rows of every learner in every environment, and a figure of them."""
+    """Result rows of every learner in every environment, and figures."""
     rows = []
     tasks = dict.fromkeys([*args.envs, *args.test_envs])
     agents = {"teacher": args.teacher, "ppo": args.ppo}
@@ -673,24 +677,20 @@ def meta_test(
         env.close()
 
     draw_curves(run.folder / "learning.png", rows, args)
+    if args.learner in students:
+        draw_paths(run.folder / "paths.png", args, students[args.learner], run.device)
     return rows
-
-
-UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 
 
 @torch.no_grad()
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
     """Reward per step since the last point, of rollouts with new projections; of a body its speed, too; and the mean return of
     episodes. No student: random actions. number: of the task, a part of the seed."""
-    steps = args.test_steps or lifetime_steps(args, env)
+    steps = lifetime_steps(args, env)
     generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
     recorded = Recorded(env)
-    if student:
-        projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
-        curves = {"reward_per_step": rollout(student, recorded, projection, steps, generator)}
-    else:
-        curves = {"reward_per_step": uniform_rollout(recorded, steps, generator)}
+    rewards = rollout(student, recorded, steps, generator) if student else uniform_rollout(recorded, steps, generator)
+    curves = {"reward_per_step": rewards}
     if (speeds := recorded.speeds()) is not None:
         curves["speed"] = speeds
 
@@ -705,10 +705,9 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 
 
 def lifetime_steps(args: Args, env: Env) -> int:
-    """As many as a sequence has, in whole episodes where they are shorter: the rewards of a body that starts from rest once
-    more would not tell what was learned."""
+    """--test-steps, or a sequence's, in whole episodes: a body's start from rest once more would hide what was learned."""
     context = args.chunks * args.chunk
-    return context - context % min(env.max_steps or 1, context)
+    return args.test_steps or context - context % min(env.max_steps or 1, context)
 
 
 def ppo_rows(
@@ -759,7 +758,7 @@ def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
     """Figures 6.3 to 6.6: one panel for each environment, a line for each learner."""
-    known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
+    known = {row["task"]: "meta-trained on" if row["task"] in args.envs else "never seen" for row in rows}
     labels = {"ppo": "PPO", "teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
     labels |= {"no-reward": "GLA, rewards masked", "cloning": "cloning, without history"}
     labels |= {"ad": "Algorithm Distillation", "dpt": "Decision-Pretrained Transformer"}
@@ -778,6 +777,21 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         columns=5,
         xscale="log",
     )
+
+
+@torch.no_grad()
+def draw_paths(path: Path, args: Args, student: Student, device: torch.device) -> None:
+    """Where a student moves in one lifetime, in each grid world with a hidden goal."""
+    lifetimes = {}
+    for task in dict.fromkeys([*args.envs, *args.test_envs]):
+        if task.partition(":")[0] == "hidden_goal":
+            env = Recorded(make_env(task, 1, device))
+            rollout(student, env, lifetime_steps(args, env), torch.Generator(device).manual_seed(args.seed))
+            cells = torch.stack([torch.cat(move).argmax(1) for move in env.moves])
+            title = f"{task}\n{'meta-trained on' if task in args.envs else 'never seen'}"
+            lifetimes[title] = env.env.goal, cells.cpu().numpy()
+    if lifetimes:
+        grid_paths(lifetimes, 3, path)
 
 
 # ======================================================================================================================
