@@ -11,7 +11,7 @@ General-Purpose In-Context Learning Agents" (2023). Results: .github/results/gla
     Algorithm 10           -> collect (line 2), draw_projection (line 5), subsample (line 6), meta_train
     Algorithm 11           -> rollout, next_policy
     Section 6.2 (augment)  -> Projection
-    Figures 6.3 to 6.6     -> meta_test, draw_curves
+    Figures 6.3 to 6.6     -> meta_test, draw_curves (and paths in the grid world: draw_paths)
 
     python gla.py                                                 # nine hidden goals, two of them new: 5 minutes
     python gla.py --envs heading:0 heading:90 heading:180 heading:270 --test-envs heading:45 heading:225
@@ -54,16 +54,16 @@ from common import checkpoints, envs, es, machine, rng
 from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.envs.wrappers import Recorded
-from common.figures import plot
+from common.figures import grid_paths, plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
 from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
-from common.ppo import PPO, Policy, PPOAgents, executed
+from common.ppo import PPO, Policy, PPOAgents, executed, log_prob_executed
 from common.results import MetricsLog, result_row, table, to_json
 
 # ======================================================================================================================
 # Args
 # ======================================================================================================================
-Name = Literal["gla", "one-task", "no-reward", "cloning", "teacher", "ppo", "uniform"]
+Name = Literal["gla", "one-task", "no-reward", "ad", "dpt", "cloning", "teacher", "ppo", "uniform"]
 
 
 @dataclass
@@ -97,10 +97,12 @@ class Args:
     learner: Name = "gla"
     """What learns at meta-test time. gla: a Transformer for each of --gaps. With the first gap, one-task: distilled from the
     first of --envs alone (Figure 6.4; where there is but one, gla itself); no-reward: with rewards masked, so that it cannot
-    learn from them. cloning: the last policy without a history. ppo: PPO from scratch; teacher: PPO as --teacher, if that is
-    another; uniform: random actions."""
+    learn from them. ad: Algorithm Distillation (Laskin et al. 2022), with the largest gap the likelihood of the actions that
+    were taken, not a distance to policies. dpt: Decision-Pretrained Transformer (Lee et al. 2023), targets of the last policy
+    after chunks of any updates, in any order. cloning: the same without a history. ppo: PPO from scratch; teacher: PPO as
+    --teacher, if that is another; uniform: random actions."""
     baselines: tuple[Name, ...] = ("one-task", "no-reward", "cloning", "teacher", "ppo", "uniform")
-    """What else is meta-trained and meta-tested."""
+    """What else is meta-trained and meta-tested. ad and dpt are not, as each takes as long as a gap."""
 
     envs: tuple[str, ...] = ("ant",)
     """Environments that PPO learns in and the Transformer is meta-trained on (section 6.3: Ant-v4). Gymnasium's have their own
@@ -259,6 +261,9 @@ class Projection(NamedTuple):
     action: Tensor
 
 
+UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
+
+
 def draw_projection(args: Args, env: Env, ids: Tensor) -> Projection:
     """Projections of tasks, a pure function of their ids (s,) and --seed. Observations: normal, of variance 1 / a; actions:
     random orthonormal rows, for choices of the identity. Without --projected observation and action come first, then zeros."""
@@ -336,13 +341,15 @@ def tokens(projection: Projection, known: Transition, eta: Tensor, masked: str =
 
 
 class Student(NamedTuple):
-    """A Transformer, its gap, the environments whose teachers it learns from, and what is masked in its inputs."""
+    """A Transformer, and what it learns from."""
 
     args: Args
     model: GLA
     gap: int
-    envs: tuple[str, ...]
-    masked: str = ""
+    envs: tuple[str, ...]  # of its teachers
+    masked: str = ""  # in its inputs, see tokens
+    shuffled: bool = False  # chunks are of any updates, in any order
+    likelihood: bool = False  # targets are the actions that were taken
 
     def eta(self, progress: Tensor, reward: Tensor | None = None) -> Tensor:
         """The input that sets how much better the policy should get (section 6.2). progress: from 0 to 1 in a sequence; reward:
@@ -408,9 +415,10 @@ def next_policy(
     return policy.map(lambda x: x[:, 0])
 
 
-def rollout(student: Student, env: Env, projection: Projection, steps: int, generator: torch.Generator) -> Tensor:
+def rollout(student: Student, env: Env, steps: int, generator: torch.Generator) -> Tensor:
     """Algorithm 11: K steps in every environment, with a history that grows by each transition, and nothing else that changes.
-    Returns rewards (s, t)."""
+    Projections are new ones. Returns rewards (s, t)."""
+    projection = draw_projection(student.args, env, UNSEEN + torch.arange(env.num_envs, device=env.device))
     s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
     draw = partial(torch.rand, s, generator=generator, device=env.device)
     world, obs = env.reset(draw(env.lifetime_draws))
@@ -432,21 +440,21 @@ def rollout(student: Student, env: Env, projection: Projection, steps: int, gene
 # The outer loop
 # ======================================================================================================================
 def subsample(
-    args: Args, gap: int, trajectories: Trajectories, discrete: bool, count: int, own: Tensor, anywhere: bool = False
+    student: Student, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
     for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
     untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
-    or `anywhere` any, and the policy is the last one in all of them."""
+    and the policy is the last one in all of them."""
+    args, gap = student.args, student.gap
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
     trajectory = draw(h, (count, 1, 1))[own]
-    firsts = u - max(args.gaps) * (args.chunks - 1)  # how many updates k is one of, the same for all gaps
-    if not gap:
-        firsts = u - args.chunks + 1 if anywhere else 1
-    first = draw(firsts, (count, 1, 1))[own]
-    update = first + max(gap, 1) * chunk[:, None]
+    firsts = u - max(args.gaps) * (args.chunks - 1) if gap else 1  # how many updates k is one of, the same for all gaps
+    update = draw(firsts, (count, 1, 1))[own] + max(gap, 1) * chunk[:, None]
+    if student.shuffled:
+        update = draw(u, (count, args.chunks, 1))[own]
     start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
 
     index = trajectory, update, start + place
@@ -473,7 +481,10 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
         outputs = student.model(sequences)
     outputs = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in outputs)
     outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
-    losses = [divergence(p, native(y, log_std, projection, p.log_std is None)) for y, log_std, (projection, _, p, _) in outputs]
+    losses = []
+    for y, log_std, (projection, steps, p, _) in outputs:
+        q = native(y, log_std, projection, p.log_std is None)
+        losses.append(-log_prob_executed(q, steps.action) if student.likelihood else divergence(p, q))
     predicted = torch.cat([task[3] for task in tasks]).float()
     count = es.all_reduce_mean(predicted.sum()).clamp(min=1)  # the same in all processes
     return (torch.cat(losses) * predicted).sum() / count
@@ -507,8 +518,7 @@ def meta_train(
                 own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
                 projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
                 discrete = in_envs[env_name].num_actions is not None
-                anywhere = student.masked == "history"  # no lifetime to resemble, but states that the last policy reaches
-                batch = subsample(args, student.gap, trajectories[env_name], discrete, len(env_ids), own, anywhere)  # line 6
+                batch = subsample(student, trajectories[env_name], discrete, len(env_ids), own)  # line 6
                 tasks.append((projection, *batch))
 
             loss = meta_loss(fused[name], merge(tasks))
@@ -518,7 +528,7 @@ def meta_train(
             nn.utils.clip_grad_norm_(student.model.parameters(), args.clip)
             adam[name].param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.meta_steps)
             adam[name].step()  # line 7
-            metrics[name.replace(", g = ", "_gap_") + "_divergence"] = es.all_reduce_mean(loss.detach().clone())
+            metrics[name.replace(", g = ", "_gap_") + "_loss"] = es.all_reduce_mean(loss.detach().clone())
         run.log(step, metrics)
 
 
@@ -646,7 +656,7 @@ def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
 def meta_test(
     args: Args, students: dict[str, Student], trajectories: dict[str, Trajectories], run: "Run"
 ) -> list[dict[str, Any]]:
-    """Result rows of every learner in every environment, and a figure of them."""
+    """Result rows of every learner in every environment, and figures."""
     rows = []
     tasks = dict.fromkeys([*args.envs, *args.test_envs])
     agents = {"teacher": args.teacher, "ppo": args.ppo}
@@ -667,24 +677,20 @@ def meta_test(
         env.close()
 
     draw_curves(run.folder / "learning.png", rows, args)
+    if args.learner in students:
+        draw_paths(run.folder / "paths.png", args, students[args.learner], run.device)
     return rows
-
-
-UNSEEN = 2**40  # ids of projections from here on are never meta-trained on
 
 
 @torch.no_grad()
 def rollout_rows(args: Args, task: str, number: int, learner: str, student: Student | None, env: Env) -> list[dict[str, Any]]:
     """Reward per step since the last point, of rollouts with new projections; of a body its speed, too; and the mean return of
     episodes. No student: random actions. number: of the task, a part of the seed."""
-    steps = args.test_steps or lifetime_steps(args, env)
+    steps = lifetime_steps(args, env)
     generator = torch.Generator(env.device).manual_seed(1009 * args.seed + number)
     recorded = Recorded(env)
-    if student:
-        projection = draw_projection(args, env, UNSEEN + torch.arange(args.test_seeds, device=env.device))
-        curves = {"reward_per_step": rollout(student, recorded, projection, steps, generator)}
-    else:
-        curves = {"reward_per_step": uniform_rollout(recorded, steps, generator)}
+    rewards = rollout(student, recorded, steps, generator) if student else uniform_rollout(recorded, steps, generator)
+    curves = {"reward_per_step": rewards}
     if (speeds := recorded.speeds()) is not None:
         curves["speed"] = speeds
 
@@ -699,10 +705,9 @@ def rollout_rows(args: Args, task: str, number: int, learner: str, student: Stud
 
 
 def lifetime_steps(args: Args, env: Env) -> int:
-    """As many as a sequence has, in whole episodes where they are shorter: the rewards of a body that starts from rest once
-    more would not tell what was learned."""
+    """--test-steps, or a sequence's, in whole episodes: a body's start from rest once more would hide what was learned."""
     context = args.chunks * args.chunk
-    return context - context % min(env.max_steps or 1, context)
+    return args.test_steps or context - context % min(env.max_steps or 1, context)
 
 
 def ppo_rows(
@@ -753,9 +758,10 @@ def uniform_rollout(env: Env, steps: int, generator: torch.Generator) -> Tensor:
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
     """Figures 6.3 to 6.6: one panel for each environment, a line for each learner."""
-    known = {task: "meta-trained on" if task in args.envs else "never seen" for task in (row["task"] for row in rows)}
+    known = {row["task"]: "meta-trained on" if row["task"] in args.envs else "never seen" for row in rows}
     labels = {"ppo": "PPO", "teacher": "PPO, the teacher", "uniform": "uniform-random policy", "one-task": "GLA, one task"}
     labels |= {"no-reward": "GLA, rewards masked", "cloning": "cloning, without history"}
+    labels |= {"ad": "Algorithm Distillation", "dpt": "Decision-Pretrained Transformer"}
     for number, gap in enumerate(args.gaps):
         label = f"GLA, g = {gap}" if gap else "GLA, targets of the last policy"
         labels["gla" + (f", g = {gap}" if number else "")] = label
@@ -771,6 +777,21 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         columns=5,
         xscale="log",
     )
+
+
+@torch.no_grad()
+def draw_paths(path: Path, args: Args, student: Student, device: torch.device) -> None:
+    """Where a student moves in one lifetime, in each grid world with a hidden goal."""
+    lifetimes = {}
+    for task in dict.fromkeys([*args.envs, *args.test_envs]):
+        if task.partition(":")[0] == "hidden_goal":
+            env = Recorded(make_env(task, 1, device))
+            rollout(student, env, lifetime_steps(args, env), torch.Generator(device).manual_seed(args.seed))
+            cells = torch.stack([torch.cat(move).argmax(1) for move in env.moves])
+            title = f"{task}\n{'meta-trained on' if task in args.envs else 'never seen'}"
+            lifetimes[title] = env.env.goal, cells.cpu().numpy()
+    if lifetimes:
+        grid_paths(lifetimes, 3, path)
 
 
 # ======================================================================================================================
@@ -1083,6 +1104,8 @@ def check(args: Args, world: int) -> None:
         raise UserError("--envs needs at least one environment.")
     if not args.gaps or len(set(args.gaps)) < len(args.gaps):
         raise UserError("--gaps needs at least one number, and each of them once.")
+    if "ad" in (args.learner, *args.baselines) and max(args.gaps) == 0:
+        raise UserError("--learner ad needs a gap above 0, with which sequences span the learning of PPO.")
     context, most = args.chunks * args.chunk, args.teacher.num_steps
     if context == 1:
         raise UserError("A sequence needs at least two steps; choose a larger --chunk.")
@@ -1105,7 +1128,7 @@ def check(args: Args, world: int) -> None:
         raise UserError(f"--batch {args.batch} is not a sequence for each of {len(args.envs)} environments.")
     if world > 1 and args.batch % (len(args.envs) * world):
         raise UserError(f"--batch {args.batch} cannot be divided by {len(args.envs)} environments and {world} processes.")
-    transformers = {"gla", "one-task", "no-reward", "cloning"} & {args.learner, *args.baselines}
+    transformers = {args.learner, *args.baselines} - {"teacher", "ppo", "uniform"}
     for name in dict.fromkeys([*args.envs, *args.test_envs]):
         env = make_env(name, 1)
         if transformers and (env.num_actions or env.action_size) > args.action_size:
@@ -1116,21 +1139,24 @@ def check(args: Args, world: int) -> None:
 
 def make_students(args: Args) -> dict[str, Student]:
     """The Transformers that the flags ask for, equal at first."""
-    learners = (args.learner, *args.baselines)
+    differences: dict[str, dict[str, Any]] = {"gla": {}}
+    differences |= {f"gla, g = {gap}": {"gap": gap} for gap in args.gaps[1:]}
+    differences |= {
+        "one-task": {"envs": args.envs[:1]},
+        "no-reward": {"masked": "reward"},
+        "ad": {"gap": max(args.gaps), "likelihood": True},
+        "dpt": {"gap": 0, "shuffled": True},
+        "cloning": {"gap": 0, "shuffled": True, "masked": "history"},
+    }
+    learners = {args.learner, *args.baselines}
+    if len(set(args.envs)) == 1 and args.learner != "one-task":
+        learners.discard("one-task")
     students = {}
-
-    def add(name: str, gap: int, of: Args = args, **options: Any) -> None:
-        torch.manual_seed(args.seed)
-        students[name] = Student(args, GLA(of), gap, **{"envs": args.envs} | options)
-
-    for number, gap in enumerate(args.gaps if "gla" in learners else ()):
-        add("gla" + (f", g = {gap}" if number else ""), gap)
-    if args.learner == "one-task" or ("one-task" in learners and len(set(args.envs)) > 1):
-        add("one-task", args.gaps[0], envs=args.envs[:1])
-    if "no-reward" in learners:
-        add("no-reward", args.gaps[0], masked="reward")
-    if "cloning" in learners:
-        add("cloning", 0, of=replace(args, chunks=1, chunk=1), masked="history")
+    for name, different in differences.items():
+        if name.partition(",")[0] in learners:
+            torch.manual_seed(args.seed)
+            model = GLA(replace(args, chunks=1, chunk=1) if name == "cloning" else args)
+            students[name] = Student(args, model, **{"gap": args.gaps[0], "envs": args.envs} | different)
     return students
 
 

@@ -1,4 +1,5 @@
-"""Figures: lines over steps from rows of results.json, matrices of numbers, probabilities, errors."""
+"""Figures: lines over steps from rows of results.json, matrices of numbers, probabilities, errors,
+paths in a grid."""
 
 import math
 from collections.abc import Sequence
@@ -173,6 +174,38 @@ def heat_maps(
             ax.set(title=f"{title}: {column}", xlabel="examples seen", ylabel="class")
             for axis in (ax.xaxis, ax.yaxis):
                 axis.get_major_locator().set_params(integer=True)
+    save(figure, path)
+
+
+def grid_paths(
+    lifetimes: dict[str, tuple[int, Any]], size: int, path: Path, steps: int = 12
+) -> None:
+    """Paths in grids of size by size cells: a column for each title, and in rows the first, the
+    middle and the last steps of a lifetime.
+
+    lifetimes: the goal's cell, which ends an episode, and the cells (t, 2) before and after each
+    step.
+    """
+    figure, axes = pyplot().subplots(
+        3, len(lifetimes), figsize=(0.6 + 1.3 * len(lifetimes), 4.7), squeeze=False, layout="constrained"
+    )
+    for (title, (goal, cells)), column in zip(lifetimes.items(), axes.T, strict=True):
+        column[0].set_title(plain(title), fontsize="small")
+        count = min(steps, len(cells))
+        drift = np.linspace(-0.3, 0.3, count + 1)
+        for ax, first in zip(column, (0, (len(cells) - count) // 2, len(cells) - count), strict=True):
+            part = cells[first : first + count]
+            y, x = np.stack(np.divmod(part, size)) + np.stack([drift[:-1], drift[1:]], 1)
+            starts = np.r_[first == 0, part[:-1, 1] == goal]
+            ax.imshow(np.arange(size**2).reshape(size, size) == goal, cmap="Greens", vmax=4)
+            ax.plot(x.T, y.T, "C0-")
+            ax.plot(x[starts, 0], y[starts, 0], "k.", ms=4)
+            lines = np.arange(size - 1) + 0.5
+            ax.set(xticks=lines, yticks=lines, xticklabels=[], yticklabels=[])
+            ax.set_ylabel(f"steps {first + 1} to {first + count}" if ax in axes[:, 0] else "")
+            ax.grid(alpha=0.6)
+    words = ("green: goal", "dots: starts of episodes", "lines drift to the lower right with time")
+    figure.supxlabel(("; " if len(lifetimes) > 3 else "\n").join(words), fontsize="small")
     save(figure, path)
 
 

@@ -102,6 +102,16 @@ def executed(action: Tensor, discrete: bool) -> Tensor:
     return action if discrete else action.clamp(-1, 1)
 
 
+def log_prob_executed(policy: Policy, action: Tensor) -> Tensor:
+    """The log probability (...) of executed actions (..., b): choices as one-hot vectors, or numbers, of which those at a bound
+    have the probability of all that is executed as the bound."""
+    if policy.log_std is None:
+        return (action * policy.mean.log_softmax(-1)).sum(-1)
+    z = (action - policy.mean) / policy.log_std.exp()
+    inside = -(z**2) / 2 - policy.log_std - math.log(2 * math.pi) / 2
+    return torch.where(action.abs() == 1, torch.special.log_ndtr(-action * z), inside).sum(-1)
+
+
 class Rollout(NamedTuple):
     """Steps between two updates (p, e, t, ...), as they are in the environment."""
 

@@ -519,7 +519,7 @@ def measure_gla(bench: Bench) -> None:
     torch.manual_seed(0)
     model = gla.GLA(args).to(bench.device)
     compiles = bench.run.compiles and bench.cuda
-    net = torch.compile(model, dynamic=False) if compiles else model
+    student = gla.Student(args, torch.compile(model, dynamic=False) if compiles else model, 1, (env_name,))
     adam = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
     own = torch.arange(args.batch, device=bench.device)
     number = itertools.count()
@@ -527,11 +527,11 @@ def measure_gla(bench: Bench) -> None:
     def sample() -> tuple[Any, ...]:
         projection = gla.draw_projection(args, env, args.batch * next(number) + own)
         discrete = env.num_actions is not None
-        return projection, *gla.subsample(args, 1, trajectories, discrete, args.batch, own)
+        return projection, *gla.subsample(student, trajectories, discrete, args.batch, own)
 
     def loss(*task: Any) -> Tensor:
         adam.zero_grad()
-        return gla.meta_loss(gla.Student(args, net, 1, (env_name,)), [task])
+        return gla.meta_loss(student, [task])
 
     def optimise() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -543,10 +543,10 @@ GOALS = ["hidden_goal:1", "hidden_goal:8"]
 ONE_GOAL = f"gla.py --envs {GOALS[1]} --test-envs --no-projected --gaps 8 1 2 4 0"
 ONE_BODY = "--test-envs --no-projected --gaps 60 20 0"
 TWO_WAYS = "--test-envs --no-projected --gaps 60 --baselines one-task no-reward cloning uniform"
-BODIES = ["Reacher-v4", "ant", "dm_cartpole_swing_up"]
-OTHERS = {"laptop": {"headings": ["heading_3d:0", "reacher", "dm_cartpole_swing_up"], "bodies": BODIES},
-          "thesis": {"": ["Reacher-v4", "half_cheetah", "dm_cartpole_swing_up"]}}
-SEEN = {"headings": "heading:0", "bodies": "half_cheetah", "": "ant"}  # meta-trained on, tested with new projections
+EVERYTHING = "--baselines one-task no-reward ad dpt cloning teacher ppo uniform"
+FROM_HEADING = ["heading:0", "heading_3d:0", "reacher", "dm_cartpole_swing_up"]  # the first one is meta-trained on
+FROM_ANT = ["ant", "Reacher-v4", "half_cheetah", "dm_cartpole_swing_up"]
+FROM_CHEETAH = ["half_cheetah", "Reacher-v4", "ant", "dm_cartpole_swing_up"]
 FIRST = {"one goal": 0, "goals": 0, "headings": 16}  # else 128
 HEADINGS_PPO = "--ppo.num-steps 16 --ppo.num-minibatches 1 --ppo.updates 128 --ppo.gamma 0.9"
 
@@ -566,42 +566,50 @@ def on_a_body(env: str, run: str) -> list[Claim]:
 
 
 def both_ways(one: str, other: str, run: str) -> list[Claim]:
-    gla, blind = (mean(f"{name}, both ways, {run}", [at(name, env, run=run) for env in (one, other)])
-                  for name in ("gla", "no-reward"))
+    gla, blind = (mean(f"{name}, both ways", [at(name, env, run=run) for env in (one, other)]) for name in ("gla", "no-reward"))
     return [improves(one, run), improves(other, run), gla > blind, *higher("gla", ["one-task"], [other], run=run),
             *higher("one-task", ["uniform"], [one], run=run), at("one-task", other, run=run) < at("one-task", one, run=run)]
 
 
+def elsewhere(envs: list[str], run: str) -> list[Claim]:
+    return [claim for env in envs for claim in (improves(env, run), *higher("gla", ["no-reward", "uniform"], [env], run=run))]
+
+
 GLA = {
     "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
-        {"one goal": ONE_GOAL, "goals": "L4.0", "cheetah": f"gla.py --preset bodies {ONE_BODY}"},
+        {"one goal": ONE_GOAL, "goals": "L4.0"},
         lambda preset: [
             improves(GOALS[1], "one goal"),
             *ordered(GOALS[1], "one goal", ["gla, g = 1", "gla, g = 2", "gla, g = 4", "gla"]),
             at("gla, g = 0", GOALS[1], 0, "one goal") > at("gla", GOALS[1], 0, "one goal"),
             *(claim for goal in GOALS * (preset == "laptop") for claim in (
                 improves(goal, "goals"), *ordered(goal, "goals", ["gla, g = 1", "gla"]))),
-            *(on_a_body("half_cheetah", "cheetah") if preset == "laptop" else on_a_body("ant", "ant"))],
+            *(on_a_body("ant", "ant") if preset == "thesis" else [])],
         {"one goal": f"{ONE_GOAL} --preset laptop", "ant": f"gla.py --envs ant {ONE_BODY} --test-seeds 64"}),
     "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
-        {"headings": "gla.py --envs heading:0 heading:180 --batch 12 "
-                     f"{TWO_WAYS.replace('--gaps 60', '--gaps 8')}",
-         "cheetah": f"gla.py --preset bodies --envs half_cheetah:0 half_cheetah:180 {TWO_WAYS}"},
-        per({"laptop": [("heading:0", "heading:180", "headings"), ("half_cheetah:0", "half_cheetah:180", "cheetah")],
-             "thesis": [("ant:0", "ant:180", "ant")]}, lambda one: both_ways(*one)),
-        {"ant": f"gla.py --envs ant:0 ant:180 {TWO_WAYS} --test-seeds 64"},
-        needs="hours on 2 cores"),
+        {"headings": f"gla.py --envs heading:0 heading:180 --batch 12 {TWO_WAYS.replace('--gaps 60', '--gaps 8')}"},
+        per({"laptop": [("heading:0", "heading:180", "headings")], "thesis": [("ant:0", "ant:180", "ant")]},
+            lambda one: both_ways(*one)),
+        {"ant": f"gla.py --envs ant:0 ant:180 {TWO_WAYS} --test-seeds 64"}),
     "L3": Row("Fig. 6.5", "Ant to Reacher, HalfCheetah, Cartpole: rises",
-        {"headings": f"gla.py --envs heading:0 --test-envs {' '.join(OTHERS['laptop']['headings'])} {HEADINGS_PPO}",
-         "bodies": "gla.py --preset bodies"},
-        lambda preset: [claim for run, others in OTHERS[preset].items() for env in [SEEN[run], *others] for claim in (
-            improves(env, run), *higher("gla", ["no-reward", "uniform"], [env], run=run))],
+        {"headings": f"gla.py --envs {FROM_HEADING[0]} --test-envs {' '.join(FROM_HEADING[1:])} {HEADINGS_PPO}"},
+        per({"laptop": [(FROM_HEADING, "headings")], "thesis": [(FROM_ANT, "")]}, lambda one: elsewhere(*one)),
         "gla.py"),
     "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",
-        "gla.py --gaps 8 1 0",
+        f"gla.py --gaps 8 1 0 {EVERYTHING}",
         per({"laptop": [(goal, 128) for goal in GOALS],  # at the thesis preset PPO's first update is after 2,048 steps
-             "thesis": [(env, 4096) for env in ("ant", *OTHERS["thesis"][""])]},
+             "thesis": [(env, 4096) for env in FROM_ANT]},
             lambda one: [at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
+    "L5": Row("Fig. 6.3", "L1 on HalfCheetah",
+        f"gla.py --preset bodies {ONE_BODY}", on_a_body("half_cheetah", ""),
+        f"gla.py --envs half_cheetah {ONE_BODY} --test-seeds 64", needs="hours on 2 cores"),
+    "L6": Row("Fig. 6.4", "L2 on HalfCheetah",
+        f"gla.py --preset bodies --envs half_cheetah:0 half_cheetah:180 {TWO_WAYS}",
+        both_ways("half_cheetah:0", "half_cheetah:180", ""),
+        f"gla.py --envs half_cheetah:0 half_cheetah:180 {TWO_WAYS} --test-seeds 64", needs="hours on 2 cores"),
+    "L7": Row("Fig. 6.5", "L3 from HalfCheetah",
+        "gla.py --preset bodies", elsewhere(FROM_CHEETAH, ""),
+        f"gla.py --envs {FROM_CHEETAH[0]} --test-envs {' '.join(FROM_CHEETAH[1:])}", needs="hours on 2 cores"),
 }
 
 CONTROLS = "--baselines no_reward hill_climbing hill_climbing_matched random_search"

@@ -141,7 +141,7 @@ def test_what_a_gpu_would_refuse(pretending):
 
 MORE = {
     test_fme: "--envs swapping_bandit",
-    test_gla: "--baselines one-task no-reward cloning teacher ppo uniform",
+    test_gla: "--baselines one-task no-reward ad dpt cloning teacher ppo uniform",
     test_gpicl: "--statistics",
     test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 20 --evaluations 1 --baselines td3",
     test_symla: "",

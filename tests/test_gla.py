@@ -11,11 +11,13 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TORCHRUN, rows, run_script
 
 import gla
+from common import figures
 
 TEACHER = gla.PPO(agents=3, num_envs=2, updates=6, num_steps=5, update_epochs=2, num_minibatches=2, hidden=6)
 ARGS = gla.Args(
@@ -125,18 +127,22 @@ def test_a_projected_policy_is_the_native_one():
     torch.testing.assert_close(drawn[0].T.cov(), math.exp(-1.4) * torch.eye(2), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("gap", [0, 1, 2])
-def test_sequences_are_chunks_of_one_trajectory_a_gap_apart_from_any_update_on(gap):
-    """Observations tell trajectory, update and step; policies the same, the last ones with a sign. The policy from before the
-    first update is no target, but where targets are those of the last policy; there sequences begin with that policy. A smaller
-    gap begins where the largest one, of 2, can: all gaps begin with policies that are as good."""
+def coded_trajectories():
+    """Rewards are 100 times the trajectory, 10 times the update and the step; policies the same, the last ones with a sign."""
     h, u, t = torch.meshgrid(torch.arange(3), torch.arange(6), torch.arange(5), indexing="ij")
     code = (100 * h + 10 * u + t).float()
     wide = code[..., None].expand(-1, -1, -1, 4)
-    trajectories = gla.Trajectories(
-        gla.Steps(code[..., None], wide, code, code), wide, wide[:, :, 0], -wide, -wide[:, :, 0], code[:, :, 0]
-    )
-    steps, policy, predicted = gla.subsample(ARGS, gap, trajectories, True, 90, torch.arange(10, 90))
+    steps = gla.Steps(code[..., None], wide, code, code)
+    return gla.Trajectories(steps, wide, wide[:, :, 0], -wide, -wide[:, :, 0], code[:, :, 0])
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_sequences_are_chunks_of_one_trajectory_a_gap_apart_from_any_update_on(gap):
+    """The policy from before the first update is no target, but where targets are those of the last policy; there sequences
+    begin with that policy. A smaller gap begins where the largest one, of 2, can: all gaps begin with policies that are as
+    good."""
+    trajectories = coded_trajectories()
+    steps, policy, predicted = gla.subsample(student(gap=gap), trajectories, True, 90, torch.arange(10, 90))
     assert steps.reward.shape == (80, 12) and policy.log_std is None
     seen, starts, firsts = set(), set(), set()
     for row, mask in zip(steps.reward.long(), predicted, strict=True):
@@ -149,10 +155,50 @@ def test_sequences_are_chunks_of_one_trajectory_a_gap_apart_from_any_update_on(g
         starts |= set(first.tolist())
     assert seen == {0, 1, 2} and starts == {0, 1} and firsts == set(range(2 if gap else 1))
     torch.testing.assert_close(policy.mean[..., 0], -steps.reward if gap == 0 else steps.reward)
-    _, forces, _ = gla.subsample(ARGS, gap, trajectories, False, 9, torch.arange(9))
+    _, forces, _ = gla.subsample(student(gap=gap), trajectories, False, 9, torch.arange(9))
     assert torch.equal(forces.log_std.abs(), forces.mean.abs() // 10 * 10)  # of trajectory and update
-    steps, policy, _ = gla.subsample(ARGS, gap, trajectories, True, 200, torch.arange(200), anywhere=True)
-    assert set((steps.reward[:, 0].long() // 10 % 10).tolist()) == set(range(2 if gap else 4))
+
+
+def test_decision_pretraining_reads_chunks_in_any_order():
+    """Of one trajectory. Which update a chunk is of does not depend on its position, nor on the other chunks. All targets are
+    those of the last policy."""
+    one = student(gap=0, shuffled=True)
+    steps, policy, predicted = gla.subsample(one, coded_trajectories(), True, 4000, torch.arange(4000))
+    trajectory, update = steps.reward.long() // 100, steps.reward.long() // 10 % 10
+    assert (trajectory == trajectory[:, :1]).all() and predicted.all()
+    torch.testing.assert_close(policy.mean[..., 0], -steps.reward)
+    chunks = update.unflatten(1, (ARGS.chunks, ARGS.chunk))
+    assert (chunks == chunks[..., :1]).all()
+    pairs = 6 * chunks[:, :2, 0] + chunks[:, 1:, 0]
+    for of_a_pair in pairs.unbind(1):
+        torch.testing.assert_close(of_a_pair.bincount(minlength=36) / 4000, torch.full((36,), 1 / 36), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_algorithm_distillation_maximises_the_likelihood_of_recorded_actions(discrete):
+    """Of each as it was executed, whatever the policy was, in the steps that are predicted."""
+    one, env = student(likelihood=True), gla.make_env("hidden_goal:3" if discrete else "heading:30", 1)
+    b = env.num_actions or env.action_size
+    steps = random_steps(4, 12, env.obs_size, b, discrete)
+    steps = steps._replace(action=steps.action.clamp(-1, 1))
+    projection, predicted = gla.draw_projection(ARGS, env, torch.arange(4)), torch.rand(4, 12, generator=DRAWS) < 0.7
+    policies = [gla.Policy(x, None if discrete else x) for x in torch.randn(2, 4, 12, b, generator=DRAWS)]
+    losses = [gla.meta_loss(one, [(projection, steps, policy, predicted)]) for policy in policies]
+    assert torch.equal(*losses)
+
+    outputs = one.model(gla.tokens(projection, gla.transitions(steps), torch.zeros(4, 12)))
+    policy, total = gla.native(*outputs, projection, discrete), 0
+    for s, t in predicted.nonzero().tolist():
+        mean, action = policy.mean[s, t], steps.action[s, t]
+        if discrete:
+            total -= mean.log_softmax(-1)[action.argmax()]
+            continue
+        for j in range(b):
+            normal = torch.distributions.Normal(mean[j], policy.log_std[s, t, j].exp())
+            below = normal.cdf(action[j])
+            beyond = {1.0: 1 - below, -1.0: below}.get(action[j].item())
+            total -= normal.log_prob(action[j]) if beyond is None else beyond.log()
+    torch.testing.assert_close(losses[0], total / predicted.sum(), rtol=1e-4, atol=0)
 
 
 def test_only_what_is_predicted_is_in_the_loss():
@@ -235,13 +281,16 @@ def test_environments_of_equal_sizes_are_merged():
 def test_comparisons_change_one_thing():
     """The flags of a control are gla's, but for what it is named after; all begin with the same weights."""
     args = replace(ARGS, envs=("hidden_goal:3", "hidden_goal:4"), gaps=(2, 0))
-    made = gla.make_students(args)
-    assert list(made) == ["gla", "gla, g = 0", "one-task", "no-reward", "cloning"]
+    assert list(gla.make_students(args)) == ["gla", "gla, g = 0", "one-task", "no-reward", "cloning"]
+    made = gla.make_students(replace(args, baselines=(*args.baselines, "ad", "dpt")))
+    assert list(made) == ["gla", "gla, g = 0", "one-task", "no-reward", "ad", "dpt", "cloning"]
     first = made["gla"]
     assert made["one-task"]._replace(model=first.model) == first._replace(envs=("hidden_goal:3",))
     assert made["no-reward"]._replace(model=first.model) == first._replace(masked="reward")
     assert made["gla, g = 0"]._replace(model=first.model) == first._replace(gap=0)
-    assert made["cloning"]._replace(model=first.model) == first._replace(gap=0, masked="history")
+    assert made["ad"]._replace(model=first.model) == first._replace(likelihood=True)
+    assert made["dpt"]._replace(model=first.model) == made["gla, g = 0"]._replace(model=first.model, shuffled=True)
+    assert made["cloning"]._replace(model=first.model) == made["dpt"]._replace(model=first.model, masked="history")
     assert made["cloning"].model.context == 1
     for one in list(made.values())[1:-1]:
         assert all(torch.equal(x, y) for x, y in zip(one.model.parameters(), first.model.parameters(), strict=True))
@@ -309,7 +358,6 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
     """A lifetime of three contexts; the same actions with and without the cache."""
     net, env = model(), gla.make_env("hidden_goal:3", 4)
     before = {name: x.clone() for name, x in net.state_dict().items()}
-    projection = gla.draw_projection(ARGS, env, torch.arange(4))
 
     class Forgetful(torch.nn.Module):
         """Reads its whole history anew at each step."""
@@ -328,7 +376,7 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
             return tuple(x[:, -1:] for x in net(self.read))
 
     with torch.no_grad():
-        one, other = (gla.rollout(student(x), env, projection, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
+        one, other = (gla.rollout(student(x), env, 36, torch.Generator().manual_seed(1)) for x in (net, Forgetful()))
     assert one.shape == (4, 36) and torch.equal(one, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
     context = gla.Context(net)
@@ -370,6 +418,26 @@ def test_rows_of_a_body_have_its_speed_and_returns():
     recorded.steps.reward[:, 0], recorded.steps.action[:, 0] = first.reward.flatten(0, 1), first.action.flatten(0, 1)
     again = gla.ppo_rows(args, "half_cheetah", 0, "teacher", args.ppo, recorded, env)
     assert again[2]["mean"] == pytest.approx(learned[2]["mean"], rel=1e-4)
+
+
+def test_paths_in_a_grid_world(tmp_path, monkeypatch):
+    """A step leads to the same cell or a neighbour, from where the last one led to or, after the goal, from any cell but the
+    goal. Elsewhere nothing is drawn."""
+    drawn = []
+    monkeypatch.setattr(gla, "grid_paths", lambda *args: drawn.append(args) or figures.grid_paths(*args))
+    for envs in (("heading:30",), ("heading:30", "hidden_goal:3", "hidden_goal:8")):
+        args = replace(ARGS, envs=envs[:2], test_envs=envs[2:], test_steps=200)
+        assert not drawn
+        gla.draw_paths(tmp_path / "paths.png", args, student(args=args), CPU)
+        assert (tmp_path / "paths.png").exists() == (len(envs) > 1)
+    ((lifetimes, size, _),) = drawn
+    assert list(lifetimes) == ["hidden_goal:3\nmeta-trained on", "hidden_goal:8\nnever seen"] and size == 3
+    for (goal, cells), expected in zip(lifetimes.values(), (3, 8), strict=True):
+        (row, column), ended = np.divmod(cells, 3), cells[:-1, 1] == goal
+        assert goal == expected and cells.shape == (200, 2)
+        assert (abs(row[:, 1] - row[:, 0]) + abs(column[:, 1] - column[:, 0]) <= 1).all()
+        assert ((cells[1:, 0] == cells[:-1, 1]) != ended).all() and (cells[:, 0] != goal).all()
+    assert any((cells[:, 1] == goal).any() for goal, cells in lifetimes.values())
 
 
 def test_headings_in_space_are_no_other_domain():
@@ -426,7 +494,7 @@ def stopped(tmp_path, monkeypatch):
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "learning.png", "trajectories"}
+    assert names == {"args.json", "metrics.csv", "checkpoint.pt", "results.json", "learning.png", "paths.png", "trajectories"}
     assert {path.name for path in (finished / "trajectories").iterdir()} == {"hidden_goal-3.pt", "hidden_goal-4.pt"}
     results = json.loads((finished / "results.json").read_text())
     assert results["script"] == "gla"
@@ -490,6 +558,14 @@ def test_another_run_learns_from_the_same_trajectories(finished, stopped, tmp_pa
     refused = command(tmp_path, f"--run-name third --trajectories {stopped('hidden_goal-4.pt', 4) / 'trajectories'}")
     assert refused.returncode == 1 and "hidden_goal-4.pt are not complete" in refused.stderr
     assert not (tmp_path / "third").exists()
+
+
+def test_baselines_of_others_learn_from_the_same_trajectories(finished, tmp_path):
+    flags = f"--learner ad --baselines dpt uniform --trajectories {finished / 'trajectories'} --run-name others"
+    done = command(tmp_path, flags)
+    assert done.returncode == 0, done.stderr
+    assert {row["learner"] for row in rows(tmp_path / "others")} == {"ad", "dpt", "uniform"}
+    assert {"ad_loss", "dpt_loss"} < set((tmp_path / "others" / "metrics.csv").read_text().splitlines()[0].split(","))
 
 
 def test_environments_that_cannot_share_a_batch_evenly(finished, tmp_path):
@@ -604,6 +680,7 @@ REFUSED = {
     "--gaps": "--gaps needs at least one",
     "--gaps 2 2": "each of them once",
     "--gaps 3": "update 6 of 6",
+    "--gaps 0 --learner ad": "ad needs a gap above 0",
     "--chunk 1 --chunks 1": "at least two steps",
     "--chunk 6": "--chunk 6 is longer than --teacher.num-steps 5",
     "--heads 3": "--width 8 cannot be divided",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import checkpoints, envs
-from common.ppo import PPO, ActorCritic, Moments, Policy, PPOAgents, advantages, executed, ppo_step
+from common.ppo import PPO, ActorCritic, Moments, Policy, PPOAgents, advantages, executed, log_prob_executed, ppo_step
 
 SMALL = PPO(agents=3, num_envs=2, updates=6, num_steps=5, update_epochs=2, num_minibatches=2, hidden=6)
 DRAWS = torch.Generator().manual_seed(0)
@@ -41,6 +41,21 @@ def test_actions_are_drawn_from_the_policy():
     action = Policy(torch.full_like(normal, 0.5), torch.full_like(normal, -1.0)).sample(torch.zeros(100_000, 1), normal)
     assert action.mean().item() == pytest.approx(0.5, abs=0.01) and action.std().log().item() == pytest.approx(-1, abs=0.01)
     assert executed(action, False).max() == 1 < action.max()
+
+
+def test_executed_actions_have_a_probability_of_one_in_all():
+    """At the bounds a probability, between them a density; also where nearly all is beyond a bound."""
+    inside = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[1:-1, None]
+    bounds = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    for mean, log_std in ((0.3, -0.7), (1.4, 0.2), (-2.0, -0.5)):
+        policy = Policy(torch.full((1, 1), mean).double(), torch.full((1, 1), log_std).double())
+        density, atoms = (log_prob_executed(policy, action).exp() for action in (inside, bounds))
+        total = torch.trapezoid(density, inside[:, 0]) + atoms.sum()
+        assert total.item() == pytest.approx(1, abs=1e-3) and (atoms > 0.01).any()
+    log_std = torch.tensor([[-9.0]], requires_grad=True)
+    far = log_prob_executed(Policy(torch.tensor([[1.5]]), log_std), torch.ones(1, 1))  # bounded, unlike a density
+    far.backward()
+    assert far.item() == pytest.approx(0, abs=1e-6) and log_std.grad.isfinite().all()
 
 
 def test_moments_are_those_of_everything_seen():

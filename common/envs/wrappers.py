@@ -74,16 +74,24 @@ class Wrapper(Env):
 
 
 class Recorded(Wrapper):
-    """Keeps of every step the reward, whether an episode ended, and the speed of a body."""
+    """Keeps of every step the observations before and after it, the reward, whether an episode ended,
+    and the speed of a body."""
 
     def __init__(self, env: Env):
         super().__init__(env)
         self.steps: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.moves: list[tuple[Tensor, Tensor]] = []  # observations (p, a) before and after
+
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        state, self.obs = super().reset(draws)
+        return state, self.obs
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
         moved, step = self.env.step(state, action, draws)
         ended = step.terminated | step.truncated
         self.steps.append((step.reward, ended, self.env.speed(step.reward, action)))
+        self.moves.append((self.obs, step.final_obs))
+        self.obs = step.obs
         return moved, step
 
     def speeds(self) -> Tensor | None:
