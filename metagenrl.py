@@ -110,10 +110,12 @@ class RL2Args:
     """Trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
     units: Size = 64
     """Units of the LSTM (A.2.3)."""
-    lr: Positive = 1e-3
-    """Adam's learning rate (not in the thesis)."""
-    epochs: Count = 4
-    """Steps of PPO on the trials of an update (not in the thesis)."""
+    lr: Positive = 3e-3
+    """Adam's learning rate at first; it falls linearly to zero (not in the thesis)."""
+    epochs: Count = 10
+    """Passes over the trials of an update (not in the thesis)."""
+    num_minibatches: Size = 4
+    """Parts that these trials are in; each is a step of PPO (not in the thesis)."""
     sizes: tuple[Size, Size] | None = None
     """Observations and action dimensions (default: as the environments need); fewer are padded with zeros (A.2.3)."""
 
@@ -675,7 +677,7 @@ def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
     """RL^2: an LSTM is trained by PPO on trials in all environments. Changes net in place."""
     all_envs = [(name, make_env(name, args.rl2.trials // run.world, run.device)) for name in args.envs]
     settings = {name: getattr(args, name) for name in ("gamma", "gae_lambda", "max_grad_norm", "seed")}
-    settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "lr")}
+    settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "num_minibatches", "lr")}
     settings |= {"clip_coef": args.ppo.clip_coef, "rank": run.rank, "world": run.world}
     policy_gradients.meta_train(net, all_envs, run.steps, run.log, **settings)
 
@@ -1093,9 +1095,10 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if agents * args.objectives % world:
         raise UserError(f"{agents * args.objectives} agents in an environment cannot be shared by {world} processes.")
-    for learner, flag, count in (("epg", "pairs", args.epg.pairs), ("rl2", "trials", args.rl2.trials)):
-        if args.learner == learner and count % world:
-            raise UserError(f"--{learner}.{flag} {count} cannot be shared by {world} processes.")
+    if args.learner == "epg" and args.epg.pairs % world:
+        raise UserError(f"--epg.pairs {args.epg.pairs} cannot be shared by {world} processes.")
+    if args.learner == "rl2" and args.rl2.trials % (parts := args.rl2.num_minibatches * world):
+        raise UserError(f"--rl2.trials has to be a multiple of {parts}, --rl2.num-minibatches times processes.")
     if min(args.env_steps, args.test_steps, args.epg.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --epg.life-steps and --reset-every have to be at least --num-envs.")
 

@@ -47,6 +47,8 @@ UNSEEN = {"laptop": ["pendulum", "reacher"], "thesis": ["Hopper-v4"]}
 KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["HalfCheetah-v4", "LunarLanderContinuous-v3"]}
 FOUR = "metagenrl.py --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car --baselines --no-test-seen"
 AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress"
+RL2 = "metagenrl.py --learner rl2 --baselines"
+EPG = "metagenrl.py --learner epg --baselines"
 INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
 CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
 BODIES = {"cheetah": CHEETAH, "hopper": HOPPER, "lunar": LUNAR, "walker": "Walker2d-v4", "ant": "Ant-v4"}
@@ -101,10 +103,11 @@ METAGENRL = {
         figures=lambda preset: [returns_figure(preset, "metagenrl_unseen", [KNOWN[preset][-1], *UNSEEN[preset]],
                                                ["metagenrl", "untrained", "reinforce-off", "td3"])]),
     "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
-        {"": "M1.0", "rl2": "metagenrl.py --learner rl2 --baselines", "epg": "metagenrl.py --learner epg --baselines"},
+        {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": EPG},
         lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
             *(at("metagenrl", env) > at("epg", env, run="epg") for env in KNOWN[preset]),
-            *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))]),
+            *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))],
+        {"": "M1.0", "rl2": RL2, "epg": EPG}),
     "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
         lambda preset: [claim for env in UNSEEN[preset] for claim in (
             at("metagenrl", env) > at(f"metagenrl, {STAGES[preset][0]}", env),

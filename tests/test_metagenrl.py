@@ -762,6 +762,7 @@ def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
     flags = f"--learner {learner} --baselines reinforce-on --ppo.num-steps 16 --ppo.update-epochs 2 --checkpoint-every 2"
     flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 3600 --rl2.trials 2 --rl2.units 5"
+    flags += " --rl2.num-minibatches 2 --rl2.epochs 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
     actual = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
@@ -837,6 +838,7 @@ REFUSED = {
     "--baselines epg": "epg is meta-learned in a run of its own",
     "--learner epg --baselines --objectives 2": "leave out --objectives",
     "--learner rl2 --baselines --rl2.sizes 3 9": "RL.2 needs at least --rl2.sizes 6 2",
+    "--learner rl2 --baselines --rl2.trials 6": "--rl2.trials has to be a multiple of 4",
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
