@@ -311,8 +311,9 @@ class Nets(NamedTuple):
         return action if self.on_policy else action.tanh()
 
     def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-        """Q_theta(s, a) of one critic (p, ...)."""
-        return self.critic(theta, torch.cat([obs, action], -1))[..., 0]
+        """Q_theta(s, a) (p, s, t) of one critic, theta (p, d); of both, theta (2, p, d), (2, p, s, t) in one product."""
+        x = torch.cat([obs, action], -1).expand(*theta.shape[:-1], *obs.shape[1:-1], -1)
+        return self.critic(theta.flatten(0, -2), x.flatten(0, -4))[..., 0].unflatten(0, theta.shape[:-1])
 
     @property
     def lstm_shapes(self) -> list[tuple[int, int]]:
@@ -393,11 +394,11 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
     the end. noise (p, s, t, b) standard normal. Returns (2, p, d)."""
     smooth = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
     next_action = (nets.act(state["target_phi"], batch.next_obs) + smooth).clamp(-1, 1)
-    next_q = torch.minimum(*(nets.q(theta, batch.next_obs, next_action) for theta in state["target_theta"]))
+    next_q = nets.q(state["target_theta"], batch.next_obs, next_action).amin(0)
     y = batch.reward + args.gamma * (1 - batch.terminated) * next_q
 
     def loss(theta: Tensor) -> Tensor:
-        return sum(masked_mean((nets.q(critic, batch.obs, batch.action) - y) ** 2, batch.mask).sum() for critic in theta)
+        return masked_mean(((nets.q(theta, batch.obs, batch.action) - y) ** 2).sum(0), batch.mask).sum()
 
     return gradient(loss)(state["theta"])[0]
 

@@ -295,6 +295,12 @@ def test_critics_follow_equation_2_5_with_td3s_targets(where):
     torch.testing.assert_close(ours[:, 1], torch.autograd.grad(total / count, theta)[0])
 
 
+def test_both_critics_in_one_product_are_each_alone():
+    nets, _, state, batch = setting()
+    alone = torch.stack([nets.q(theta, batch.obs, batch.action) for theta in state["theta"]])
+    torch.testing.assert_close(nets.q(state["theta"], batch.obs, batch.action), alone)
+
+
 @pytest.mark.parametrize("name", ["objective", "critic", "reinforce"])
 def test_a_batch_of_agents_is_agents_one_by_one(name):
     grad = getattr(metagenrl, f"grad_{name}")
