@@ -203,6 +203,8 @@ class Args:
     """Divide the critic's value in Eq. 2.6 by its deviation over the batch: environments weigh alike (not in the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
+    objective_average: Share = 0.0
+    """Meta-test a running average of the objective with this decay, such as 0.99 (Polyak 1992); 0: the last one (the thesis)."""
     max_grad_norm: Positive = 1.0
     """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
@@ -507,22 +509,24 @@ def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Ba
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS."""
-    adam = torch.optim.Adam([alpha], args.objective_lr)
+    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS. What agents
+    are trained with meanwhile is alpha too, unless that is an average (--objective-average)."""
+    latest = alpha.clone()
+    adam = torch.optim.Adam([latest], args.objective_lr)
     iterations = args.env_steps // args.num_envs
-    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
+    keep = {"alpha": alpha, "latest": latest, "history": history, "adam": adam, "groups": groups}
     for step in run.steps(iterations, keep):
         reset_some(args, groups, step)
         now = step + 1
         annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
         share = None if annealed >= 1 else torch.tensor(max(annealed, 0.0), device=run.device)
-        grads = torch.zeros_like(alpha)
+        grads = torch.zeros_like(latest)
 
         for group in groups:
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            own = alpha[group.which]
+            own = latest[group.which]
             learn(args, group, grad_objective, own, now, share)
             if now % args.policy_frequency == 0:
                 batch = group.sample(now, args.inner_steps + 1)
@@ -531,8 +535,9 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 group.note("meta_loss", loss)
             group.note("reward", group.rewards)
         if now % args.policy_frequency == 0:
-            alpha.grad = es.all_reduce_mean(grads) * run.world
+            latest.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
+            alpha.lerp_(latest, 1 - args.objective_average)
         keep_history(history, alpha, step, iterations)
         if now % args.log_every == 0:
             run.log(step, {f"{group.name}_{name}": mean for group in groups for name, mean in group.means().items()})

@@ -100,13 +100,34 @@ def test_an_objective_follows_the_sum_of_its_agents_gradients(monkeypatch):
     agents, sums = group(args), []
     alpha = agents.nets.init_objective(1, DRAWS)
     run = Sick([])
-    run.log = lambda *_: None
+    run.log, kept, steps = lambda *_: None, {}, run.steps
+    run.steps = lambda total, keep: (kept.update(keep), steps(total, keep))[1]
     ours = agents.meta_gradient
     monkeypatch.setattr(agents, "meta_gradient", lambda *x: (pair := ours(*x), sums.append(pair[0].sum(0)))[0])
     with torch.no_grad():
         metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
     assert sums[0].norm() > 1e-4
-    torch.testing.assert_close(alpha.grad[0], sums[0])
+    torch.testing.assert_close(kept["latest"].grad[0], sums[0])
+    assert torch.equal(kept["latest"], alpha)
+
+
+def test_what_is_meta_tested_can_be_the_average_of_an_objective(monkeypatch):
+    """Agents are trained with the objective itself, which is the same with an average and without."""
+    ends, trajectory = {}, []
+    monkeypatch.setattr(metagenrl, "keep_history", lambda history, alpha, *_: trajectory.append(alpha.clone()))
+    for decay in (0.0, 0.9):
+        args = replace(ARGS, env_steps=24, objective_average=decay)
+        agents, run = group(args), Sick([])
+        alpha = agents.nets.init_objective(1, torch.Generator().manual_seed(3))
+        average = alpha.clone()
+        with torch.no_grad():
+            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
+        ends[decay] = alpha
+    for latest in trajectory[1:12:2]:  # after every second iteration
+        average = 0.9 * average + 0.1 * latest
+    torch.testing.assert_close(ends[0.9], average)
+    assert torch.equal(ends[0.0], trajectory[11]) and torch.equal(ends[0.9], trajectory[23])
+    assert not torch.allclose(ends[0.9], ends[0.0], rtol=1e-4)
 
 
 def test_critic_policy_and_objective_have_batches_of_their_own(monkeypatch):
