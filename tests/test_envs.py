@@ -775,7 +775,10 @@ def test_half_cheetah_in_two_directions():
     assert torch.equal(rewards[0], rewards[2]) and not torch.equal(rewards[0], rewards[1])
 
 
-@pytest.mark.parametrize("name, theirs", [("half_cheetah", "HalfCheetah-v4"), ("ant:0", "Ant-v4")])
+CHEETAHS = [("half_cheetah", "HalfCheetah-v4"), *((name, name) for name in ("HalfCheetah-v4", "HalfCheetah-v5"))]
+
+
+@pytest.mark.parametrize("name, theirs", [*CHEETAHS, ("ant:0", "Ant-v4")])
 def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
     """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before
     MuJoCo's last step, so its rewards are late; their sums agree."""
@@ -798,6 +801,17 @@ def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
         if terminated:
             break
     assert steps > 5
+
+
+def test_half_cheetah_by_gymnasiums_name_is_ours_with_observations_as_they_are():
+    """With options of gymnasium's it is gymnasium's."""
+    env, ours = (envs.make(name, 3, scaled=True, parallel=True) for name in ("HalfCheetah-v4", "scaled_half_cheetah"))
+    numbers = draws(env, 3)
+    scaled = envs.make("scaled_HalfCheetah-v4", 3).reset(numbers)[1]
+    obs = env.reset(numbers)[1]
+    assert env.resumable and torch.equal(obs, scaled)
+    torch.testing.assert_close(obs[:, 8:], 5 * ours.reset(numbers)[1][:, 8:])
+    assert not envs.make("HalfCheetah-v4", 1, forward_reward_weight=2.0).resumable
 
 
 @pytest.mark.parametrize("name", ["half_cheetah:180", "ant:0", "scaled_ant:90"])
