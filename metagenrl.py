@@ -823,7 +823,7 @@ class LearnedObjective:
     policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 for steps
     before the end of an episode (default: all); terminated, 1 where the next state is terminal, so that its value is not used
     (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it should hold a hundred
-    steps or more.
+    steps or more. A whole agent is under "Use it" in .github/results/metagenrl.md.
     """
 
     def __init__(self, args: Args, alpha: Tensor):
