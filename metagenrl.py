@@ -24,7 +24,8 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
 
 The laptop preset was chosen in its environments of meta-training and in pendulum, reacher and continuous_cartpole, which are
-therefore validation environments, although agents are not meta-trained there.
+therefore validation environments, although agents are not meta-trained there. Nothing was chosen in acrobot_swing_up and
+mountain_car_climb, the test environments of tests/reproduce.py M1.
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form
@@ -156,7 +157,7 @@ class Args:
     envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
     """Environments to meta-train in (section 2.5). Gymnasium's have their own names, or package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Hopper-v4",)
-    """Environments to meta-test in, beside --envs (section 2.5)."""
+    """Environments to meta-test in, beside --envs (section 2.5). The laptop preset's are validation environments."""
     test_seen: bool = True
     """Meta-test in --envs too."""
     env_steps: Count = 600_000
@@ -204,7 +205,7 @@ class Args:
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
     objective_average: Share = 0.0
-    """Meta-test a running average of the objective with this decay, such as 0.99 (Polyak 1992); 0: the last one (the thesis)."""
+    """Meta-test a running average of objectives with this decay, such as 0.99 (Polyak 1992); 0: the last one (the thesis)."""
     max_grad_norm: Positive = 1.0
     """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
