@@ -112,7 +112,7 @@ METAGENRL = {
         figures=lambda preset: [returns_figure(preset, "metagenrl_unseen", [KNOWN[preset][-1], *UNSEEN[preset]],
                                                ["metagenrl", "untrained", "reinforce-off", "td3"])]),
     "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
-        {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": EPG},
+        {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": f"{EPG} --epg.generations 280"},
         lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
             *(at("metagenrl", env) > at("epg", env, run="epg") for env in KNOWN[preset]),
             *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))],
