@@ -24,7 +24,8 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
 
 The laptop preset was chosen in its environments of meta-training and in pendulum, reacher and continuous_cartpole, which are
-therefore validation environments, although agents are not meta-trained there.
+therefore validation environments, although agents are not meta-trained there. Nothing was chosen in acrobot_swing_up and
+mountain_car_climb, the test environments of tests/reproduce.py M1.
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
 observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form
@@ -110,10 +111,12 @@ class RL2Args:
     """Trials of two episodes in each environment, in an update; more where episodes are short (not in the thesis)."""
     units: Size = 64
     """Units of the LSTM (A.2.3)."""
-    lr: Positive = 1e-3
-    """Adam's learning rate (not in the thesis)."""
-    epochs: Count = 4
-    """Steps of PPO on the trials of an update (not in the thesis)."""
+    lr: Positive = 3e-3
+    """Adam's learning rate at first; it falls linearly to zero (not in the thesis)."""
+    epochs: Count = 10
+    """Passes over the trials of an update (not in the thesis)."""
+    num_minibatches: Size = 4
+    """Parts that these trials are in; each is a step of PPO (not in the thesis)."""
     sizes: tuple[Size, Size] | None = None
     """Observations and action dimensions (default: as the environments need); fewer are padded with zeros (A.2.3)."""
 
@@ -154,7 +157,7 @@ class Args:
     envs: tuple[str, ...] = ("LunarLanderContinuous-v3", "HalfCheetah-v4")
     """Environments to meta-train in (section 2.5). Gymnasium's have their own names, or package.module:Name-v0."""
     test_envs: tuple[str, ...] = ("Hopper-v4",)
-    """Environments to meta-test in, beside --envs (section 2.5)."""
+    """Environments to meta-test in, beside --envs (section 2.5). The laptop preset's are validation environments."""
     test_seen: bool = True
     """Meta-test in --envs too."""
     env_steps: Count = 600_000
@@ -201,6 +204,8 @@ class Args:
     """Divide the critic's value in Eq. 2.6 by its deviation over the batch: environments weigh alike (not in the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
+    objective_average: Share = 0.0
+    """Meta-test a running average of objectives with this decay, such as 0.99 (Polyak 1992); 0: the last one (the thesis)."""
     max_grad_norm: Positive = 1.0
     """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
@@ -309,8 +314,9 @@ class Nets(NamedTuple):
         return action if self.on_policy else action.tanh()
 
     def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-        """Q_theta(s, a) of one critic (p, ...)."""
-        return self.critic(theta, torch.cat([obs, action], -1))[..., 0]
+        """Q_theta(s, a) (p, s, t) of one critic, theta (p, d); of both, theta (2, p, d), (2, p, s, t) in one product."""
+        x = torch.cat([obs, action], -1).expand(*theta.shape[:-1], *obs.shape[1:-1], -1)
+        return self.critic(theta.flatten(0, -2), x.flatten(0, -4))[..., 0].unflatten(0, theta.shape[:-1])
 
     @property
     def lstm_shapes(self) -> list[tuple[int, int]]:
@@ -391,11 +397,11 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
     the end. noise (p, s, t, b) standard normal. Returns (2, p, d)."""
     smooth = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
     next_action = (nets.act(state["target_phi"], batch.next_obs) + smooth).clamp(-1, 1)
-    next_q = torch.minimum(*(nets.q(theta, batch.next_obs, next_action) for theta in state["target_theta"]))
+    next_q = nets.q(state["target_theta"], batch.next_obs, next_action).amin(0)
     y = batch.reward + args.gamma * (1 - batch.terminated) * next_q
 
     def loss(theta: Tensor) -> Tensor:
-        return sum(masked_mean((nets.q(critic, batch.obs, batch.action) - y) ** 2, batch.mask).sum() for critic in theta)
+        return masked_mean(((nets.q(theta, batch.obs, batch.action) - y) ** 2).sum(0), batch.mask).sum()
 
     return gradient(loss)(state["theta"])[0]
 
@@ -504,22 +510,24 @@ def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Ba
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS."""
-    adam = torch.optim.Adam([alpha], args.objective_lr)
+    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS. What agents
+    are trained with meanwhile is alpha too, unless that is an average (--objective-average)."""
+    latest = alpha.clone()
+    adam = torch.optim.Adam([latest], args.objective_lr)
     iterations = args.env_steps // args.num_envs
-    keep = {"alpha": alpha, "history": history, "adam": adam, "groups": groups}
+    keep = {"alpha": alpha, "latest": latest, "history": history, "adam": adam, "groups": groups}
     for step in run.steps(iterations, keep):
         reset_some(args, groups, step)
         now = step + 1
         annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
         share = None if annealed >= 1 else torch.tensor(max(annealed, 0.0), device=run.device)
-        grads = torch.zeros_like(alpha)
+        grads = torch.zeros_like(latest)
 
         for group in groups:
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            own = alpha[group.which]
+            own = latest[group.which]
             learn(args, group, grad_objective, own, now, share)
             if now % args.policy_frequency == 0:
                 batch = group.sample(now, args.inner_steps + 1)
@@ -528,8 +536,9 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 group.note("meta_loss", loss)
             group.note("reward", group.rewards)
         if now % args.policy_frequency == 0:
-            alpha.grad = es.all_reduce_mean(grads) * run.world
+            latest.grad = es.all_reduce_mean(grads) * run.world
             adam.step()
+            alpha.lerp_(latest, 1 - args.objective_average)
         keep_history(history, alpha, step, iterations)
         if now % args.log_every == 0:
             run.log(step, {f"{group.name}_{name}": mean for group in groups for name, mean in group.means().items()})
@@ -675,7 +684,7 @@ def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
     """RL^2: an LSTM is trained by PPO on trials in all environments. Changes net in place."""
     all_envs = [(name, make_env(name, args.rl2.trials // run.world, run.device)) for name in args.envs]
     settings = {name: getattr(args, name) for name in ("gamma", "gae_lambda", "max_grad_norm", "seed")}
-    settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "lr")}
+    settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "num_minibatches", "lr")}
     settings |= {"clip_coef": args.ppo.clip_coef, "rank": run.rank, "world": run.world}
     policy_gradients.meta_train(net, all_envs, run.steps, run.log, **settings)
 
@@ -815,7 +824,7 @@ class LearnedObjective:
     policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 for steps
     before the end of an episode (default: all); terminated, 1 where the next state is terminal, so that its value is not used
     (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it should hold a hundred
-    steps or more.
+    steps or more. A whole agent is under "Use it" in .github/results/metagenrl.md.
     """
 
     def __init__(self, args: Args, alpha: Tensor):
@@ -1093,9 +1102,10 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
     if agents * args.objectives % world:
         raise UserError(f"{agents * args.objectives} agents in an environment cannot be shared by {world} processes.")
-    for learner, flag, count in (("epg", "pairs", args.epg.pairs), ("rl2", "trials", args.rl2.trials)):
-        if args.learner == learner and count % world:
-            raise UserError(f"--{learner}.{flag} {count} cannot be shared by {world} processes.")
+    if args.learner == "epg" and args.epg.pairs % world:
+        raise UserError(f"--epg.pairs {args.epg.pairs} cannot be shared by {world} processes.")
+    if args.learner == "rl2" and args.rl2.trials % (parts := args.rl2.num_minibatches * world):
+        raise UserError(f"--rl2.trials has to be a multiple of {parts}, --rl2.num-minibatches times processes.")
     if min(args.env_steps, args.test_steps, args.epg.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --epg.life-steps and --reset-every have to be at least --num-envs.")
 

@@ -13,6 +13,7 @@ parameters of a network.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -162,6 +163,11 @@ class Experience(NamedTuple):
     variance: Tensor  # (), of targets
     steps: Tensor  # (), in one process
 
+    def part(self, index: int, parts: int) -> "Experience":
+        """Every `parts`-th trial. Trials are independent, so their order does not matter."""
+        own = (x[:, index::parts] for x in self[:-2])
+        return Experience(*own, self.variance, self.steps / parts)
+
 
 def meta_train(
     net: RL2,
@@ -171,6 +177,7 @@ def meta_train(
     *,
     trial_steps: int,
     epochs: int,
+    num_minibatches: int,
     lr: float,
     gamma: float,
     gae_lambda: float,
@@ -181,19 +188,26 @@ def meta_train(
     world: int = 1,
 ) -> None:
     """PPO on trials in all environments; within a trial, returns do not end with the first episode. An
-    update has as many steps of every environment, however short its episodes are. Changes net.
+    update has as many steps of every environment, however short its episodes are. Rewards are divided
+    by the root mean square of all returns in their environment so far, since values have one head; the
+    agent observes them as they are. Changes net.
 
     all_envs: names and environments with this process' copies, a trial in each.
     steps(n, keep): the updates to do of n, while the tensors and modules in `keep` are in checkpoints.
     log(update, metrics): called after each update.
     trial_steps: environment steps of meta-training, of all environments, without those after a trial.
+    num_minibatches: parts of an update's trials, with a step of Adam for each part in each epoch.
+    lr: of the first update; it falls linearly to zero.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr)
     quota = [2 * env.num_envs * world * (env.max_steps or 1000) for _, env in all_envs]  # steps in an update
     missing = torch.zeros(len(all_envs))  # of them, the steps that are not collected yet
     count = torch.zeros((), dtype=torch.int64)  # of batches of trials
-    keep = {"net": net, "adam": optimizer, "missing": missing, "count": count}
-    for update in steps(max(1, trial_steps // sum(quota)), keep):
+    sums = torch.zeros(len(all_envs), 2, device=net.log_std.device)  # of squared returns, of steps
+    keep = {"net": net, "adam": optimizer, "missing": missing, "count": count, "sums": sums}
+    total = max(1, trial_steps // sum(quota))
+    for update in steps(total, keep):
+        optimizer.param_groups[0]["lr"] = lr * (1 - update / total)
         data, metrics = [], {}
         for i, (name, env) in enumerate(all_envs):
             missing[i] += quota[i]
@@ -204,11 +218,15 @@ def meta_train(
                 missing[i] -= float(es.all_reduce_mean(batches[-1][-1].sum()) * world)
                 count += 1
             inputs, action, reward, mask = (pad_sequence(x).flatten(1, 2) for x in zip(*batches, strict=True))
-            data.append(experience(net, inputs, action, reward, mask, gamma, gae_lambda))
+            returns = discounted(reward.T, torch.full_like(reward.T, gamma))
+            sums[i] += es.all_reduce_mean(torch.stack([(returns**2).sum(), mask.sum()]))
+            scale = (sums[i, 0] / sums[i, 1]).sqrt() + 1e-8
+            data.append(experience(net, inputs, action, reward / scale, mask, gamma, gae_lambda))
             metrics[f"{name}_return"] = es.all_reduce_mean(reward.sum(0).mean() / 2)
-        for _ in range(epochs):
+        for _, index in product(range(epochs), range(num_minibatches)):
             with torch.enable_grad():
-                loss = sum(ppo_loss(net, trials, clip_coef) for trials in data)
+                minibatches = (trials.part(index, num_minibatches) for trials in data)
+                loss = sum(ppo_loss(net, trials, clip_coef) for trials in minibatches)
                 optimizer.zero_grad()
                 loss.backward()
             es.average_gradients(net.parameters())

@@ -212,9 +212,9 @@ def weakest(outcomes: list[Outcome]) -> str:
 # ==================================================================================================
 # Numbers that are made of several rows, or of what results.json and metrics.csv have beside rows
 # ==================================================================================================
-def gain(env: str, run: str = "", learner: str = "metagenrl") -> Number:
-    """MetaGenRL: return above that of the untrained objective."""
-    return at(learner, env, run=run) - at("untrained", env)
+def gain(env: str, run: str = "", learner: str = "metagenrl", untrained: str = "") -> Number:
+    """MetaGenRL: return above that of the untrained objective, which is in the run `untrained`."""
+    return at(learner, env, run=run) - at("untrained", env, run=untrained)
 
 
 def above_random(learner: str, env: str, run: str) -> Number:

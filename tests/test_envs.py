@@ -498,6 +498,42 @@ def test_continuous_mountain_car_is_gymnasiums():
     assert ends > 10
 
 
+def test_acrobot_swing_up_is_acrobot_that_nothing_ends():
+    """Half of the largest torque is Acrobot's; the reward is the height of the tip."""
+    env, theirs = envs.make("acrobot_swing_up", 16), envs.make("acrobot", 16)
+    numbers = draws(env, 16)
+    state, _ = env.reset(numbers)
+    for number in range(100):
+        action = torch.randint(3, (16,), generator=DRAWS)
+        expected, _, _ = theirs.step_env(state, action, numbers)
+        state, step = env.step(state, (action[:, None] - 1) / 2, numbers)
+        cos1, sin1, cos2, sin2 = step.final_obs[:, :4].unbind(1)
+        torch.testing.assert_close(step.reward, (2 - cos1 - (cos1 * cos2 - sin1 * sin2)) / 4)
+        assert step.truncated.all() == (number == 99) and not step.terminated.any()
+        if number < 99:
+            torch.testing.assert_close(state["physics"], expected["physics"])
+    hanging, upright = ({"physics": torch.tensor([[angle, 0, 0, 0]])} for angle in (0.0, math.pi))
+    rewards = [env.step_env(physics, torch.zeros(1, 1), numbers)[1].item() for physics in (hanging, upright)]
+    assert rewards == pytest.approx([0, 1], abs=1e-5)
+
+
+def test_mountain_car_climb_pays_for_height():
+    """The car moves as in continuous_mountain_car, and its goal ends nothing."""
+    env, theirs = envs.make("mountain_car_climb", 16), envs.make("continuous_mountain_car", 16)
+    numbers, highest = draws(env, 16), 0.0
+    state, obs = env.reset(numbers)
+    for number in range(200):
+        action = obs[:, 1:].sign()  # the way it moves
+        expected, _, _ = theirs.step_env(state, action, numbers)
+        state, step = env.step(state, action, numbers)
+        torch.testing.assert_close(step.reward, (1 + (3 * step.final_obs[:, 0]).sin()) / 2)
+        assert step.truncated.all() == (number == 199) and not step.terminated.any()
+        if number < 199:
+            assert torch.equal(state["physics"], expected["physics"])
+        highest, obs = max(highest, float(step.reward.min())), step.obs
+    assert highest > 0.9  # from the valley all get on top
+
+
 def test_continuous_cartpole_is_cartpole_at_full_force():
     ours, plain = (
         envs.make(name, 8, dtype=torch.float64) for name in ("continuous_cartpole", "cartpole")
@@ -775,7 +811,10 @@ def test_half_cheetah_in_two_directions():
     assert torch.equal(rewards[0], rewards[2]) and not torch.equal(rewards[0], rewards[1])
 
 
-@pytest.mark.parametrize("name, theirs", [("half_cheetah", "HalfCheetah-v4"), ("ant:0", "Ant-v4")])
+CHEETAHS = [("half_cheetah", "HalfCheetah-v4"), *((name, name) for name in ("HalfCheetah-v4", "HalfCheetah-v5"))]
+
+
+@pytest.mark.parametrize("name, theirs", [*CHEETAHS, ("ant:0", "Ant-v4")])
 def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
     """From the same state, as long as an episode lasts. gymnasium reads the ant's place from before
     MuJoCo's last step, so its rewards are late; their sums agree."""
@@ -798,6 +837,17 @@ def test_half_cheetah_and_ant_are_gymnasiums(name, theirs):
         if terminated:
             break
     assert steps > 5
+
+
+def test_half_cheetah_by_gymnasiums_name_is_ours_with_observations_as_they_are():
+    """With options of gymnasium's it is gymnasium's."""
+    env, ours = (envs.make(name, 3, scaled=True, parallel=True) for name in ("HalfCheetah-v4", "scaled_half_cheetah"))
+    numbers = draws(env, 3)
+    scaled = envs.make("scaled_HalfCheetah-v4", 3).reset(numbers)[1]
+    obs = env.reset(numbers)[1]
+    assert env.resumable and torch.equal(obs, scaled)
+    torch.testing.assert_close(obs[:, 8:], 5 * ours.reset(numbers)[1][:, 8:])
+    assert not envs.make("HalfCheetah-v4", 1, forward_reward_weight=2.0).resumable
 
 
 @pytest.mark.parametrize("name", ["half_cheetah:180", "ant:0", "scaled_ant:90"])

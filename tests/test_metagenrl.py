@@ -100,13 +100,34 @@ def test_an_objective_follows_the_sum_of_its_agents_gradients(monkeypatch):
     agents, sums = group(args), []
     alpha = agents.nets.init_objective(1, DRAWS)
     run = Sick([])
-    run.log = lambda *_: None
+    run.log, kept, steps = lambda *_: None, {}, run.steps
+    run.steps = lambda total, keep: (kept.update(keep), steps(total, keep))[1]
     ours = agents.meta_gradient
     monkeypatch.setattr(agents, "meta_gradient", lambda *x: (pair := ours(*x), sums.append(pair[0].sum(0)))[0])
     with torch.no_grad():
         metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
     assert sums[0].norm() > 1e-4
-    torch.testing.assert_close(alpha.grad[0], sums[0])
+    torch.testing.assert_close(kept["latest"].grad[0], sums[0])
+    assert torch.equal(kept["latest"], alpha)
+
+
+def test_what_is_meta_tested_can_be_the_average_of_an_objective(monkeypatch):
+    """Agents are trained with the objective itself, which is the same with an average and without."""
+    ends, trajectory = {}, []
+    monkeypatch.setattr(metagenrl, "keep_history", lambda history, alpha, *_: trajectory.append(alpha.clone()))
+    for decay in (0.0, 0.9):
+        args = replace(ARGS, env_steps=24, objective_average=decay)
+        agents, run = group(args), Sick([])
+        alpha = agents.nets.init_objective(1, torch.Generator().manual_seed(3))
+        average = alpha.clone()
+        with torch.no_grad():
+            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
+        ends[decay] = alpha
+    for latest in trajectory[1:12:2]:  # after every second iteration
+        average = 0.9 * average + 0.1 * latest
+    torch.testing.assert_close(ends[0.9], average)
+    assert torch.equal(ends[0.0], trajectory[11]) and torch.equal(ends[0.9], trajectory[23])
+    assert not torch.allclose(ends[0.9], ends[0.0], rtol=1e-4)
 
 
 def test_critic_policy_and_objective_have_batches_of_their_own(monkeypatch):
@@ -293,6 +314,12 @@ def test_critics_follow_equation_2_5_with_td3s_targets(where):
             total = total + (slow_network(critic, torch.cat([obs, action]), nets.critic.sizes)[0] - y) ** 2
         count += 1
     torch.testing.assert_close(ours[:, 1], torch.autograd.grad(total / count, theta)[0])
+
+
+def test_both_critics_in_one_product_are_each_alone():
+    nets, _, state, batch = setting()
+    alone = torch.stack([nets.q(theta, batch.obs, batch.action) for theta in state["theta"]])
+    torch.testing.assert_close(nets.q(state["theta"], batch.obs, batch.action), alone)
 
 
 @pytest.mark.parametrize("name", ["objective", "critic", "reinforce"])
@@ -762,6 +789,7 @@ def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
     flags = f"--learner {learner} --baselines reinforce-on --ppo.num-steps 16 --ppo.update-epochs 2 --checkpoint-every 2"
     flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 3600 --rl2.trials 2 --rl2.units 5"
+    flags += " --rl2.num-minibatches 2 --rl2.epochs 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
     actual = {(row["learner"], row["task"], row["seeds"]) for row in rows(tmp_path / "done")}
@@ -815,6 +843,26 @@ def test_an_objective_from_python(finished, tmp_path):
         metagenrl.LearnedObjective.load(path.parent / "none.pt")
 
 
+def test_the_agent_on_the_results_page_runs(finished, monkeypatch, capsys):
+    """Two episodes, in the second of which its policy follows the objective."""
+    page = (ROOT / ".github" / "results" / "metagenrl.md").read_text().split("## Use it\n")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in page.splitlines() if not line or line.startswith("    "))
+    shorter = {"range(50)": "range(2)", "episode >= 10": "episode >= 1"}
+    for one, other in shorter.items():
+        assert one in code
+        code = code.replace(one, other)
+    code = code.replace("runs/NAME", str(finished[0]))
+    assert len(list(filter(None, code.splitlines()))) < 45
+    losses, call = [], metagenrl.LearnedObjective.__call__
+    monkeypatch.setattr(metagenrl.LearnedObjective, "__call__", lambda *x: losses.append(call(*x)) or losses[-1])
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out.count("return: -") == 2 and len(losses) == 200
+    assert all(parameter.isfinite().all() for net in ("policy", "critic") for parameter in names[net].parameters())
+    steps = [names["adam"].state[next(names[net].parameters())]["step"] for net in ("policy", "critic")]
+    assert steps == [200, 400]
+
+
 REFUSED = {
     "--envs cartpole": "cartpole has discrete actions",
     "--envs CartPole-v1": "CartPole-v1 has discrete actions",
@@ -837,6 +885,7 @@ REFUSED = {
     "--baselines epg": "epg is meta-learned in a run of its own",
     "--learner epg --baselines --objectives 2": "leave out --objectives",
     "--learner rl2 --baselines --rl2.sizes 3 9": "RL.2 needs at least --rl2.sizes 6 2",
+    "--learner rl2 --baselines --rl2.trials 6": "--rl2.trials has to be a multiple of 4",
     "--learner td3 --progress": "td3 has none",
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",

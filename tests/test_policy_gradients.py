@@ -120,12 +120,13 @@ class Recorded(RL2):
         return self.trials[-1]
 
 
-def trained(rank, world, trial_steps, epochs=1):
+def trained(rank, world, trial_steps, kind=Recorded, epochs=1, num_minibatches=1):
     """An agent with the trials that it was trained on, and what was logged."""
     torch.manual_seed(0)
-    net, logged = Recorded(4, 1, 4), []
+    net, logged = kind(4, 1, 4), []
     net.trials = []
-    settings = dict(epochs=epochs, lr=1e-3, gamma=0.99, gae_lambda=0.97, clip_coef=0.2, max_grad_norm=1.0, seed=0)
+    settings = dict(epochs=epochs, num_minibatches=num_minibatches, lr=1e-3, gamma=0.99, gae_lambda=0.97)
+    settings |= dict(clip_coef=0.2, max_grad_norm=1.0, seed=0)
     settings |= {"trial_steps": trial_steps, "rank": rank, "world": world}
     all_envs = [("cartpole", envs.make("continuous_cartpole", 2 // world, scaled=True))]
     with torch.no_grad():
@@ -168,3 +169,44 @@ def test_rl2_learns_from_its_trials():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0] - 0.01
+
+
+def test_minibatches_of_rl2_are_whole_trials_and_each_trial_is_in_one():
+    """The mean of their losses is the loss on all trials."""
+    torch.manual_seed(0)
+    net, env = RL2(4, 1, 4), envs.make("continuous_cartpole", 6, scaled=True)
+    with torch.no_grad():
+        trials = policy_gradients.experience(net, *net.trial(env, DRAWS), gamma=0.99, gae_lambda=0.97)
+        parts = [trials.part(index, 3) for index in range(3)]
+        losses = [policy_gradients.ppo_loss(net, part, 0.2) for part in parts]
+        torch.testing.assert_close(sum(losses) / 3, policy_gradients.ppo_loss(net, trials, 0.2))
+    assert all(part.action.shape == (len(trials.action), 2, 1) for part in parts)
+    assert len({float(x) for part in parts for x in part.action[0, :, 0]}) == 6
+
+
+def test_the_rate_of_rl2_falls_linearly_and_every_minibatch_is_a_step(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
+    trained(0, 1, 6000, epochs=3, num_minibatches=2)
+    assert rates == pytest.approx([1e-3] * 6 + [2e-3 / 3] * 6 + [1e-3 / 3] * 6)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_how_much_an_environment_pays_does_not_change_what_rl2_learns(factor):
+    """Here the agent does not observe rewards, which are as the environment pays them."""
+
+    class Paid(Recorded):
+        factor = 1.0
+
+        def trial(self, *inputs, **options):
+            obs, action, reward, mask = super().trial(*inputs, **options)
+            obs[..., -2] = 0
+            return obs, action, self.factor * reward, mask
+
+    class PaidOtherwise(Paid):
+        pass
+
+    PaidOtherwise.factor = factor
+    ours, others = (trained(0, 1, 4000, kind)[0] for kind in (Paid, PaidOtherwise))
+    for one, other in zip(ours.parameters(), others.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

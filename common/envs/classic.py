@@ -125,6 +125,24 @@ class Acrobot(Env):
         return {"physics": torch.cat([angles, speeds], -1)}, reward, terminated
 
 
+class AcrobotSwingUp(Acrobot):
+    """Acrobot with one continuous action, the torque in units of 2 N m, and a reward for height at each
+    of 100 steps, which nothing ends early.
+
+    Observations as in Acrobot. Reward: the height of the tip, 0 for hanging links, 1 for upright ones.
+    """
+
+    num_actions = None
+    action_size = 1
+    max_steps = 100
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _, _ = super().step_env(state, 2 * action[:, 0].clamp(-1, 1) + 1, draws)
+        theta1, theta2, _, _ = moved["physics"].unbind(-1)
+        reward = (2 - theta1.cos() - (theta1 + theta2).cos()) / 4
+        return moved, reward, never(reward)
+
+
 class MountainCar(Env):
     """gymnasium's MountainCar-v0 (Moore 1990): a car that has to swing up out of a valley.
 
@@ -185,3 +203,17 @@ class ContinuousMountainCar(MountainCar):
         moved, terminated = self.drive(state, action[:, 0].clamp(-1, 1))
         reward = 100 * terminated.to(self.dtype) - 0.1 * action[:, 0] ** 2
         return moved, reward, terminated
+
+
+class MountainCarClimb(ContinuousMountainCar):
+    """Continuous mountain car with a reward for height at each of 200 steps, which nothing ends early.
+
+    Observations and actions as there. Reward: the height, 0 in the valley, 1 on top of the hill.
+    """
+
+    max_steps = 200
+
+    def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
+        moved, _ = self.drive(state, action[:, 0].clamp(-1, 1))
+        reward = (1 + (3 * moved["physics"][:, 0]).sin()) / 2
+        return moved, reward, never(reward)
