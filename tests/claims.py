@@ -70,9 +70,14 @@ class Seed:
         return row
 
     def fact(self, run: str, name: str) -> Any:
-        """What results.json has beside its rows; "curves": the columns of metrics.csv."""
+        """What results.json has beside its rows."""
         self.used.add((run, name))
         return self.runs[run][name]
+
+    def curve(self, run: str, column: str) -> list[float]:
+        """A column of metrics.csv at up to 40 lines."""
+        self.used.add((run, "curves", column))
+        return self.runs[run]["curves"][column]
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,9 +276,14 @@ def plateau(run: str) -> Number:
 
     def of(seed: Seed) -> float:
         end = seed.fact(run, "plateau")
-        return seed.fact(run, "curves")["step"][-1] if end is None else end
+        return seed.curve(run, "step")[-1] if end is None else end
 
     return Number(f"plateau, {run}", of)
+
+
+def logged_plateau(seed: Seed, run: str) -> int:
+    """GPICL: how many of at most 40 lines of metrics.csv are of the plateau."""
+    return sum(step < plateau(run).of(seed) for step in seed.curve(run, "step"))
 
 
 def exponent(words: str, runs: dict[float, str], tasks: bool = False) -> Number:
@@ -305,9 +315,9 @@ def unseen_loss(words: str, part: slice, run: str) -> Number:
     """GPICL: the logged loss on unseen tasks in a part of the plateau."""
 
     def of(seed: Seed) -> float:
-        curves = seed.fact(run, "curves")
-        steps = sum(step < plateau(run).of(seed) for step in curves["step"])
-        return statistics.fmean(curves["transformer_loss_unseen"][:steps][part])
+        return statistics.fmean(
+            seed.curve(run, "transformer_loss_unseen")[: logged_plateau(seed, run)][part]
+        )
 
     return Number(f"loss on unseen tasks, {words} of the plateau", of)
 
@@ -316,7 +326,7 @@ def logged(column: str, run: str, index: int | None = None) -> Number:
     """A column of metrics.csv at one of at most 40 lines, or its mean."""
 
     def of(seed: Seed) -> float:
-        curve = seed.fact(run, "curves")[column]
+        curve = seed.curve(run, column)
         return statistics.fmean(curve) if index is None else curve[index]
 
     return Number(f"{column}, {run}", of)
@@ -343,15 +353,15 @@ def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], flo
     """GPICL: a norm of gradients, averaged over the plateau."""
 
     def of(seed: Seed) -> float:
-        curves = seed.fact(run, "curves")
-        steps = sum(step < plateau(run).of(seed) for step in curves["step"])
-        norms = {
-            name.split()[-1]: curve
-            for name, curve in curves.items()
-            if name.startswith("transformer gradient norm ") and not name.endswith(" all")
-        }
+        columns = [
+            column
+            for column in seed.runs[run]["curves"]
+            if column.startswith("transformer gradient norm ") and not column.endswith(" all")
+        ]
+        norms = {column.split()[-1]: seed.curve(run, column) for column in columns}
         return statistics.fmean(
-            choose({name: curve[step] for name, curve in norms.items()}) for step in range(steps)
+            choose({name: curve[line] for name, curve in norms.items()})
+            for line in range(logged_plateau(seed, run))
         )
 
     return Number(f"gradient norm in the plateau, {words}", of)

@@ -69,6 +69,9 @@ def compact(
                 rows.append([rounded(one[key]) for key in KEYS if key in one])
 
         facts = {key[0]: results[key[0]] for key in used if len(key) == 1}
+        columns = sorted(key[1] for key in used if len(key) == 2)
+        if columns:
+            facts["curves"] = {column: rounded(results["curves"][column]) for column in columns}
         seconds = round(sum(results["seconds"].values()))
         device = {"device": results["device"], "seconds": seconds}
         short.append(device | {"facts": facts, "results": rows})
