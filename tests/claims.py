@@ -79,6 +79,9 @@ class Seed:
         self.used.add((run, "curves", column))
         return self.runs[run]["curves"][column]
 
+    def columns(self, run: str) -> list[str]:
+        return list(self.runs[run]["curves"])
+
 
 @dataclass(frozen=True, eq=False)
 class Number:
@@ -355,7 +358,7 @@ def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], flo
     def of(seed: Seed) -> float:
         columns = [
             column
-            for column in seed.runs[run]["curves"]
+            for column in seed.columns(run)
             if column.startswith("transformer gradient norm ") and not column.endswith(" all")
         ]
         norms = {column.split()[-1]: seed.curve(run, column) for column in columns}

@@ -194,13 +194,21 @@ class Named(Seed):
             assert inherited or task in known or re.split("[@ ]", task)[0] in known, f"{task} is not in: {command}"
         return {"mean": len(run) + len(task) + len(learner), "std": 1.0, "step": step or 50, "values": [1.0, 2.0, 4.0]}
 
-    def fact(self, run, name):
+    def columns(self, run):
+        return list(self.curves(run))
+
+    def curve(self, run, column):
+        return self.curves(run)[column]
+
+    def curves(self, run):
         curves = {"step": [0.0, 10.0, 90.0], "transformer_loss_unseen": [2.3, 2.4, 1.0]}
         logged = ("distance", "update norm all", *(f"gradient norm {tensor}" for tensor in ("head.weight", "other", "all")))
         curves |= {f"transformer {column}": [1.0, 1.0, 1.0] for column in logged}
         rewards = [f"{env}_{name}" for env in getattr(self.args[run], "envs", ()) for name in ("reward", "reward_std")]
-        curves |= {column: [1.0, 2.0, 2.0] for column in rewards}
-        facts = {"plateau": 50, "curves": curves, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
+        return curves | {column: [1.0, 2.0, 2.0] for column in rewards}
+
+    def fact(self, run, name):
+        facts = {"plateau": 50, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
         assert run in self.commands
         if self.commands[run].startswith("fme.py"):
