@@ -30,8 +30,9 @@ from threading import Lock
 from typing import Any
 
 # isort: off
-from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Row, UserError, above_random, at, correlation, curve, exponent, fact, gain
-from claims import gradient_norm, higher, improvement, lead, learns, logged, mean, number, per, plateau, reached, returns, rises
+from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Number, Row, UserError, above_random, at, correlation, curve, exponent
+from claims import fact, gain, gradient_norm, higher, improvement, lead, learns, logged, mean, number, per, plateau, reached
+from claims import returns, rises
 from claims import sweep, unseen_loss, until_solved, weakest, within, without_worst
 from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
 
@@ -53,8 +54,11 @@ EPG = "metagenrl.py --learner epg --baselines"
 INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
 CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
 BODIES = {"cheetah": CHEETAH, "hopper": HOPPER, "lunar": LUNAR, "walker": "Walker2d-v4", "ant": "Ant-v4"}
+UNSEEN_LUNAR = ("hopper, lunar", "hopper", "lunar")  # of Table A.1, beside "cheetah, hopper"
+MORE_BODIES = ("lunar, hopper, walker, ant", "cheetah, lunar, walker, ant", "cheetah, hopper, walker, ant")
 POINTS = {"laptop": range(0, 10_001, 500), "thesis": range(0, 1_000_001, 50_000)}  # environment steps of a meta-test
 STAGES = {"laptop": ("20 %", "40 %"), "thesis": ("5 %", "14 %")}  # Figure 2.4: hardly any progress, and uneven progress
+HALF = {"laptop": 5_000, "thesis": 500_000}  # of the steps of a meta-test
 FOUR_INPUTS = {"laptop": "four inputs", "thesis": ""}  # the run with the thesis' inputs: the laptop preset has a fifth one
 
 
@@ -65,20 +69,26 @@ def regimes(flags: str, *names: str) -> dict[str, str]:
 
 
 def above_rules(env: str, run: str, on_policy: str) -> list[Claim]:
-    """Table 2.1: above the untrained objective and the hand-made rules, with at least 0.8 of what TD3 gains. on_policy: the run
-    with on-policy rules."""
+    """Table 2.1: above the untrained objective and the hand-made rules, which learn, with at least 0.8 of what TD3 gains.
+    on_policy: the run with on-policy rules."""
+    rules = ["ppo", "reinforce-on"]
     return [*higher("metagenrl", ["untrained", "reinforce-off"], [env], None, run),
-            *(at("metagenrl", env, run=run) > at(other, env, run=on_policy) for other in ("ppo", "reinforce-on")),
+            *higher("metagenrl", rules, [env], None, on_policy),
+            *(claim for rule in rules for claim in rises(rule, [env], on_policy)),
             gain(env, run, untrained=run) > gain(env, run, "td3", run) * 0.8]
 
 
+def as_td3(env: str) -> list[Claim]:
+    """Figure 2.3a, where it was meta-trained: above the untrained objective and off-policy REINFORCE, slightly below TD3."""
+    return [*higher("metagenrl", ["untrained", "reinforce-off"], [env]), gain(env) > gain(env, learner="td3") * 0.8]
+
+
 def regime_claims(preset: str) -> list[Claim]:
-    """Section A.1.1, only at the thesis' preset: above REINFORCE and PPO on Cheetah and where meta-trained, far below TD3 on
-    Cheetah, and not above REINFORCE on an unseen Lunar."""
-    if preset == "laptop":
-        return []
+    """Section A.1.1, at the thesis' preset: above REINFORCE and PPO on Hopper, on Cheetah and where meta-trained, far below TD3
+    on Cheetah, and not above REINFORCE on an unseen Lunar."""
     rules = [("reinforce-off", ""), ("reinforce-on", "on-policy"), ("ppo", "on-policy")]
-    higher_in = [(CHEETAH, ""), (LUNAR, ""), (CHEETAH, "hopper, lunar")]
+    higher_in = [(CHEETAH, ""), (LUNAR, ""), *((CHEETAH, run) for run in ("cheetah, hopper", *UNSEEN_LUNAR)),
+                 *((HOPPER, run) for run in ("cheetah, hopper", *UNSEEN_LUNAR, *MORE_BODIES))]
     above = [at("metagenrl", env, run=run) > at(rule, env, run=of_rule) for env, run in higher_in for rule, of_rule in rules]
     return [*above, gain(CHEETAH) < gain(CHEETAH, learner="td3") * 0.8,
             at("metagenrl", LUNAR, run="cheetah, hopper") < at("reinforce-off", LUNAR)]
@@ -104,22 +114,23 @@ METAGENRL = {
          "fresh": f"{AGAIN} --no-test-seen --test-envs {' '.join(FRESH['laptop'])} "
                   "--baselines untrained td3 reinforce-off ppo reinforce-on"},
         lambda preset: [*per(UNSEEN, lambda env: above_rules(env, "", "on-policy"))(preset),
-                        *per(FRESH, lambda env: above_rules(env, "fresh", "fresh"))(preset), *regime_claims(preset)],
+                        *per(FRESH, lambda env: above_rules(env, "fresh", "fresh"))(preset),
+                        *(per(KNOWN, as_td3)(preset) if preset == "laptop" else regime_claims(preset))],
         {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} --baselines ppo reinforce-on",
-         **regimes("", "cheetah, hopper", "hopper, lunar", "hopper", "lunar"),
-         **regimes(" --population 40", "lunar, hopper, walker, ant", "cheetah, lunar, walker, ant",
-                   "cheetah, hopper, walker, ant")},
+         **regimes("", "cheetah, hopper", *UNSEEN_LUNAR), **regimes(" --population 40", *MORE_BODIES)},
         figures=lambda preset: [returns_figure(preset, "metagenrl_unseen", [KNOWN[preset][-1], *UNSEEN[preset]],
                                                ["metagenrl", "untrained", "reinforce-off", "td3"])]),
     "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
         {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": f"{EPG} --epg.generations 280"},
-        lambda preset: [*(at("rl2", env, run="rl2") > at("untrained", env) for env in KNOWN[preset]),
-            *(at("metagenrl", env) > at("epg", env, run="epg") for env in KNOWN[preset]),
-            *(at("metagenrl", env) > at(other, env, run=other) for env in UNSEEN[preset] for other in ("rl2", "epg"))],
+        lambda preset: [*(claim for env in KNOWN[preset] for claim in (
+                gain(env) > 0, gain(env, "rl2", "rl2") > gain(env) * 0.8, gain(env, "epg", "epg") < gain(env) * 0.2)),
+            *(gain(env, other, other) < gain(env) * 0.2 for env in UNSEEN[preset] for other in ("rl2", "epg"))],
         {"": "M1.0", "rl2": RL2, "epg": EPG}),
     "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
         lambda preset: [claim for env in UNSEEN[preset] for claim in (
             at("metagenrl", env) > at(f"metagenrl, {STAGES[preset][0]}", env),
+            at(f"metagenrl, {STAGES[preset][1]}", env) > at(f"metagenrl, {STAGES[preset][0]}", env),
+            at("metagenrl", env, HALF[preset]) > at(f"metagenrl, {STAGES[preset][1]}", env, HALF[preset]),
             at("metagenrl", env, field="std") < at(f"metagenrl, {STAGES[preset][1]}", env, field="std"))],
         figures=lambda preset: [returns_figure(preset, "metagenrl_stages", UNSEEN[preset], [
             *(f"metagenrl, {part} %" for part in ((20, 40, 60, 80) if preset == "laptop" else (5, 14, 20, 40, 60, 80))),
@@ -128,8 +139,9 @@ METAGENRL = {
         {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
          "no values": f"{INPUTS} time", "four inputs": f"{INPUTS} value next_value time"},
         lambda preset: [claim for env in (UNSEEN | {"thesis": [CHEETAH]})[preset] for claim in (
-            gain(env, "no time") > gain(env) * 0.8, gain(env, "no next value") > gain(env, FOUR_INPUTS[preset]) * 0.8,
-            gain(env, "no values") < gain(env) * 0.2)],
+            gain(env) > 0, gain(env, FOUR_INPUTS[preset]) > gain(env) * 0.2, gain(env, "no time") > gain(env) * 0.8,
+            gain(env, "no next value") > gain(env, FOUR_INPUTS[preset]) * 0.8, gain(env, "no values") < gain(env) * 0.2)] + [
+            logged(f"{CHEETAH}_reward", "no time") < logged(f"{CHEETAH}_reward", "")] * (preset == "thesis"),
         {"": "M1.0", **{f"no {what}": f"metagenrl.py --baselines --test-envs --inputs reward {rest}" for what, rest in (
             ("time", "value next_value"), ("next value", "value time"), ("values", "time"))}},
         figures=lambda preset: [meta_training_figure(preset, "metagenrl_inputs", {
@@ -137,7 +149,7 @@ METAGENRL = {
     "M5": Row("Fig. 2.6", "3 inner steps vary more than 1, 5 harm",
         {"": "M1.0", **sweep("metagenrl.py --baselines --no-test-seen", inner_steps=[3, 5])},
         per(UNSEEN | {"thesis": [HOPPER, CHEETAH]}, lambda env: [
-            at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
+            gain(env) > 0, at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
             at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")]),
         {"": "M1.0", **sweep(f"metagenrl.py --baselines --no-test-seen --test-envs {HOPPER} {CHEETAH}", inner_steps=[3, 5])}),
     "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
@@ -145,7 +157,8 @@ METAGENRL = {
          "late": "metagenrl.py --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
-            at("metagenrl", envs[1], run="late") < at("metagenrl, 80 %", envs[1], run="late")]),
+            at("metagenrl", envs[1], run="late") < mean("metagenrl, 40 to 80 %, late", [
+                at(f"metagenrl, {part} %", envs[1], run="late") for part in (40, 60, 80)])]),
         {"each": f"metagenrl.py --envs {LUNAR} --test-envs --progress --each --test-seeds 12 --baselines untrained",
          "late": "M6.0"}),
     "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
@@ -153,8 +166,12 @@ METAGENRL = {
          "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32",
          "4 agents": "metagenrl.py --population 4 --baselines --no-test-seen",
          "8 agents": "metagenrl.py --population 8 --baselines --no-test-seen"},
-        per(UNSEEN, lambda env: [*(at("metagenrl", env) > at("metagenrl", env, run=f"{count} agents") for count in (2, 4, 8)),
-            *(gain(env, run) < gain(env) * 1.2 for run in ("4 environments", "4, more agents"))]),
+        lambda preset: [
+            *(logged(f"{env}_reward", f"{count} agents") < logged(f"{env}_reward", "")
+              for env in KNOWN[preset] for count in (2, 4, 8)),
+            *(claim for env in UNSEEN[preset] for claim in (
+                *(gain(env, run) < gain(env) * 1.2 for run in ("4 environments", "4, more agents")),
+                gain(env, "4, more agents") > gain(env) * 0.8))],
         {"": "M1.0", "4, more agents": "M1.7",
          **{f"{count} agents": f"metagenrl.py --population {count} --baselines --no-test-seen" for count in (2, 4, 8)},
          "4 environments": regimes("", "cheetah, lunar, walker, ant")["cheetah, lunar, walker, ant"]},
@@ -222,14 +239,20 @@ VSML = {
         left_out("laptop", f"--test-seeds 8 {LEARNERS}"),
         lambda preset: [claim for name in LEFT_OUT[preset] for claim in (
             *higher("vsml", ["rnn", "hebbian", "fwmemory"], [name, "sum_sign"], None, f"without {name}"),
-            *higher("vsml", ["sgd", "adam"], [name], 100, f"without {name}"))] + [
+            *higher("vsml", ["sgd", "adam", "sgd2", "adam2"], [name], 100, f"without {name}"),
+            at("vsml", name, run=f"without {name}") > at("sgd", name, run=f"without {name}") - 0.05)] + [
             at("vsml", "fashion_mnist", run="without fashion_mnist") > at("vsml", "fashion_mnist", run="no projections (B.5)"),
             *higher("vsml", ["rnn", "hebbian", "fwmemory"], ["fashion_mnist"], None, "projections for all (B.6)"),
-            *higher("vsml", ["rnn"], ["fashion_mnist"], None, "half projected (B.7)")] * (preset == "thesis"),
+            *(at(name, "fashion_mnist", run="projections for all (B.6)")
+              < at(name, "fashion_mnist", run="without fashion_mnist") + 0.1 for name in ("rnn", "hebbian", "fwmemory")),
+            at("vsml", "fashion_mnist", run="half projected (B.7)") > at("vsml", "fashion_mnist", run="plain (B.7)"),
+            at("rnn", "fashion_mnist", run="half projected (B.7)")
+            < at("rnn", "fashion_mnist", run="plain (B.7)") + 0.1] * (preset == "thesis"),
         {label: f"{command} --projected 1" for label, command in LEFT_OUT_1.items()}
         | {"no projections (B.5)": ABLATED, "projections for all (B.6)": f"{ABLATED} --projected 1 --augment-baselines",
            "half projected (B.7)": "vsml.py --dataset mnist --projected 0.5 --augment-baselines --test-datasets mnist "
-                                   "fashion_mnist"}, figures=lambda preset: [datasets_figure(preset)]),
+                                   "fashion_mnist", "plain (B.7)": "V3.0"},
+        figures=lambda preset: [datasets_figure(preset)]),
     "V6": Row("Fig. 3.9, B.8", "repeated digits almost always correct",
         "vsml.py --mode test --checkpoint {V3.0}/checkpoint.pt --test-datasets mnist --test-steps 100 --baselines sgd adam",
         [fact("", "repeats", "vsml") > 0.8, fact("", "repeats", "vsml") > fact("", "repeats", "adam") + 0.3,
@@ -250,7 +273,7 @@ VSML = {
                  "--baselines --test-datasets digits mnist fashion_mnist --test-seeds 8"},
         lambda preset: [*(at("vsml", task, 1000, "conv") > at("vsml", task, 1000, "dense") - 0.05 for task in BOTH),
          *(claim for claim in [*higher("vsml", ["sgd"], ["cifar10"], 100, "cifar10"),
-                               *rises("vsml", ["fashion_mnist"], "cifar10")] if preset == "thesis")],
+                               at("vsml", "fashion_mnist", run="cifar10") > 0.3] if preset == "thesis")],
         {"dense": "V3.0", "conv": "vsml.py --dataset mnist --conv 8 --feed-label --backward-pass --norm-messages --baselines sgd adam "
                                   "--test-datasets mnist fashion_mnist",
          "cifar10": "vsml.py --dataset cifar10 --conv 8 --feed-label --backward-pass --norm-messages --baselines sgd adam "
@@ -261,7 +284,9 @@ VSML = {
         {"shallow": f"{DEPTH} --test-datasets digits",
          **{f"{depth} hidden": f"{DEPTH} --hidden {'16 ' * depth}--test-datasets digits" for depth in (1, 2, 3)}},
         per({"laptop": ["digits"], "thesis": ["mnist"]}, lambda task: [
-            at("vsml", task, run=f"{depth} hidden") < at("vsml", task, run="shallow") for depth in (1, 2, 3)]),
+            *(at("vsml", task, run=deeper) < at("vsml", task, run=run)
+              for run, deeper in pairwise(("shallow", "1 hidden", "2 hidden", "3 hidden"))),
+            at("vsml", task, run="1 hidden") > 0.2]),  # it leaves its plateau
         {"shallow": f"{FULL_DEPTH} --test-datasets mnist",
          **{f"{depth} hidden": f"{FULL_DEPTH} --hidden {'32 ' * depth}--test-datasets mnist" for depth in (1, 2, 3)}}),
 }
@@ -299,24 +324,36 @@ def regret_figure(name: str, trained: list[str], tests: list[str], thesis: dict[
     return Figure(name, "environment", "expected cumulative regret, by the environment of meta-training", panels, matrix=True)
 
 
+def control_claims(env: str, rnn: str) -> list[Claim]:
+    """Figure 4.5: SymLA keeps its return in shuffled order, and improves within a lifetime; the RNN fails. rnn: the end of
+    the label of the RNN's run."""
+    shuffled = f"shuffled_{env}"
+    return [above_random("symla", env, env) > 0, above_random("rnn", env, env + rnn) > 0,
+            above_random("symla", env, env) > above_random("rnn", env, env + rnn) * 0.8,
+            above_random("symla", shuffled, env) > above_random("symla", env, env) * 0.8,
+            above_random("rnn", shuffled, env + rnn) < above_random("rnn", env, env + rnn) * 0.5,
+            improvement("symla", shuffled, env) > 0,
+            improvement("symla", shuffled, env) > improvement("uniform", shuffled, env)]
+
+
 SYMLA = {
     "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
-        [PAIRS["symla"] < PAIRS["rnn"] + 0.63, PAIRS["symla"] < 1.86 + 0.63, PAIRS["symla"] < PAIRS["uniform"]],
+        [PAIRS["symla"] < PAIRS["rnn"] + 0.2, PAIRS["symla"] < 1.86 + 0.2, PAIRS["rnn"] < 1.86 + 0.63],
         figures=lambda preset: [regret_figure("symla_five", FIVE, FIVE, FIGURE_4_3)]),
     "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
-        [UNSEEN_ARMS["symla"] < 20, UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
+        [UNSEEN_ARMS["symla"] < 17, mean("symla, the same arms", [at("symla", arms, run=arms) for arms in ARMS]) < 14,
+         UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
         figures=lambda preset: [regret_figure("symla_arms", ARMS, ARMS, FIGURE_4_4)]),
     "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
         {"start": "symla.py --envs contextual_bandit:2 contextual_bandit:3 grid_world:2 --baselines uniform --meta-steps 750",
-         **{env: f"symla.py --envs {env}{flags} --init {{S3.0}}/checkpoint.pt" for env, flags in REPEATED.items()}},
-        per(CONTROL, lambda env: [*(above_random(who, env, env) > 0 for who in ("symla", "rnn")),
-            above_random("symla", env, env) > above_random("rnn", env, env) * 0.8,
-            above_random("symla", f"shuffled_{env}", env) > above_random("symla", env, env) * 0.8,
-            above_random("rnn", f"shuffled_{env}", env) < above_random("rnn", env, env) * 0.5,
-            improvement("symla", f"shuffled_{env}", env) > 0,
-            improvement("symla", f"shuffled_{env}", env) > improvement("uniform", f"shuffled_{env}", env)]),
+         **{env: f"symla.py --envs {env}{flags} --baselines uniform --init {{S3.0}}/checkpoint.pt"
+            for env, flags in REPEATED.items()},
+         **{f"{env}, rnn": f"symla.py --learner rnn --envs {env}{flags} --baselines uniform --meta-steps 1350"
+            for env, flags in REPEATED.items()}},  # as many as SymLA has with its start
+        lambda preset: [claim for env in CONTROL[preset]
+                        for claim in control_claims(env, ", rnn" if preset == "laptop" else "")],
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
     "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
@@ -326,13 +363,16 @@ SYMLA = {
                  "--lifetime-steps 500"},
         per({"laptop": ["grid_world:3"], "thesis": ["grid_world"]}, lambda env: [
             *higher("symla", ["uniform"], [env, f"swapped_{env}"], None, "grid"),
-            improvement("symla", f"swapped_{env}", "grid") > 0,
+            *higher("rnn", ["uniform"], [env], None, "grid"),
+            *(improvement("symla", task, "grid") > 0 for task in (env, f"swapped_{env}")),
             *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
     "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
         f"symla.py --envs {' '.join(DENSE['laptop'])} --normalize-rewards --meta-steps 600 --obs-gain 1",
-        lambda preset: [*higher("symla", ["uniform"], DENSE[preset]),
-                        *higher("symla", ["uniform", "rnn"], ["projected_balance_cartpole"])],
+        lambda preset: [*(claim for who in ("symla", "rnn") for claim in higher(who, ["uniform"], DENSE[preset])),
+                        *higher("symla", ["uniform", "rnn"], ["projected_balance_cartpole"]),
+                        above_random("rnn", "projected_balance_cartpole", "")
+                        < above_random("symla", "projected_balance_cartpole", "") * 0.5],
         "symla.py --envs projected_dense_grid_world"),
 }
 
@@ -438,20 +478,37 @@ def statistics_figure() -> Figure:
     return Figure("gpicl_statistics", "meta-step", "", panels, xscale="linear")
 
 
+def statistic(what: str, run: str, lines: int) -> Number:
+    """Figure D.9: of gradients or updates, on average over the first logged lines."""
+    return mean(f"{what}, {run}", [logged(f"transformer {what} all", run, index) for index in range(lines)])
+
+
+def unseen_entropy(task: str, run: str) -> Number:
+    """Figure D.4."""
+    return at("transformer", task, None, run, "cross_entropy", "task")
+
+
+def in_width(one: tuple[str, int, int, int, int], novelty: str, learner: str, tasks: int, width: int) -> Number:
+    """Figure 5.2: accuracy at the last example. one: dataset, few and many tasks, a small and a large width; tasks, width:
+    which of these."""
+    return reached(one[0], novelty, f"learner {learner}, num_tasks {one[tasks]}, width {one[width]}", learner=learner)
+
+
 GPICL = {
     "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
         sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
-        per({"laptop": [("digits", 64, 16384, 64)], "thesis": [("mnist", 2**8, 2**24, 256)]}, lambda one: [
-            reached(one[0], "task", f"learner transformer, num_tasks {one[2]}, width {one[3]}") > 0.2,
-            reached(one[0], "task", f"learner transformer, num_tasks {one[1]}, width {one[3]}") < 0.2,
-            reached(one[0], "none", f"learner mlp, num_tasks {one[1]}, width {one[3]}", learner="mlp") > 0.2,
-            reached(one[0], "task", f"learner mlp, num_tasks {one[2]}, width {one[3]}", learner="mlp") < 0.2]),
+        per({"laptop": [("digits", 1024, 16384, 16, 64)], "thesis": [("mnist", 2**8, 2**24, 32, 256)]}, lambda one: [
+            in_width(one, "task", "transformer", 2, 4) > 0.2, in_width(one, "task", "transformer", 2, 3) < 0.2,
+            in_width(one, "none", "transformer", 1, 4) > 0.2, in_width(one, "task", "transformer", 1, 4) < 0.2,
+            in_width(one, "none", "mlp", 1, 4) > 0.2, in_width(one, "task", "mlp", 2, 4) < 0.2,
+            in_width(one, "none", "mlp", 1, 4) > in_width(one, "none", "mlp", 1, 3),
+            in_width(one, "none", "transformer", 2, 4) > in_width(one, "none", "mlp", 2, 4)]),
         sweep(UNIFORM, learner=["transformer", "mlp"], num_tasks=[2**8, 2**13, 2**16, 2**24], width=[32, 256]),
         figures=lambda preset: [width_figure(preset, *(([64, 1024, 16384], [16, 64]) if preset == "laptop" else
                                                        ([2**8, 2**13, 2**16, 2**24], [32, 256])))]),
     "G2": Row("Fig. 5.3", "rises in context on unseen datasets",
         sweep("gpicl.py --meta-steps 20000 --test-datasets mnist fashion_mnist digits", dataset=BOTH),
-        [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0 for name in BOTH for test in BOTH),
+        [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0.2 for name in BOTH for test in BOTH),
          reached("fashion_mnist", "domain", "dataset mnist")
          > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03,
          reached("mnist", "domain", "dataset fashion_mnist") < reached("mnist", "task", "dataset mnist")],
@@ -465,19 +522,24 @@ GPICL = {
         lambda preset: [*(claim for task, new in ((SET[preset], "task"), ("fashion_mnist", "domain")) for claim in (
                 *higher("transformer", ["sgd", "adam"], [task], metric="accuracy", novelty=new),
                 *(reached(task, new) > reached(task, new, run, learner=run) for run in ("maml", "lstm")),
-                reached(task, new) > reached(task, new, "vsml", learner="vsml") - 0.1)),
+                reached(task, new, "vsml", learner="vsml") > reached(task, new),
+                reached(task, new) > reached(task, new, "vsml", learner="vsml") - 0.07)),
             reached("random", "domain") > 0.99,
             *(reached(task, "domain") > reached(task, "domain", learner="adam") - 0.02
               for task in ("wine", "breast_cancer") if preset == "laptop"),
             *(reached(task, "task" if task == "mnist" else "domain") > value - 0.03
-              for task, value in zip(TABLE_DATASETS, TABLE["transformer"], strict=True) if preset == "thesis")],
+              for task, value in zip(TABLE_DATASETS, TABLE["transformer"], strict=True) if preset == "thesis"),
+            *(claim for task in ("kmnist", "cifar10", "svhn") if preset == "thesis"
+              for claim in higher("transformer", ["sgd", "adam"], [task], metric="accuracy", novelty="domain"))],
         {"": f"gpicl.py --test-datasets {' '.join(TABLE_DATASETS)}",
          **{name: f"gpicl.py --learner {name} --baselines --test-datasets {' '.join(TABLE_DATASETS)}"
             for name in ("maml", "lstm", "vsml")}},
         figures=lambda preset: [table_figure(preset)]),
     "G4": Row("Fig. 5.4, D.1-D.4", "memorises, then identifies, then learns",
         sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=MANY["laptop"]),
-        per({"laptop": [("digits", 16, 1024, 16384)], "thesis": [("mnist", 16, 4096, 2**20)]}, lambda one: [
+        per({"laptop": [("digits", 16, 1024, 16384, 4096)], "thesis": [("mnist", 16, 4096, 2**20, 4096)]}, lambda one: [
+            fact(f"num_tasks {one[3]}", "final_loss") < fact(f"num_tasks {one[4]}", "final_loss"),
+            unseen_entropy(one[0], f"num_tasks {one[3]}") < unseen_entropy(one[0], f"num_tasks {one[4]}"),
             reached(one[0], "none", f"num_tasks {one[1]}", 0) > 0.5, learns(one[0], "none", f"num_tasks {one[1]}") < 0.1,
             learns(one[0], "none", f"num_tasks {one[2]}") > 0.1, learns(one[0], "task", f"num_tasks {one[2]}") < 0.1,
             learns(one[0], "task", f"num_tasks {one[3]}") > 0.1,
@@ -490,56 +552,68 @@ GPICL = {
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
     "G6": Row("Fig. 5.6, 5.7, D.11", "power law of plateau and batch size",
         sweep(f"{SHORT} --meta-steps 4000", batch=list(BATCHES["laptop"]), num_tasks=[1024, 16384]),
-        per({preset: [(BATCHES[preset], f"batch 128, num_tasks {most}")]
-             for preset, most in (("laptop", 16384), ("thesis", 65536))}, lambda one: [
+        per({"laptop": [(BATCHES["laptop"], "batch 128, num_tasks 16384", "digits", "batch 128, num_tasks 16384")],
+             "thesis": [(BATCHES["thesis"], "batch 128, num_tasks 65536", "fashion_mnist", "batch 2048, num_tasks 65536")],
+             }, lambda one: [
             exponent("plateau", one[0]) < 0, exponent("tasks in the plateau", one[0], tasks=True) > 0,
-            plateau(one[1]) > plateau("batch 128, num_tasks 1024"),
+            plateau(one[1]) > plateau("batch 128, num_tasks 1024"), reached(one[2], "task", one[3]) > 0.2,
+            reached(one[2], "none", "batch 128, num_tasks 1024") > 0.2,
+            reached(one[2], "task", "batch 128, num_tasks 1024") < 0.2,
             unseen_loss("end", slice(-5, None), one[1]) > unseen_loss("start", slice(0, 2), one[1])]),
         sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0 --chunk 512", batch=list(BATCHES["thesis"]),
               num_tasks=[1024, 65536]),
         figures=lambda preset: [batch_figure(preset)]),
     "G7": Row("Fig. 5.8", "a biased permutation removes the plateau",
-        sweep(f"{FREE} --meta-steps 4000", bias=["0", "0.5", "0.9"]),
-        [plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5")],
+        sweep(f"{SMALL} --bias-end None --test-datasets digits --meta-steps 8000", bias=["0", "0.5", "0.9"]),
+        per({"laptop": ["digits"], "thesis": ["fashion_mnist"]}, lambda task: [
+            plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5"),
+            plateau("bias 0.5") < plateau("bias 0"), reached(task, "task", "bias 0.9") > 0.2,
+            unseen_loss("end", slice(-5, None), "bias 0.9") > unseen_loss("start", slice(0, 2), "bias 0.9")]),
         sweep(PLATEAU, bias=["0", "0.5", "0.9"])),
     "G8": Row("Fig. D.12", "smaller epsilon halves the plateau",
         {**sweep(f"{LONG} --meta-optimizer adam", eps=["1e-4", "1e-6", "1e-8"]),
          "sign": f"{LONG} --meta-optimizer sign --lr 3e-4"},
         [plateau("eps 1e-8") < plateau("eps 1e-4") * 0.5, plateau("sign") < plateau("eps 1e-8")],
-        {**sweep(f"{PLATEAU} --bias 0", eps=["1e-4", "1e-6", "1e-8"]),
-         "sign": f"{PLATEAU} --bias 0 --meta-optimizer sign --lr 1e-4"}),
+        {**sweep(f"{PLATEAU} --bias 0 --meta-steps 100000", eps=["1e-4", "1e-6", "1e-8"]),
+         "sign": f"{PLATEAU} --bias 0 --meta-steps 100000 --meta-optimizer sign --lr 1e-4"}),
     "G9": Row("Fig. 5.9, D.3, D.5", "ResNet features: about 45 % on CIFAR-10",
-        {"features fashion_mnist": "gpicl.py --dataset mnist --meta-steps 20000 --test-datasets mnist digits --features fashion_mnist",
+        {"features fashion_mnist": "gpicl.py --dataset mnist --meta-steps 20000 --test-datasets mnist digits "
+                                   "--features fashion_mnist",
          "features none": "G2.0"},
         per({"laptop": ["features fashion_mnist"], "thesis": ["features resnet50"]}, lambda run: [
-            learns("digits" if "fashion" in run else "fashion_mnist", "domain", run) > 0,
+            learns("digits" if "fashion" in run else "fashion_mnist", "domain", run) > 0.2,
             *([reached("digits", "domain", run) > reached("digits", "domain", "features none")] if "fashion" in run else
               [reached("cifar10", "domain", run) > 0.42,
-               reached("cifar10", "domain", run) > reached("cifar10", "domain", "features none") + 0.1])]),
+               reached("cifar10", "domain", run) > reached("cifar10", "domain", "features none") + 0.2])]),
         sweep("gpicl.py --bias 0 --test-datasets mnist fashion_mnist cifar10", features=["resnet50", "none"]),
         needs="ImageNet weights; on a laptop a network trained on Fashion-MNIST stands in"),
     "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
         sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
         per({"laptop": [("digits", 20, 40), ("digits", 40, 80)], "thesis": [("mnist", 50, 100), ("mnist", 100, 200)]},
-            lambda one: [reached(one[0], "task", f"sequence_length {one[1]}")
+            lambda one: [reached(one[0], "task", f"sequence_length {one[1]}") > 0.2,  # it learns
+                         reached(one[0], "task", f"sequence_length {one[1]}")
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
     "G11": Row("Fig. D.8-D.10", "small gradients but the last layer's",
         {"biased": f"{FREE} --classes --no-lr-decay --statistics",
          "plateau": f"{FREE} --classes --no-lr-decay --statistics --bias 0"},
-        [gradient_norm("last layer", "plateau", lambda norms: norms["head.weight"]) >
-         gradient_norm("largest other", "plateau", lambda norms: max(norm for name, norm in norms.items() if "head" not in name)),
-         logged("transformer distance", "plateau", -1) < logged("transformer distance", "biased", -1),
-         logged("transformer gradient norm all", "plateau") < logged("transformer gradient norm all", "biased"),
-         logged("transformer update norm all", "plateau", -1) < logged("transformer update norm all", "biased", -1)],
+        per({"laptop": [40], "thesis": [20]}, lambda lines: [  # of 40 those of the plateau
+            gradient_norm("last layer", "plateau", lambda norms: norms["head.weight"]) > gradient_norm(
+                "largest other", "plateau", lambda norms: max(norm for name, norm in norms.items() if "head" not in name)),
+            logged("transformer distance", "plateau", lines - 1) < logged("transformer distance", "biased", lines - 1),
+            *(statistic(f"{what} norm", "plateau", lines) < statistic(f"{what} norm", "biased", lines)
+              for what in ("gradient", "update")),
+            logged("transformer update norm all", "plateau", lines - 1) < logged("transformer update norm all", "plateau", 0),
+            *(claim for what, margin in (("gradient", 0.2), ("update", 0.05)) for claim in within(
+                statistic(f"{what} cosine", "plateau", lines), statistic(f"{what} cosine", "biased", lines), margin))]),
         {"biased": f"{PLATEAU} --statistics", "plateau": f"{PLATEAU} --bias 0 --statistics"},
         figures=lambda preset: [statistics_figure()]),
     "G12": Row("Fig. D.13", "no grokking",
-        sweep(f"{SHORT} --no-lr-decay --num-tasks 1024", weight_decay=DECAYS),
+        sweep(f"{SHORT} --no-lr-decay --num-tasks 64", weight_decay=DECAYS),
         per({"laptop": [("digits", [""], [])], "thesis": [("mnist", ["num_tasks 1024, ", "num_tasks 16384, "],
                                                            ["num_tasks 65536, weight_decay 0.01"])]}, lambda one: [
             *(claim for run in (f"{tasks}weight_decay {decay}" for tasks in one[1] for decay in DECAYS) for claim in (
-                reached(one[0], "none", run) > 0.2, reached(one[0], "task", run) < 0.2)),  # memorises, and does no more
+                reached(one[0], "none", run) > 0.8, reached(one[0], "task", run) < 0.2)),  # memorises, and does no more
             *(reached(one[0], "task", enough) > 0.2 for enough in one[2])]),
         sweep(f"{UNIFORM} --meta-optimizer adamw", num_tasks=[2**10, 2**14, 2**16], weight_decay=DECAYS)),
     "G13": Row("beyond", "scikit-learn's classifiers after the same examples",
@@ -596,7 +670,8 @@ GLA = {
             *ordered(GOALS[1], "one goal", ["gla, g = 1", "gla, g = 2", "gla, g = 4", "gla"]),
             at("gla, g = 0", GOALS[1], 0, "one goal") > at("gla", GOALS[1], 0, "one goal"),
             *(claim for goal in GOALS * (preset == "laptop") for claim in (
-                improves(goal, "goals"), *ordered(goal, "goals", ["gla, g = 1", "gla"]))),
+                improves(goal, "goals"), *ordered(goal, "goals", ["gla, g = 1", "gla"]),
+                *higher("gla", ["no-reward"], [goal], run="goals"))),
             *(on_a_body("ant", "ant") if preset == "thesis" else [])],
         {"one goal": f"{ONE_GOAL} --preset laptop", "ant": f"gla.py --envs ant {ONE_BODY} --test-seeds 64"}),
     "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
@@ -610,7 +685,7 @@ GLA = {
         "gla.py"),
     "L4": Row("Fig. 6.6", "sooner than PPO, lower at the end",
         f"gla.py --gaps 8 1 0 {EVERYTHING}",
-        per({"laptop": [(goal, 128) for goal in GOALS],  # at the thesis preset PPO's first update is after 2,048 steps
+        per({"laptop": [(goal, 160) for goal in GOALS],  # the policy after 128 steps; at the thesis preset an update has 2,048
              "thesis": [(env, 4096) for env in FROM_ANT]},
             lambda one: [at("gla", one[0]) > at("ppo", *one), at("gla", one[0]) < at("ppo", one[0])]), "L3.0"),
     "L5": Row("Fig. 6.3", "L1 on HalfCheetah",
@@ -636,28 +711,30 @@ def fme(env: str, flags: str = "") -> dict[str, str]:
 
 
 def sooner(other: str, env: str) -> Claim:
-    """FME's executions until a solution are fewer, with the whole interval."""
-    return lead(other, env, "high", what="until_solved") < 0
+    """FME's executions until a solution are fewer."""
+    return lead(other, env, what="until_solved") < 0
 
 
 FME = {
-    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing", fme("bandit", " --populations 64"),
+    "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing",
+        fme("bandit", " --populations 64 --num-parallel 1 --roots 1 --lifetime lineage --executions 200"),  # Algorithm 12
         [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
          *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05), sooner("random_search", "bandit"),
          at("fme", "bandit", run=ACTION) > 0.95],
         fme("bandit")),
     "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing", fme("cartpole", " --populations 16"),
-        [at("fme", "cartpole") > 80, sooner("hill_climbing", "cartpole"), sooner("random_search", "cartpole"),
-         *(lead(other, "cartpole", "low") > 0 for other in ("hill_climbing", "hill_climbing_matched", "random_search")),
-         lead("hill_climbing", "cartpole", "low", ACTION) > 0,
+        [at("fme", "cartpole") > 95, lead("fme_frozen", "cartpole") > 0,
+         *(sooner(other, "cartpole") for other in ("hill_climbing", "random_search")),
+         *(lead(other, "cartpole") > 0 for other in ("hill_climbing", "hill_climbing_matched", "random_search")),
+         lead("hill_climbing", "cartpole", run=ACTION) > 0,
          at("fme", "cartpole", metric="child_better") > at("fme", "cartpole", 0, metric="child_better"),
          at("fme", "cartpole", metric="child_better") > at("hill_climbing", "cartpole", metric="child_better")],
         fme("cartpole")),
     "F3": Row("Fig. 7.4", "adapts only with the reward as input", fme("swapping_bandit", " --populations 16"),
         [at("fme", "swapping_bandit") > 0.75,
-         *(lead(other, "swapping_bandit", "low") > 0 for other in ("no_reward", "fme_frozen", "random_search")),
+         *(lead(other, "swapping_bandit") > 0 for other in ("no_reward", "fme_frozen", "random_search")),
          *within(at("no_reward", "swapping_bandit"), 0.5, 0.05),
-         lead("fme_frozen", "swapping_bandit", "low", ACTION) > 0],
+         lead("fme_frozen", "swapping_bandit", run=ACTION) > 0],
         fme("swapping_bandit")),
 }
 ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME

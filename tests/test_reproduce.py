@@ -202,13 +202,14 @@ class Named(Seed):
 
     def curves(self, run):
         curves = {"step": [0.0, 10.0, 90.0], "transformer_loss_unseen": [2.3, 2.4, 1.0]}
-        logged = ("distance", "update norm all", *(f"gradient norm {tensor}" for tensor in ("head.weight", "other", "all")))
-        curves |= {f"transformer {column}": [1.0, 1.0, 1.0] for column in logged}
+        logged = ["distance", "update norm all", "update cosine all", "gradient cosine all"]
+        logged += [f"gradient norm {tensor}" for tensor in ("head.weight", "other", "all")]
+        curves |= {f"transformer {column}": [1.0] * 40 for column in logged}
         rewards = [f"{env}_{name}" for env in getattr(self.args[run], "envs", ()) for name in ("reward", "reward_std")]
         return curves | {column: [1.0, 2.0, 2.0] for column in rewards}
 
     def fact(self, run, name):
-        facts = {"plateau": 50, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
+        facts = {"plateau": 50, "final_loss": 1.0, "error": 0.1, "repeats": {"vsml": 1.0, "adam": 0.0, "sgd": 0.0}}
         facts |= {"state_size": len(run) ** 2, "parameters": len(run)}
         assert run in self.commands
         if self.commands[run].startswith("fme.py"):
@@ -216,7 +217,7 @@ class Named(Seed):
             learners = [args.learner, *args.baselines, "fme_frozen"]
             jobs = [f"{env} {learner}" for env in args.envs for learner in learners]
             facts["until_solved"] = {job: [1] for job in jobs}
-            facts["differences"] = {what: {job: dict(low=1, high=1) for job in jobs} for what in ("achieved", "until_solved")}
+            facts["differences"] = {what: {job: dict(difference=1, low=1, high=1) for job in jobs} for what in ("achieved", "until_solved")}
         return facts[name]
 
 
