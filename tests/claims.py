@@ -335,6 +335,18 @@ def logged(column: str, run: str, index: int | None = None) -> Number:
     return Number(f"{column}, {run}", of)
 
 
+def statistic(what: str, run: str, share: float, index: int | None = None) -> Number:
+    """GPICL: of gradients or updates, on average over the first share of the run's lines, or at one of
+    these lines."""
+
+    def of(seed: Seed) -> float:
+        curve = seed.curve(run, f"transformer {what}")
+        part = curve[: math.ceil(share * len(curve))]
+        return statistics.fmean(part) if index is None else part[index]
+
+    return Number(f"{what}, {run}" + {0: ", first", -1: ", last"}.get(index, ""), of)
+
+
 def curve(column: str, run: str) -> list[tuple[Number, Number]]:
     """MetaGenRL: a column of metrics.csv at up to 40 meta-steps."""
     return [(logged("step", run, index), logged(column, run, index)) for index in range(40)]
