@@ -67,6 +67,10 @@ def plot(
         ax.set(title=plain((titles or {}).get(name, name)), xlabel=xlabel, ylabel=ylabel, **axis)
         ax.title.set_fontsize("medium")
         ax.grid(alpha=0.3)
+        ticks = sorted({row[x] for row in rows if row[panel] == name})
+        if ax.get_xscale() == "log" and len(ticks) <= 8:  # matplotlib's own overlap within a decade
+            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            ax.set_xticks([], minor=True)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
 
