@@ -155,18 +155,24 @@ class Claim(NamedTuple):
     right: Number
     sign: int
 
+    @property
+    def words(self) -> str:
+        return f"{self.left.words} {'>' if self.sign > 0 else '<'} {self.right.words}"
+
+    def not_run(self) -> Outcome:
+        return Outcome(self.words, math.nan, math.nan, math.nan, math.nan, 0, "not run")
+
     def check(self, seeds: list[Seed], enough: int = ENOUGH_SEEDS) -> Outcome:
-        words = f"{self.left.words} {'>' if self.sign > 0 else '<'} {self.right.words}"
         try:
             left, right = ([side.of(seed) for seed in seeds] for side in (self.left, self.right))
         except (LookupError, TypeError, statistics.StatisticsError):  # a row is missing
-            return Outcome(words, math.nan, math.nan, math.nan, math.nan, 0, "not run")
+            return self.not_run()
 
         differences = [self.sign * (a - b) for a, b in zip(left, right, strict=True)]
         difference, error, verdict = judge(differences, enough)
         left = statistics.fmean(left)
         right = statistics.fmean(right)
-        return Outcome(words, left, right, difference, error, len(seeds), verdict)
+        return Outcome(self.words, left, right, difference, error, len(seeds), verdict)
 
 
 def higher(

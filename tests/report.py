@@ -94,7 +94,8 @@ def read_json(path: Path) -> Any:
 def checked(
     name: str, row: Row, preset: str
 ) -> tuple[dict[str, Any], list[Seed], list[Outcome]] | None:
-    """The saved entry, its seeds and its claims, checked on them; None where nothing was saved."""
+    """The saved entry, its seeds and its claims, checked on them; None where nothing was saved. A claim
+    that is newer than the rows counts as not run: the steps that it reads may not be among them."""
     if not saved_path(name, preset).exists():
         return None
     saved = read_json(saved_path(name, preset))
@@ -105,7 +106,11 @@ def checked(
             for run in runs
         ]
         seeds.append(Seed(dict(zip(saved["commands"], results, strict=True))))
-    return saved, seeds, [claim.check(seeds, row.enough_seeds) for claim in row.claims_at(preset)]
+    outcomes = [
+        claim.check(seeds, row.enough_seeds) if claim.words in saved["claims"] else claim.not_run()
+        for claim in row.claims_at(preset)
+    ]
+    return saved, seeds, outcomes
 
 
 # ==================================================================================================

@@ -846,7 +846,9 @@ def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
     plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), one) for label, one in commands.items()}
     plain = {label: re.sub(r"\{(\w+)\.(\d+)\}", r"runs/reproduce/\1-\2-s0", one) for label, one in plain.items()}
     torch = version("torch").partition("+")[0]
-    save(name, preset, {"row": name, "preset": preset, "commands": plain, "torch": torch, "seeds": seeds})
+    claims = [claim.words for claim in row.claims_at(preset)]
+    entry = {"row": name, "preset": preset, "commands": plain, "claims": claims, "torch": torch, "seeds": seeds}
+    save(name, preset, entry)
 
 
 SAME_RUN = r"^([A-Z]\d+)\.(\d+)$"

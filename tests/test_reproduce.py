@@ -412,10 +412,13 @@ def test_a_claim_that_is_a_test_has_words_instead_of_numbers(fake, code, verdict
     passed = at("pytest", "test") > 0.5
     reproduce.ROWS["V1"] = row = Row("Theorem", "holds", "pytest tests/test_a.py", [passed], enough_seeds=1)
     one = {"device": "CPU", "seconds": 0, "facts": {}, "results": [["pytest", "test", "none", "passed", 1, code, 0.0, 1]]}
-    report.save("V1", "laptop", {"commands": {"": row.laptop}, "torch": "2", "seeds": {"0": [one]}})
+    entry = {"commands": {"": row.laptop}, "claims": [passed.words], "torch": "2", "seeds": {"0": [one]}}
+    report.save("V1", "laptop", entry)
     assert report.status("V1", row) == (verdict, cell)
     section = report.section("V1", row, "laptop")
     assert "python -m pytest tests/test_a.py" in section and " vs " not in section and "0.5" not in section
+    report.save("V1", "laptop", entry | {"claims": []})
+    assert report.status("V1", row)[0] == "not run"  # the claim is newer than the rows
 
 
 def test_the_figure_is_drawn_from_saved_rows_and_from_earlier_figures(fake, monkeypatch):
