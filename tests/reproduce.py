@@ -490,7 +490,7 @@ def in_width(one: tuple[str, int, int, int, int], novelty: str, learner: str, ta
 
 GPICL = {
     "G1": Row("Fig. 5.2", "Transformer learns from 2^13 tasks, MLP never",
-        sweep(f"{SHORT} --meta-steps 5000", learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
+        sweep(SHORT.replace("--width 64 ", ""), learner=["transformer", "mlp"], num_tasks=[64, 1024, 16384], width=[16, 64]),
         per({"laptop": [("digits", 1024, 16384, 16, 64)], "thesis": [("mnist", 2**8, 2**24, 32, 256)]}, lambda one: [
             in_width(one, "task", "transformer", 2, 4) > 0.2, in_width(one, "task", "transformer", 2, 3) < 0.2,
             in_width(one, "none", "transformer", 1, 4) > 0.2, in_width(one, "task", "transformer", 1, 4) < 0.2,
