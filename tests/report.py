@@ -99,6 +99,8 @@ def checked(
     if not saved_path(name, preset).exists():
         return None
     saved = read_json(saved_path(name, preset))
+    if not {"commands", "claims", "seeds"} <= saved.keys():
+        raise UserError(f"{saved_path(name, preset)} is of another version; delete it to run anew.")
     seeds = []
     for runs in saved["seeds"].values():
         results = [

@@ -465,9 +465,10 @@ def test_a_mistake_of_the_user_is_one_sentence(fake, monkeypatch, flags, sentenc
 
 def test_damaged_rows_and_pages_without_markers_are_refused(fake):
     run()
-    report.saved_path("V1", "laptop").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        report.tables(reproduce.ROWS)
+    for content, sentence in (("{", "damaged"), ('{"commands": {}, "seeds": {}}', "of another version")):
+        report.saved_path("V1", "laptop").write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            report.tables(reproduce.ROWS)
     report.saved_path("V1", "laptop").unlink()
     (fake / "README.md").write_text("no markers")
     with pytest.raises(UserError, match="no markers for its table"):
