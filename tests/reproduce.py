@@ -188,7 +188,8 @@ DATASETS = {"laptop": ["mnist", "fashion_mnist", "digits", "random"],
 LEFT_OUT = {"laptop": DATASETS["laptop"][:3], "thesis": DATASETS["thesis"]}
 LEARNERS = "--test-steps 2000 --baselines rnn hebbian fwmemory sgd adam sgd2 adam2"
 OMNIGLOT = ("vsml.py --dataset omniglot --classes 5 --test-classes 5 --shots 1 --meta-loss last --feed-label --backward-pass "
-            "--projected 0 --blanked 0 --persistent 1 --test-datasets omniglot --test-seeds 400 --rnn-size 128 --baselines rnn hebbian fwmemory sgd adam")
+            "--projected 0 --blanked 0 --persistent 1 --test-datasets omniglot --test-seeds 400 --rnn-size 128 "
+            "--baselines rnn hebbian fwmemory sgd adam")
 BOTH = ["mnist", "fashion_mnist"]
 DEPTH = "vsml.py --backward-pass --baselines --meta-steps 200"  # a third of the preset's: a step of three layers takes seconds
 FULL_DEPTH = "vsml.py --dataset mnist --feed-label --norm-messages --baselines"
@@ -268,13 +269,13 @@ VSML = {
         [*higher("vsml", ["sgd"], BOTH, 100), *higher("sgd", ["vsml"], BOTH)]),
     "V9": Row("Fig. B.11, B.12", "convolutions on par with dense",
         {"dense": "vsml.py --test-datasets digits wine breast_cancer random sum_sign mnist fashion_mnist",
-         "conv": "vsml.py --conv 8 --init {V9.0}/checkpoint.pt --backward-pass --projected 0 --backprop-lr 5e-3 --meta-steps 300 "
-                 "--baselines --test-datasets digits mnist fashion_mnist --test-seeds 8"},
+         "conv": "vsml.py --conv 8 --init {V9.0}/checkpoint.pt --backward-pass --projected 0 --backprop-lr 5e-3 "
+                 "--meta-steps 300 --baselines --test-datasets digits mnist fashion_mnist --test-seeds 8"},
         lambda preset: [*(at("vsml", task, 1000, "conv") > at("vsml", task, 1000, "dense") - 0.05 for task in BOTH),
          *(claim for claim in [*higher("vsml", ["sgd"], ["cifar10"], 100, "cifar10"),
                                at("vsml", "fashion_mnist", run="cifar10") > 0.3] if preset == "thesis")],
-        {"dense": "V3.0", "conv": "vsml.py --dataset mnist --conv 8 --feed-label --backward-pass --norm-messages --baselines sgd adam "
-                                  "--test-datasets mnist fashion_mnist",
+        {"dense": "V3.0", "conv": "vsml.py --dataset mnist --conv 8 --feed-label --backward-pass --norm-messages "
+                                  "--baselines sgd adam --test-datasets mnist fashion_mnist",
          "cifar10": "vsml.py --dataset cifar10 --conv 8 --feed-label --backward-pass --norm-messages --baselines sgd adam "
                     "--test-datasets cifar10 fashion_mnist --test-steps 10000"}),
     "V10": Row("Theorem B.1.1", "equals one sparse shared-weight RNN",
@@ -367,7 +368,8 @@ SYMLA = {
             *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
     "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
-        f"symla.py --envs {' '.join(DENSE['laptop'])} --normalize-rewards --meta-steps 600 --obs-gain 1",
+        f"symla.py --envs {' '.join(DENSE['laptop'])} --normalize-rewards --meta-steps 600 --obs-gain 1 "
+        "--test-steps 2000",  # four episodes of the cartpole that does not end
         lambda preset: [*(claim for who in ("symla", "rnn") for claim in higher(who, ["uniform"], DENSE[preset])),
                         *higher("symla", ["uniform", "rnn"], ["projected_balance_cartpole"]),
                         above_random("rnn", "projected_balance_cartpole", "")
@@ -511,7 +513,7 @@ GPICL = {
     "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
         {"": "gpicl.py --test-datasets digits fashion_mnist random mnist wine breast_cancer sum_sign",
          "maml": f"gpicl.py --learner maml --maml-lr 0.05 --maml-outer-lr 5e-4 {THREE}",
-         "lstm": f"gpicl.py --learner lstm {THREE}",
+         "lstm": f"gpicl.py --learner lstm --width 256 --meta-steps 10000 {THREE}",  # Appendix D.4: twice the steps
          "vsml": f"gpicl.py --learner vsml --batch 8 --meta-steps 2000 {THREE}"},
         lambda preset: [*(claim for task, new in ((SET[preset], "task"), ("fashion_mnist", "domain")) for claim in (
                 *higher("transformer", ["sgd", "adam"], [task], metric="accuracy", novelty=new),
