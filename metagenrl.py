@@ -510,8 +510,8 @@ def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Ba
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS. What agents
-    are trained with meanwhile is alpha too, unless that is an average (--objective-average)."""
+    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS. alpha is
+    the latest objective, which agents are trained with, or its running average (--objective-average)."""
     latest = alpha.clone()
     adam = torch.optim.Adam([latest], args.objective_lr)
     iterations = args.env_steps // args.num_envs

@@ -50,8 +50,8 @@ def save(name: str, preset: str, entry: dict[str, Any]) -> None:
 def compact(
     name: str, row: Row, preset: str, runs: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What is saved of a seed's runs: where a claim uses a row, those of all learners; for the
-    README's figure whole curves."""
+    """What is saved of a seed's runs: where a claim uses a row, those of all learners; of
+    metrics.csv the columns that are read; for the README's figure whole curves."""
     seed = Seed(runs)
     for claim in row.claims_at(preset):
         claim.check([seed])  # notes in seed.used what it reads

@@ -467,7 +467,7 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G5", "learner outer_lstm, key_size 8"): dict(learner="outer_lstm", key_size=8, bias=0.0),
     ("G6", "batch 2048, num_tasks 65536"): FASHION | dict(batch=2048),
     ("G7", "bias 0.5"): FASHION | dict(bias=0.5),
-    ("G8", "sign"): FASHION | dict(meta_optimizer="sign", lr=1e-4, meta_steps=100_000),  # plateaus of 50,000 would tell nothing
+    ("G8", "sign"): FASHION | dict(meta_optimizer="sign", lr=1e-4, meta_steps=100_000),  # see reproduce.py
     ("G9", "features resnet50"): dict(bias=0.0, features="resnet50"),
     ("G10", "sequence_length 200"): dict(bias=0.0, sequence_length=200),
     ("G11", "plateau"): FASHION | dict(statistics=True),
