@@ -122,7 +122,7 @@ class Args:
     """Datasets to meta-train on (train splits), one after the other: names, or files, my.npz with the arrays x_train y_train
     x_test y_test (Table 5.2: mnist; digits needs no download)."""
     size: Side = 32
-    """All images are scaled to this side in pixels (Appendix D.4, D.5; vsml_nosym: 14, and one channel)."""
+    """All images are scaled to this side in pixels (Appendix D.4, D.5, which have 14 for vsml_nosym)."""
     channels: Literal[1, 3] = 3
     """Channels of all images: grey ones are repeated, coloured ones averaged (Appendix D.4: 32 x 32 x 3)."""
     features: Literal["none", "resnet18", "resnet50", "clip", "untrained", "fashion_mnist"] = "none"
@@ -130,7 +130,7 @@ class Args:
     control an untrained ResNet-18, or a small network trained on Fashion-MNIST in a minute, before projecting them. Computed
     once, kept in --data-dir."""
     num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
-    """K, how many tasks there are to meta-train on; inf: no task comes twice (section 5.4.2)."""
+    """K, how many tasks there are to meta-train on (Appendix D.4, D.5); inf: no task comes twice (not in the thesis)."""
     classes: tuple[Count, ...] = ()
     """Numbers of classes in meta-training tasks, once the loss has left its plateau (the thesis, and until then: all of the
     dataset's, which larger numbers stand for too)."""
@@ -153,9 +153,9 @@ class Args:
     lstm_layers: Size = 1
     """Layers of the LSTM (Appendix D.4 names one hidden size)."""
     heads: Size = 8
-    """Heads of the Transformer, or of the outer-product LSTM (Appendix D.4)."""
+    """Heads of the Transformer (Appendix D.4), or of the outer-product LSTM (not in the thesis)."""
     key_size: Size = 32
-    """N_K, size of keys, values and queries (Appendix D.4); side of the outer-product LSTM's matrices."""
+    """N_K, size of keys, values and queries (Appendix D.4); side of the outer-product LSTM's matrices (not in the thesis)."""
     label_scale: Real = 1.0
     """Factor on the one-hot labels beside inputs, in the Transformer, the LSTMs and vsml_nosym (the thesis has none)."""
     grid: Size = 16
@@ -172,7 +172,7 @@ class Args:
     meta_steps: Annotated[int, (1, 2**24)] | None = None
     """Outer iterations (default: 50,000, Figure 5.7; lstm: 100,000, Appendix D.4)."""
     batch: Annotated[int, (1, 2**16)] | None = None
-    """Sequences, each of its own task, in a meta-step (default: 128; vsml: 8; Appendix D.4)."""
+    """Sequences, each of its own task, in a meta-step (default: 128; vsml: 8; Appendix D.4, D.5)."""
     chunk: Annotated[int, (1, 2**16)] | None = None
     """Sequences whose gradients are computed at once, to bound memory (default: all)."""
     lr: Positive = 2e-4
@@ -202,7 +202,7 @@ class Args:
     test_seeds: Annotated[int, (1, 2**20)] = 512
     """Meta-test sequences per dataset (Appendix D.5)."""
     test_tasks: Annotated[int, (1, 2**20)] = 32
-    """Tasks that the meta-test sequences are spread over (Table 5.2: 16 sequences each)."""
+    """Tasks that the meta-test sequences are spread over (Table 5.2: 16 tasks of 16 sequences each)."""
 
 
 LAPTOP = dict(
@@ -253,11 +253,14 @@ class Block(nn.Module):
     def forward(self, token: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """token (s, t, n), past (2, s, h, earlier, key_size): keys and values of the tokens before."""
         inputs = token if self.post_norm else self.attention_norm(token)
-        q, *kv = self.qkv(inputs).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        now = torch.stack(kv)
-        kv = now if past is None else torch.cat([past, now], 3)
-        mask = None if past is None else torch.ones(q.shape[2], kv.shape[3], dtype=bool, device=q.device).tril(past.shape[3])
-        read = F.scaled_dot_product_attention(q, *kv, attn_mask=mask, is_causal=past is None)
+        q, k, v = self.qkv(inputs).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (s, h, t, key_size)
+        kv = torch.stack([k, v])
+        if past is None:
+            read = F.scaled_dot_product_attention(q, *kv, is_causal=True)
+        else:
+            kv = torch.cat([past, kv], 3)
+            mask = torch.ones(q.shape[2], kv.shape[3], dtype=torch.bool, device=q.device).tril(past.shape[3])
+            read = F.scaled_dot_product_attention(q, *kv, attn_mask=mask)
         token = token + self.out(read.transpose(1, 2).flatten(2))
         if self.post_norm:
             token = self.attention_norm(token)
@@ -293,9 +296,9 @@ def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int
     """N_S, numbers that a sequence has to pass through on its way to a prediction (section 5.4.2): for a Transformer keys and
     values of all layers and examples, for a recurrent learner its state."""
     device = next(learner.parameters()).device
-    shapes = ((1, args.sequence_length, size) for size in (num_inputs, num_classes))
+    x, label = (torch.zeros(1, args.sequence_length, size, device=device) for size in (num_inputs, num_classes))
     with torch.no_grad():
-        _, state = learner(*(torch.zeros(shape, device=device) for shape in shapes))
+        _, state = learner(x, label)
     return sum(value.numel() for value in checkpoints.state_of(state).values())
 
 
@@ -310,7 +313,8 @@ def initialise(module: nn.Module, seed: int) -> None:
         elif "bias" in name:
             nn.init.zeros_(parameter)
             if "bias_hh" in name:
-                nn.init.ones_(parameter.data.chunk(4)[1])
+                _, forget, _, _ = parameter.data.chunk(4)  # gates: input, forget, cell, output
+                nn.init.ones_(forget)
 
 
 # ======================================================================================================================
@@ -355,14 +359,17 @@ def train_tasks(args: Args, dataset: Dataset, num_inputs: int, classes: tuple[in
 
 def class_counts(args: Args, dataset: Dataset) -> tuple[int, ...] | None:
     """Of --classes, at most those of the dataset; None: all of them, as where they are made on the fly."""
-    return tuple(min(count, dataset.num_classes) for count in args.classes) or None if len(dataset) else None
+    if not args.classes or not len(dataset):
+        return None
+    return tuple(min(count, dataset.num_classes) for count in args.classes)
 
 
 def biased_tasks(args: Args) -> int:
     """How many of the K tasks have the fixed permutation: the share of --bias, or half where batches have both kinds later."""
-    shares = args.bias, last_bias(args)
-    count = math.floor(max(shares) * number_of_tasks(args))
-    return number_of_tasks(args) // 2 if max(shares) == 1 > min(shares) else count
+    lowest, highest = sorted([args.bias, last_bias(args)])
+    if lowest < 1 and highest == 1:
+        highest = 0.5
+    return math.floor(highest * number_of_tasks(args))
 
 
 def number_of_tasks(args: Args) -> int:
@@ -390,14 +397,14 @@ def batch_ids(
     sequences = step * args.batch + number
     biased = biased_tasks(args)
     others = number_of_tasks(args) - biased
+    if not biased or not others:
+        bias = float(biased > 0)  # all tasks are of one kind
     fixed = number < round(bias * args.batch)
-    if not biased or not others:  # all tasks are of one kind
-        fixed = number < args.batch * bool(biased)
     if args.num_tasks == "inf":
-        return torch.where(fixed, sequences, sequences + biased), sequences
-
-    draw = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, others).clamp(min=1))
-    return torch.where(fixed, draw, draw + biased), sequences
+        within = sequences
+    else:
+        within = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, others))
+    return within + torch.where(fixed, 0, biased), sequences
 
 
 def meta_loss(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -424,7 +431,8 @@ def meta_train(
     """Algorithm 9, for learners side by side on the same batches. Changes the learners in place.
 
     watch: sequences of other tasks, x (s, t, a) and y (s, t), whose loss is logged (Figure 5.6b) and has no influence.
-    facts: what else belongs into a checkpoint, among it sizes, the numbers of inputs and classes (2,), and plateau, -1.
+    facts: what else belongs into a checkpoint, among it sizes, the numbers of inputs and classes (2,), and plateau, -1 until
+    the step at which the first learner left it.
     """
     num_inputs, num_classes = facts["sizes"].tolist()
     chance = chance_loss(datasets)
@@ -433,27 +441,32 @@ def meta_train(
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
-    plateau = facts["plateau"]  # the step at which the first learner left it
-    sampler = cache(lambda number, classes: sampling(args, train_tasks(args, datasets[number], num_inputs, classes)))
+    plateau = facts["plateau"]
+
+    @cache
+    def sampler(number: int, classes: tuple[int, ...] | None) -> Callable:
+        return sampling(args, train_tasks(args, datasets[number], num_inputs, classes))
 
     keep = {"models": learners, "optimizers": optimizers, "sums": sums} | facts
     for step in run.steps(args.meta_steps if trained else 0, keep):
         bias, lr = schedule(args, step, int(plateau))
-        ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
+        task_ids, sequence_ids = batch_ids(args, step, bias, run.device, run.rank, run.world)
         number = step % len(datasets)
         sample = sampler(number, class_counts(args, datasets[number]) if plateau >= 0 else None)
-        for part in zip(*(one.split(args.chunk or len(one)) for one in ids), strict=True):
-            x, y = sample(*part, args.sequence_length)  # D ~ p(D)
+        chunk = args.chunk or len(task_ids)
+        for tasks, sequences in zip(task_ids.split(chunk), sequence_ids.split(chunk), strict=True):
+            x, y = sample(tasks, sequences, args.sequence_length)  # D ~ p(D)
+            share = len(x) / len(task_ids)
             for name in trained:
                 loss, accuracy = loss_of[name](x, y)
-                share = len(x) / len(ids[0])
                 (share * loss).backward()
                 sums[name] += share * torch.stack([loss.detach(), accuracy])
         for name, learner in trained.items():
             es.average_gradients(learner.parameters())
             if args.clip:
                 nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
-            optimizers[name].param_groups[0]["lr"] = lr * (args.maml_outer_lr or args.lr) / args.lr if name == "maml" else lr
+            scale = args.maml_outer_lr / args.lr if name == "maml" and args.maml_outer_lr else 1
+            optimizers[name].param_groups[0]["lr"] = scale * lr
             optimizers[name].step()  # theta <- theta - alpha * gradient of J(theta)
             optimizers[name].zero_grad()
 
@@ -470,15 +483,21 @@ def meta_train(
                 sums[name].zero_()
             run.log(step, metrics)
             first = float(metrics[f"{next(iter(trained))}_loss"])
-            if plateau < 0 and plateau_end([step], [first], chance) is not None:
+            if plateau < 0 and left_plateau(first, chance):
                 plateau.fill_(step)
 
 
+def left_plateau(loss: float, chance: float) -> bool:
+    """Whether a mean meta-loss is more than a tenth below the loss of uniform predictions, chance. (The thesis has no
+    definition. On 8 x 8 digits class priors and fixed permutations take less than a tenth off; a memorising learner leaves the
+    plateau too.)"""
+    return loss < 0.9 * chance
+
+
 def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
-    """The length of the loss plateau: the first logged step at which the mean meta-loss since the last line is more than a
-    tenth below the loss of uniform predictions; None if there is none. (The thesis has no definition. On 8 x 8 digits class
-    priors and fixed permutations take less than a tenth off; a memorising learner leaves the plateau too.)"""
-    return next((step for step, loss in zip(steps, losses, strict=True) if loss < 0.9 * chance), None)
+    """The length of the loss plateau: the first logged step that is past it, with the mean loss since the last line; None if
+    there is none."""
+    return next((step for step, loss in zip(steps, losses, strict=True) if left_plateau(loss, chance)), None)
 
 
 def chance_loss(datasets: list[Dataset]) -> float:
@@ -604,7 +623,8 @@ def feature_network(name: str, data_dir: str) -> Network:
 
 def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[str, str], Tasks]:
     """What is meta-tested on, all on --split, by name and novelty: tasks that were meta-trained on (none), unseen projections
-    and uniform permutations of a meta-training dataset (task), and unseen datasets (domain)."""
+    and uniform permutations of a meta-training dataset (task), and unseen datasets (domain). All have all classes of their
+    dataset, with --classes too."""
     tests = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
     trained_on = set(map(os.path.normpath, args.dataset))

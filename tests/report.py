@@ -198,7 +198,7 @@ def section(name: str, row: Row, preset: str) -> str:
     conditions = f"{word} {numbers}; {device}; torch {saved['torch']}; {time} a seed."
 
     commands = "\n".join(
-        f"    python {command}" + (f"  # {label}" if label not in command else "")
+        f"    python {command}" + (f"  # {label}" if label and not in_flags(label, command) else "")
         for label, command in saved["commands"].items()
     )
     commands = commands.replace("python pytest", "python -m pytest")
@@ -233,6 +233,12 @@ def section(name: str, row: Row, preset: str) -> str:
         if (PAGES / f"{figure.name}.png").exists():
             parts.append(f"![{name}]({figure.name}.png)")
     return "\n\n".join(parts)
+
+
+def in_flags(label: str, command: str) -> bool:
+    """Whether a run's label, such as "batch 16, num_tasks 64", only repeats flags of its command."""
+    flags = (f"--{part.replace('_', '-')} " for part in label.split(", "))
+    return all(flag in f"{command} " for flag in flags)
 
 
 def over_seeds(values: list[float] | None) -> str:

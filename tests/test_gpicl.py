@@ -462,7 +462,7 @@ ROWS = {  # row and label of the command at the thesis preset -> what differs fr
     ("G3", "vsml"): dict(learner="vsml", batch=8),
     ("G4", "num_tasks 65536"): dict(bias=0.0, num_tasks=2**16, normalise_inputs=False),
     ("G5", "learner transformer, key_size 16"): dict(bias=0.0, key_size=16, batch=512),
-    ("G5", "learner lstm, width 64"): LONE | dict(width=64),
+    ("G5", "learner lstm, width 64"): LONE | dict(width=64, bias=0.0),
     ("G5", "learner vsml_nosym, grid 8"): dict(learner="vsml_nosym", grid=8, size=14, channels=1),
     ("G5", "learner outer_lstm, key_size 8"): dict(learner="outer_lstm", key_size=8, bias=0.0),
     ("G6", "batch 2048, num_tasks 65536"): FASHION | dict(batch=2048),
