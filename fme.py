@@ -26,8 +26,6 @@ layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is c
 
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +48,7 @@ from common.envs import Env, EnvError
 from common.envs.bandits import SwappingBandit
 from common.figures import plot
 from common.flags import Count, FlagError, Seed, check_ranges, from_dict
-from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.machine import can_compile, keep_memory, lock
 from common.results import MetricsLog, median_difference, result_row, table, to_json
 
 # ======================================================================================================================
@@ -690,7 +688,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
+    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
@@ -819,8 +817,9 @@ class Run:
         checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
-    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows. For rank 0."""
+    def finish(self, rows: list[dict[str, Any]], tested: float, parameters: int, **more: Any) -> None:
+        """Write results.json, and print its first and last rows. For rank 0. tested: when the meta-test began."""
+        seconds = {"meta_train": tested - self.metrics.started, "meta_test": time.time() - tested}
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
@@ -828,24 +827,6 @@ class Run:
         self.metrics.board.close()
         self.info("\n".join(["", *table(rows), ""]))
         self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not (sentence := machine.sentence(error)):
-            raise
-        sys.exit(f"{METHOD}.py: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
-    finally:
-        release()
-    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
@@ -996,7 +977,6 @@ def main() -> None:
             raise UserError(f"{args.checkpoint} has no solutions for {missing}; choose other --envs, --learner or --baselines.")
     run.open_folder()
 
-    started = time.time()
     if args.mode == "train":
         evolution.evolve()
     tested = time.time()
@@ -1015,7 +995,7 @@ def main() -> None:
             run.info(f"{job:40}" + "".join(f"{number:10.3f}" for number in facts.values()))
     run.finish(
         rows,
-        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
+        tested,
         parameters=int(next(iter(evolution.results.values()))["phi"].shape[1]),
         achieved=achieved,
         until_solved=until_solved,
@@ -1032,4 +1012,4 @@ def executions_until_solved(args: Args, job: str, history: dict[str, Tensor]) ->
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    machine.run_as_script(main, f"{METHOD}.py", (UserError, *USER_ERRORS))

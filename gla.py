@@ -30,8 +30,6 @@ lifetimes in parallel, t time, a observations, b actions (choices, or dimensions
 
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -56,7 +54,7 @@ from common.envs import Env, EnvError
 from common.envs.wrappers import Recorded
 from common.figures import grid_paths, plot
 from common.flags import Count, CountOrZero, FlagError, Positive, Seed, Size, check_ranges, from_dict
-from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.machine import can_compile, keep_memory, lock
 from common.ppo import PPO, Policy, PPOAgents, executed, log_prob_executed
 from common.results import MetricsLog, result_row, table, to_json
 
@@ -929,7 +927,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
+    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
@@ -1058,8 +1056,9 @@ class Run:
         checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
-    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows. For rank 0."""
+    def finish(self, rows: list[dict[str, Any]], tested: float, parameters: int, **more: Any) -> None:
+        """Write results.json, and print its first and last rows. For rank 0. tested: when the meta-test began."""
+        seconds = {"meta_train": tested - self.metrics.started, "meta_test": time.time() - tested}
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
@@ -1067,24 +1066,6 @@ class Run:
         self.metrics.board.close()
         self.info("\n".join(["", *table(rows), ""]))
         self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not (sentence := machine.sentence(error)):
-            raise
-        sys.exit(f"{METHOD}.py: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
-    finally:
-        release()
-    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
@@ -1173,7 +1154,6 @@ def main() -> None:
         trajectories = read_trajectories(args, Path(args.trajectories), run.device)
     run.open_folder()
 
-    started = time.time()
     if args.mode == "train":
         adam = {name: torch.optim.AdamW(model.parameters(), args.lr, fused=True) for name, model in models.items()}
         keep = {"models": models, "adam": adam}
@@ -1190,10 +1170,10 @@ def main() -> None:
     rows = meta_test(args, students, trajectories, run)
     run.finish(
         rows,
-        seconds={"meta_train": tested - started, "meta_test": time.time() - tested},
+        tested,
         parameters=sum(p.numel() for model in list(models.values())[:1] for p in model.parameters()),
     )
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    machine.run_as_script(main, f"{METHOD}.py", (UserError, *USER_ERRORS))

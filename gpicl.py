@@ -32,10 +32,9 @@ import hashlib
 import itertools
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -56,7 +55,7 @@ from common.features import FeatureError, Network, pretrained, trained
 from common.figures import plot, pyplot, save
 from common.flags import Count, FlagError, Positive, PositiveOrZero, Real, Seed, Share, Side, check_ranges, from_dict
 from common.learners import Classifier, Learner, Params, pad
-from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.machine import can_compile, keep_memory, lock
 from common.optimizers import SignOfAverage, Statistics
 from common.results import MetricsLog, plotted_steps, read_metrics, result_row, table, to_json
 from common.rng import compile_draws, integers, key
@@ -217,7 +216,7 @@ LAPTOP = dict(
     bias_end=0.0,  # once the plateau is left, uniform permutations teach more (see its results page)
     sequence_length=40,  # what is learned fast; a step's time grows with it
     batch=64,
-    meta_optimizer="adamw",
+    meta_optimizer="adamw",  # Adam, until there is --weight-decay
     lr=2e-3,  # a narrow network stands it, and there are few steps
     label_scale=10**0.5,  # labels as strong as inputs, whose variance is one: a fifth off the plateau (see its results page)
     lr_decay=True,  # settles what the high rate leaves noisy
@@ -563,8 +562,10 @@ def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setti
         learner = incontext.VSML(*sizes, args.state_size, *grid)
     elif name == "vsml_nosym":
         learner = incontext.VSMLWithoutSymmetries(*sizes, args.grid, 4 * args.state_size, *grid, args.label_scale)
-    else:
+    elif name in ("transformer", "untrained"):
         learner = Transformer(args, *sizes)
+    else:
+        raise KeyError(name)
     initialise(learner, args.seed)
     if name == "maml" and args.meta_sgd:
         rates = (torch.full_like(weight[0], math.log(lr)) for weight, *_ in learner.initial_state(1)["layers"])
@@ -641,7 +642,8 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
 
 
 def seen_ids(args: Args, steps: int, plateau: int, device: torch.device, number: int = 0) -> Tensor:
-    """Ids of at most --test-tasks tasks that were made of dataset `number`, of the last of so many meta-steps."""
+    """Ids of at most --test-tasks tasks that were made of dataset `number`, of the last of so many meta-steps, of which those
+    with the fixed permutation are the first of each batch."""
     ids = torch.zeros(0, dtype=torch.int64, device=device)
     for step in reversed(range(max(len(args.dataset), steps))):
         if step % len(args.dataset) != number:
@@ -650,7 +652,20 @@ def seen_ids(args: Args, steps: int, plateau: int, device: torch.device, number:
         ids = torch.cat([ids, batch_ids(args, step, bias, device)[0]])
         if len(ids) >= args.test_tasks:
             break
-    return ids[: args.test_tasks]
+    return ids[:: max(1, len(ids) // args.test_tasks)][: args.test_tasks]
+
+
+def watched(args: Args, device: torch.device, num_inputs: int, num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sequences whose loss is logged in meta-training, x (s, t, a) and y (s, t): unseen tasks of the first dataset, and of the
+    first unseen dataset. They are of validation splits, and none where one has too few examples for that."""
+    watch = {}
+    with suppress(DatasetError):
+        for (_, novelty), tasks in test_tasks(replace(args, split="validation"), device, num_inputs).items():
+            what = {"none": None, "task": "unseen", "domain": "domain"}[novelty]
+            if what and what not in watch and tasks.num_classes <= num_classes:
+                x, y = zip(*test_data(args, tasks, 64, args.sequence_length), strict=True)
+                watch[what] = torch.cat(x), torch.cat(y)
+    return watch
 
 
 def test_data(
@@ -830,7 +845,7 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch")  # that a meta-test cannot change
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -864,7 +879,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
+    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
@@ -993,8 +1008,9 @@ class Run:
         checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
-    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows. For rank 0."""
+    def finish(self, rows: list[dict[str, Any]], tested: float, parameters: int, **more: Any) -> None:
+        """Write results.json, and print its first and last rows. For rank 0. tested: when the meta-test began."""
+        seconds = {"meta_train": tested - self.metrics.started, "meta_test": time.time() - tested}
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
@@ -1002,24 +1018,6 @@ class Run:
         self.metrics.board.close()
         self.info("\n".join(["", *table(rows), ""]))
         self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not (sentence := machine.sentence(error)):
-            raise
-        sys.exit(f"{METHOD}.py: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
-    finally:
-        release()
-    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
@@ -1111,7 +1109,6 @@ def main() -> None:
         raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
     run.open_folder()
 
-    started = time.time()
     if not checkpoint:
         first = train_tasks(args, datasets[0], sizes[0])
         with torch.no_grad():
@@ -1120,13 +1117,7 @@ def main() -> None:
         learners = {name: make_learner(name, args, *sizes, parts["settings"].get(name)) for name in names}
     learners = {name: learner.to(run.device) for name, learner in learners.items()}
     if args.mode == "train":
-        watch = {}
-        for (_, novelty), unseen in tests.items():
-            if novelty != "none" and unseen.num_classes <= sizes[1]:
-                watch.setdefault({"task": "unseen", "domain": "domain"}[novelty], unseen)
-        data = {what: zip(*test_data(args, unseen, 64, args.sequence_length), strict=True) for what, unseen in watch.items()}
-        watch = {what: tuple(map(torch.cat, parts_of)) for what, parts_of in data.items()}
-        meta_train(args, learners, datasets, watch, run, parts)
+        meta_train(args, learners, datasets, watched(args, run.device, *sizes), run, parts)
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
@@ -1137,23 +1128,23 @@ def main() -> None:
     columns = read_metrics(run.folder)
     facts = {"plateau": None, "final_loss": None}
     trained = [name for name in names if f"{name}_loss" in columns]
-    for name in reversed(trained):
+    for name in trained:
         lines = columns[f"{name}_loss"]
         if args.classes and name != trained[0] and parts["plateau"] >= 0:  # the losses of fewer classes are lower
             lines = [line for line in lines if line[0] <= parts["plateau"]]
         steps, losses = zip(*lines, strict=True)
         left = plateau_end(steps, losses, chance_loss(datasets))
-        facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}  # the learner's, which comes last
-        how = "stayed on its plateau" if left is None else f"left its plateau at meta-step {left}"
+        if name == args.learner:
+            facts = {"plateau": left, "final_loss": sum(losses[-10:]) / len(losses[-10:])}
+        how = f"was on its plateau until meta-step {steps[-1]}" if left is None else f"left its plateau at meta-step {left}"
         run.info(f"{LABELS[name]}: the loss {how}.")
     if trained:
         draw_meta_loss(run.folder / "meta_loss.png", trained, columns)
     if trained and args.statistics:
         draw_statistics(run.folder / "statistics.png", trained[0], columns, facts["plateau"])
-    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(parameter.numel() for parameter in learners[args.learner].parameters())
-    run.finish(rows, seconds, parameters, state_size=state_size(learners[args.learner], args, *sizes), **facts)
+    run.finish(rows, tested, parameters, state_size=state_size(learners[args.learner], args, *sizes), **facts)
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    machine.run_as_script(main, f"{METHOD}.py", (UserError, *USER_ERRORS))

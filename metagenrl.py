@@ -35,8 +35,6 @@ batches are in common/agents.py, networks in common/networks.py, PPO and RL^2 in
 
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -58,7 +56,7 @@ from common.checkpoints import CheckpointError
 from common.envs import Env, EnvError
 from common.figures import plot
 from common.flags import Count, CountOrZero, FlagError, Positive, PositiveOrZero, Seed, Share, check_ranges, from_dict
-from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.machine import can_compile, keep_memory, lock
 from common.networks import Network, adam, gradient, half_squares, init_adam
 from common.policy_gradients import RL2, discounted, update_agents
 from common.results import MetricsLog, result_row, table, to_json
@@ -912,7 +910,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
+    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
@@ -1041,8 +1039,9 @@ class Run:
         checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
-    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows. For rank 0."""
+    def finish(self, rows: list[dict[str, Any]], tested: float, parameters: int, **more: Any) -> None:
+        """Write results.json, and print its first and last rows. For rank 0. tested: when the meta-test began."""
+        seconds = {"meta_train": tested - self.metrics.started, "meta_test": time.time() - tested}
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
@@ -1050,24 +1049,6 @@ class Run:
         self.metrics.board.close()
         self.info("\n".join(["", *table(rows), ""]))
         self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not (sentence := machine.sentence(error)):
-            raise
-        sys.exit(f"{METHOD}.py: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
-    finally:
-        release()
-    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
@@ -1161,7 +1142,6 @@ def main() -> None:
         groups = [Group(args, name, which, args.env_steps, run.device, fuser(run), own) for name in args.envs]
     run.open_folder()
 
-    started = time.time()
     if groups:
         meta_train(args, groups, alpha, history, run)
     elif args.mode == "train" and args.learner == "epg":
@@ -1181,15 +1161,14 @@ def main() -> None:
     rows = meta_test(args, objectives, rl2, run)
     if run.rank > 0:
         return
-    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
     parameters = sum(p.numel() for p in rl2.parameters()) if rl2 else alpha.shape[-1]
     agents_reset = {"meta-training": int(resets)}
     agents_reset |= {f"{row['learner']} in {row['task']}": row["agents_reset"] for row in rows if "agents_reset" in row}
     for where, count in agents_reset.items():
         if count:
             run.info(f"{where}: {count} agents were reset because they were not finite.")
-    run.finish(rows, seconds=seconds, parameters=parameters, agents_reset=sum(agents_reset.values()))
+    run.finish(rows, tested, parameters=parameters, agents_reset=sum(agents_reset.values()))
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    machine.run_as_script(main, f"{METHOD}.py", (UserError, *USER_ERRORS))

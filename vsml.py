@@ -32,8 +32,6 @@ b outputs, n hidden state, m message, k layer, q position of a kernel. A state h
 
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -73,7 +71,7 @@ from common.learners import (
     linear,
     pad,
 )
-from common.machine import can_compile, end_other_ranks, keep_memory, lock, release
+from common.machine import can_compile, keep_memory, lock
 from common.results import MetricsLog, overtaken, plotted_steps, result_row, table, to_json
 from common.rng import fold, normal
 
@@ -350,8 +348,7 @@ class VSML(Learner):
         layers = list(layers)
         fwd_msg = pad(x[..., None], self.args.message_size)  # m_a1^(1) := x_a
         for k, (h, c, _, bwd_msg) in enumerate(layers):
-            layer, fwd_msg, to_below = self.update(params, k, Layer(h, c, fwd_msg, bwd_msg))
-            layers[k] = layer
+            layers[k], fwd_msg, to_below = self.update(params, k, Layer(h, c, fwd_msg, bwd_msg))
             if k > 0:
                 layers[k - 1] = with_bwd_msg(layers[k - 1], to_below)
 
@@ -366,10 +363,10 @@ class VSML(Learner):
     def init(self, generator: torch.Generator) -> Tensor:
         """Truncated normals of std 1/sqrt(fan-in), zero biases, and the LSTM's long memory: slow to
         write and to forget."""
-        n = self.args.state_size
         theta = {name: initial_weight(shape, generator) for name, shape in self.shapes.items()}
-        theta["lstm.bias"][:n] += self.args.input_bias
-        theta["lstm.bias"][2 * n : 3 * n] += self.args.forget_bias
+        i, _, f, _ = theta["lstm.bias"].chunk(4)
+        i += self.args.input_bias
+        f += self.args.forget_bias
         return torch.cat([value.flatten() for value in theta.values()])
 
     def sizes_of_layers(self, num_inputs: int, num_outputs: int) -> list[tuple[int, int, int, int]]:
@@ -381,13 +378,14 @@ class VSML(Learner):
         """Random states V_L. Their randomness lets sub-RNNs with the same inputs differ."""
         n, m = self.args.state_size, self.args.message_size
         layers = []
-        for k, (a, b, *messages) in enumerate(self.sizes_of_layers(num_inputs, num_outputs)):
+        for k, (a, b, from_below, from_above) in enumerate(self.sizes_of_layers(num_inputs, num_outputs)):
             shape = (*keys.shape[:2], 2, a, b, n)
             h, c = normal(fold(keys, k), math.prod(shape[2:])).view(shape).unbind(2)
             if self.args.state_init == "half":
                 h = torch.zeros_like(h)
                 c = pad(c[..., : n // 2] / math.sqrt(a), n)
-            fwd_msg, bwd_msg = (h.new_zeros(*keys.shape[:2], number, m) for number in messages)
+            fwd_msg = h.new_zeros(*keys.shape[:2], from_below, m)
+            bwd_msg = h.new_zeros(*keys.shape[:2], from_above, m)
             layers.append(Layer(h.contiguous(), c.contiguous(), fwd_msg, bwd_msg))
         return layers
 
@@ -445,13 +443,11 @@ def rollout(
         return rollouts.in_blocks(partial(rollout, learner, theta), state, x, y, block)
     step = learner.step or partial(one_example, learner)
     params = learner.params(theta)
-    losses = x.new_empty(y.shape)
-    correct = torch.empty_like(y, dtype=torch.bool)
-    for t in range(y.shape[2]):
-        state, loss, is_correct = step(params, state, x[:, :, t], y[:, :, t])
-        losses[:, :, t] = loss
-        correct[:, :, t] = is_correct
-    return state, losses, correct
+    metrics = []
+    for x_t, y_t in zip(x.unbind(2), y.unbind(2), strict=True):
+        state, *metrics_t = step(params, state, x_t, y_t)
+        metrics.append(metrics_t)
+    return state, *(torch.stack(values, 2) for values in zip(*metrics, strict=True))
 
 
 # ======================================================================================================================
@@ -499,8 +495,8 @@ def backprop_gradient(
     theta = theta.detach().requires_grad_()
     results = []
     sequences = args.sequences // len(datasets)
-    for tasks, kept in zip(datasets, memory, strict=True):
-        state, x, y = next_batch(args, learner, tasks, step, sequences, kept)
+    for k, (tasks, kept) in enumerate(zip(datasets, memory, strict=True)):
+        state, x, y = next_batch(args, learner, tasks, step, k * sequences, sequences, kept)
         state, losses, correct = rollout(learner, theta[None], state, x[None], y[None], args.block)
         if kept:
             kept["state"] = tree_map(lambda v: es.all_gather(v.detach(), axis=1), state)
@@ -509,8 +505,7 @@ def backprop_gradient(
         accuracy = over_time(args, correct.float()).mean()
         results.append((grad, loss.detach(), accuracy))
 
-    means = (torch.stack(values).mean(0) for values in zip(*results, strict=True))
-    grad, loss, accuracy = map(es.all_reduce_mean, means)
+    grad, loss, accuracy = (es.all_reduce_mean(torch.stack(values).mean(0)) for values in zip(*results, strict=True))
     return grad * (args.clip / grad.norm()).clamp(max=1), loss, accuracy
 
 
@@ -533,13 +528,12 @@ def meta_train(
 
     keep = {"thetas": thetas, "adam": adam, "memory": memory} | keep
     for step in run.steps(args.meta_steps if learners else 0, keep):
+        decay = 1 - step / args.meta_steps if args.lr_decay else 1
         metrics = {}
         for name, learner in learners.items():
             estimate = cloning.gradient if name == "clone" else gradient
-            arguments = args, learner, thetas[name], datasets[name], step, memory[name]
-            grad, loss, accuracy = estimate(*arguments)
+            grad, loss, accuracy = estimate(args, learner, thetas[name], datasets[name], step, memory[name])
             thetas[name].grad = grad
-            decay = 1 - step / args.meta_steps if args.lr_decay else 1
             adam[name].param_groups[0]["lr"] = rates[name] * decay
             adam[name].step()  # theta <- theta - alpha * the gradient of the rollout's loss
             metric = "explained" if name == "clone" else "accuracy"
@@ -595,15 +589,16 @@ def chunk_size(args: Args, datasets: list[Tasks]) -> int:
 
 
 def next_batch(
-    args: Args, learner: Learner, tasks: Tasks, step: int, sequences: int, memory: dict[str, Any]
+    args: Args, learner: Learner, tasks: Tasks, step: int, first: int, sequences: int, memory: dict[str, Any]
 ) -> tuple[State, Tensor, Tensor]:
     """States, x (s, t, a) and y (s, t). A share of the sequences continues for --persistent meta-steps;
-    they start again one after the other, so that early and late examples mix."""
+    they start again one after the other, so that early and late examples mix. first: of the sequences of
+    all datasets, the index of this one's first."""
     ranks = es.share(sequences)
     slots = torch.arange(ranks.start, ranks.stop, device=tasks.dataset.device)
     persistent = torch.where(slots < args.persistent_share * sequences, args.persistent, 1)
     age = ((step + slots) % persistent).clamp(max=step)  # in meta-steps
-    ids = (step - age) * sequences + slots
+    ids = (step - age) * args.sequences + first + slots
     length = tasks.episode or args.sequence_length
     x, y = tasks.sample(ids, ids, length, start=age[:, None] * length)
 
@@ -907,7 +902,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir")
+    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")
@@ -1036,8 +1031,9 @@ class Run:
         checkpoints.set_rng_state(rng, self.folder / "meta_test.pt")
         return value
 
-    def finish(self, rows: list[dict[str, Any]], seconds: dict[str, float], parameters: int, **more: Any) -> None:
-        """Write results.json, and print its first and last rows. For rank 0."""
+    def finish(self, rows: list[dict[str, Any]], tested: float, parameters: int, **more: Any) -> None:
+        """Write results.json, and print its first and last rows. For rank 0. tested: when the meta-test began."""
+        seconds = {"meta_train": tested - self.metrics.started, "meta_test": time.time() - tested}
         facts = {"script": METHOD, "preset": self.args.preset, "args": asdict(self.args), "seconds": seconds}
         facts |= machine.facts(self.device) | {"parameters": parameters} | more
         checkpoints.write(self.folder / "results.json", to_json(facts | {"results": rows}))
@@ -1045,24 +1041,6 @@ class Run:
         self.metrics.board.close()
         self.info("\n".join(["", *table(rows), ""]))
         self.info(f"Written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (UserError, *USER_ERRORS) as error:
-        sys.exit(f"{METHOD}.py: {error}".replace("\n", " "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not (sentence := machine.sentence(error)):
-            raise
-        sys.exit(f"{METHOD}.py: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{METHOD}.py: stopped; continue with --resume and the run's folder, or the same command and --run-name.")
-    finally:
-        release()
-    end_other_ranks()
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
@@ -1179,7 +1157,6 @@ def main() -> None:
     tests = fitting_tests(learners, tests, run)
     run.open_folder()
 
-    started = time.time()
     if args.mode == "train":
         augment = dict(projected=args.projected, permuted_labels=args.permuted_labels, blanked=args.blanked)
         for name in trained:
@@ -1192,9 +1169,8 @@ def main() -> None:
         return  # one process does the meta-test
     with torch.no_grad():
         rows, facts = meta_test(args, learners, thetas, tests, run)
-    seconds = {"meta_train": tested - started, "meta_test": time.time() - tested}
-    run.finish(rows, seconds, thetas[args.learner].numel(), **facts)
+    run.finish(rows, tested, thetas[args.learner].numel(), **facts)
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    machine.run_as_script(main, f"{METHOD}.py", (UserError, *USER_ERRORS))

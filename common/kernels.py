@@ -146,7 +146,7 @@ def project_kernel():
     def uniform(key, counter):
         """In (0, 1), as in common/rng.py. All numbers are uint32."""
         bits = mix(mix(counter + tl.load(key)) ^ tl.load(key + 1))
-        return ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+        return tl.minimum(((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08, 0.99999994)
 
     @triton.jit(do_not_specialize=["T"])
     def kernel(x, keys, y, T, A, B, root, TIME: tl.constexpr, ROWS: tl.constexpr,

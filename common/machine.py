@@ -1,13 +1,15 @@
-"""What depends on the machine that runs a script: compiler, memory, locks on folders."""
+"""What depends on the machine that runs a script: compiler, memory, locks on folders, signals."""
 
 import ctypes
 import errno
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,23 @@ def end_other_ranks() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def run_as_script(main: Callable[[], None], script: str, user_errors: tuple[type[Exception], ...]) -> None:
+    """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and
+    SIGTERM. script: its file's name."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except user_errors as error:
+        sys.exit(f"{script}: {error}".replace("\n", " "))
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (reason := sentence(error)):
+            raise
+        sys.exit(f"{script}: {reason}")
+    except KeyboardInterrupt:
+        how = "continue with --resume and the run's folder, or the same command and --run-name."
+        sys.exit(f"\n{script}: stopped; {how}")
+    finally:
+        release()
+    end_other_ranks()

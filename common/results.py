@@ -18,6 +18,7 @@ class MetricsLog:
 
     first: the meta-step that the run starts or continues with. Lines from there on, which a run
     wrote that was cut off after its last checkpoint, are dropped, and so is what is no line.
+    started: when the run began, without the time between being cut off and being resumed.
     """
 
     def __init__(self, folder: Path, first: int, track: dict[str, Any] | None = None):
@@ -28,7 +29,6 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         self.path = folder / "metrics.csv"
-        self.started = time.time()
         text = self.path.read_text(errors="replace") if self.path.exists() else None
         lines = (text or "").splitlines()
         steps = [line.partition(",")[0] for line in lines]
@@ -46,6 +46,7 @@ class MetricsLog:
             partial.write_text(kept_text)
             partial.replace(self.path)
         self.columns = kept[0].split(",")[2:] if kept else []
+        self.started = time.time() - seconds_of(kept[-1] if kept else "")
         threading.excepthook = _report_thread
         self.board = SummaryWriter(str(folder), purge_step=first)
 
@@ -62,6 +63,14 @@ class MetricsLog:
     def append(self, cells: list[Any]) -> None:
         with open(self.path, "a") as file:
             file.write(",".join(map(str, cells)) + "\n")
+
+
+def seconds_of(line: str) -> float:
+    """The time in a line of metrics.csv; 0 where there is none."""
+    try:
+        return float(line.split(",")[1])
+    except (IndexError, ValueError):
+        return 0.0
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:

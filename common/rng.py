@@ -59,7 +59,8 @@ def integers(key: Tensor, counter: Tensor, high: Tensor | int) -> Tensor:
 def uniform(key: Tensor, size: int) -> Tensor:
     """Uniform numbers in (0, 1), shape (..., size) for keys (..., 2)."""
     counter = torch.arange(size, dtype=torch.int32, device=key.device)
-    return ((bits(key[..., None, :], counter) >> 8 & 0xFFFFFF).float() + 0.5) * 2**-24
+    numbers = ((bits(key[..., None, :], counter) >> 8 & 0xFFFFFF).float() + 0.5) * 2**-24
+    return numbers.clamp(max=1 - 2**-24)  # the largest one rounds to 1
 
 
 def normal(key: Tensor, size: int, divisor: float = 1.0) -> Tensor:

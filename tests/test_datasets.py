@@ -39,6 +39,7 @@ def test_numbers_have_the_moments_of_their_distributions():
     assert abs(u.mean() - 0.5) < 2e-3 and abs(u.var() - 1 / 12) < 1e-3
     assert abs(z.mean()) < 4e-3 and abs(z.std() - 1) < 4e-3 and abs((z**4).mean() - 3) < 0.05
     assert torch.equal(normal(keys, 25_001, 3.0), z / 3.0)
+    assert uniform(fold(key(2), torch.tensor([50])), 65_536)[0, 64_686] == 1 - 2**-24  # the largest of all
     assert (torch.corrcoef(z) - torch.eye(40)).abs().max() < 5 / 25_001**0.5  # neighbouring keys are independent
     flat = z.flatten()
     assert abs((flat[1:] * flat[:-1]).mean()) < 4e-3  # neighbouring counters too

@@ -85,7 +85,7 @@ def test_what_looks_at_values_is_refused(gpu):
             graphs.replayed(function)(torch.randn(5))
 
 
-@pytest.mark.parametrize("name", ["transformer", "outer_product_lstm", "vsml", "maml", "mlp"])
+@pytest.mark.parametrize("name", ["transformer", "outer_lstm", "vsml", "maml", "mlp"])
 def test_a_replayed_loss_has_the_gradients_of_the_loss(gpu, monkeypatch, name):
     """Also where they are accumulated, and after a step that changes the parameters."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
