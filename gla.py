@@ -959,6 +959,8 @@ class Run:
         torch.manual_seed(args.seed)
 
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 64  # of one function: for each dataset, environment or size once
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
 

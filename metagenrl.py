@@ -202,8 +202,6 @@ class Args:
     """Divide the critic's value in Eq. 2.6 by its deviation over the batch: environments weigh alike (not in the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
-    objective_average: Share = 0.0
-    """Meta-test a running average of objectives with this decay, such as 0.99 (Polyak 1992); 0: the last one (the thesis)."""
     max_grad_norm: Positive = 1.0
     """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
@@ -313,8 +311,9 @@ class Nets(NamedTuple):
 
     def q(self, theta: Tensor, obs: Tensor, action: Tensor) -> Tensor:
         """Q_theta(s, a) (p, s, t) of one critic, theta (p, d); of both, theta (2, p, d), (2, p, s, t) in one product."""
-        x = torch.cat([obs, action], -1).expand(*theta.shape[:-1], *obs.shape[1:-1], -1)
-        return self.critic(theta.flatten(0, -2), x.flatten(0, -4))[..., 0].unflatten(0, theta.shape[:-1])
+        critics = theta.flatten(0, -2)
+        x = torch.cat([obs, action], -1).repeat(len(critics) // len(obs), 1, 1, 1)
+        return self.critic(critics, x)[..., 0].unflatten(0, theta.shape[:-1])
 
     @property
     def lstm_shapes(self) -> list[tuple[int, int]]:
@@ -371,10 +370,9 @@ def objective(args: Args, nets: Nets, alpha: Tensor, batch: Batch, action: Tenso
     h = c = torch.zeros_like(x[:, :, 0, : nets.units])
     hidden = []
     for t in reversed(range(x.shape[2])):  # backwards: an action is judged by what came of it
-        gates, new = torch.baddbmm(x[:, :, t], h, w_h).split([3 * nets.units, nets.units], -1)
-        i, f, o = gates.sigmoid().chunk(3, -1)
-        c = batch.mask[:, :, t, None] * (f * c + i * new.tanh())
-        h = o * c.tanh()
+        i, f, o, g = torch.baddbmm(x[:, :, t], h, w_h).chunk(4, -1)
+        c = batch.mask[:, :, t, None] * (f.sigmoid() * c + i.sigmoid() * g.tanh())
+        h = o.sigmoid() * c.tanh()
         hidden.append(h)
     l_t = nets.of_hidden(of_hidden, torch.stack(hidden[::-1], 2))[..., 0]
     return batch.mask * args.bound * (l_t / args.bound).tanh()
@@ -404,13 +402,17 @@ def critic_gradient(args: Args, nets: Nets, state: State, batch: Batch, noise: T
     return gradient(loss)(state["theta"])[0]
 
 
+def policy_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch, phi: Tensor) -> Tensor:
+    """L_alpha of policies phi (p, d) at every step (p, s, t)."""
+    return objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *values(nets, state, batch))
+
+
 def grad_objective(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of the mean of L_alpha over all steps with respect to the policies (p, d). That of the sum would be clipped
     to length one always, however small the objective's gradient is."""
-    estimates = values(nets, state, batch)
 
     def loss(phi: Tensor) -> Tensor:
-        return masked_mean(objective(args, nets, alpha, batch, nets.act(phi, batch.obs), *estimates), batch.mask).sum()
+        return masked_mean(policy_loss(args, nets, alpha, state, batch, phi), batch.mask).sum()
 
     return gradient(loss)(state["phi"])[0]
 
@@ -443,8 +445,9 @@ def update_policies(
     if share is not None:
         g = share * g + (1 - share) * clipped(args, grad_critic(args, nets, alpha, state, batch))
     new = adam(state, "phi", g, args.policy_lr, state["age"] >= args.frozen_steps)
-    moved = {"phi": new["phi"], "theta": state["theta"]}
-    return new | {f"target_{name}": state[f"target_{name}"].lerp(x, args.tau) for name, x in moved.items()}
+    new["target_phi"] = state["target_phi"].lerp(new["phi"], args.tau)
+    new["target_theta"] = state["target_theta"].lerp(state["theta"], args.tau)
+    return new
 
 
 def act(args: Args, nets: Nets, state: State, noise: Tensor, uniform: Tensor) -> Tensor:
@@ -454,14 +457,14 @@ def act(args: Args, nets: Nets, state: State, noise: Tensor, uniform: Tensor) ->
     return torch.where((state["age"] < args.random_steps)[:, None, None], 2 * uniform - 1, action)
 
 
-def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, callback: Callable) -> None:
-    """Algorithm 7: agents learn from scratch, with policies that descend `policy_gradient`. alpha (p, d). Calls callback(now)
-    after each step of their copies."""
+def train_agents(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor) -> Iterator[int]:
+    """Algorithm 7: agents learn from scratch, with policies that descend `policy_gradient`. alpha (p, d). Yields how many
+    steps each of their copies has made, after each."""
     for now in range(1, group.steps + 1):
         group.step_async()
         group.step_wait(now - 1)
         learn(args, group, policy_gradient, alpha, now)
-        callback(now)
+        yield now
 
 
 def learn(args: Args, group: "Group", policy_gradient: Callable, alpha: Tensor, now: int, share: Tensor | None = None) -> None:
@@ -480,14 +483,10 @@ def meta_loss(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Batch)
     alpha (p, d); batch: --batch-size sub-trajectories for each step, and as many for the estimate alone, which is on all of
     them as in the authors' release. Returns (p,)."""
     phi = state["phi"]
-    *steps, _ = (Batch(*parts) for parts in zip(*(x.split(args.batch_size, 1) for x in batch), strict=True))
-    for tau in steps:
-        estimates = values(nets, state, tau)
-
-        def loss(phi: Tensor) -> Tensor:
-            return objective(args, nets, alpha, tau, nets.act(phi, tau.obs), *estimates).sum()  # noqa: B023 (called at once)
-
-        g, _ = gradient(loss)(phi)
+    for k in range(args.inner_steps):
+        tau = Batch(*(x[:, k * args.batch_size : (k + 1) * args.batch_size] for x in batch))
+        loss = partial(policy_loss, args, nets, alpha, state, tau)
+        g, _ = gradient(lambda phi: loss(phi).sum())(phi)  # noqa: B023 (called at once)
         if args.inner_normalized:
             g = g / (g.norm(dim=-1, keepdim=True) + 1e-8)
         phi = phi - args.inner_lr * g
@@ -508,35 +507,32 @@ def meta_gradient(args: Args, nets: Nets, alpha: Tensor, state: State, batch: Ba
 
 
 def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS. alpha is
-    the latest objective, which agents are trained with, or its running average (--objective-average)."""
-    latest = alpha.clone()
-    adam = torch.optim.Adam([latest], args.objective_lr)
+    """Algorithm 6. Changes alpha (m, d) in place, and history (k, m, d) to what it was after each part in PROGRESS."""
+    optimizer = torch.optim.Adam([alpha], args.objective_lr)
     iterations = args.env_steps // args.num_envs
-    keep = {"alpha": alpha, "latest": latest, "history": history, "adam": adam, "groups": groups}
+    keep = {"alpha": alpha, "history": history, "adam": optimizer, "groups": groups}
     for step in run.steps(iterations, keep):
         reset_some(args, groups, step)
         now = step + 1
-        annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
-        share = None if annealed >= 1 else torch.tensor(max(annealed, 0.0), device=run.device)
-        grads = torch.zeros_like(latest)
+        share = share_of_objective(args, now, run.device)
+        policies = now % args.policy_frequency == 0  # are updated, and the objective
+        grads = torch.zeros_like(alpha)
 
         for group in groups:
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            own = latest[group.which]
+            own = alpha[group.which]
             learn(args, group, grad_objective, own, now, share)
-            if now % args.policy_frequency == 0:
+            if policies:
                 batch = group.sample(now, args.inner_steps + 1)
                 g, loss = group.meta_gradient(own, group.state, batch)
                 grads.index_add_(0, group.which, g)  # the sum over agents
                 group.note("meta_loss", loss)
             group.note("reward", group.rewards)
-        if now % args.policy_frequency == 0:
-            latest.grad = es.all_reduce_mean(grads) * run.world
-            adam.step()
-            alpha.lerp_(latest, 1 - args.objective_average)
+        if policies:
+            alpha.grad = es.all_reduce_mean(grads) * run.world
+            optimizer.step()
         keep_history(history, alpha, step, iterations)
         if now % args.log_every == 0:
             run.log(step, {f"{group.name}_{name}": mean for group in groups for name, mean in group.means().items()})
@@ -545,9 +541,17 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 group.reset_diverged(now, "phi", "theta")
 
 
+def share_of_objective(args: Args, now: int, device: torch.device) -> Tensor | None:
+    """The share that the objective has in policies' steps, from 0 to 1 over --anneal-steps (A.2.2); None after them."""
+    annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
+    return None if annealed >= 1 else torch.full((), max(annealed, 0.0), device=device)
+
+
 def keep_history(history: Tensor, alpha: Tensor, step: int, steps: int) -> None:
     """Set what the objectives (m, d) are after the parts of meta-training that are not over, history (k, m, d)."""
-    history[sum(100 * step >= part * steps for part in PROGRESS) :] = alpha
+    for k, part in enumerate(PROGRESS):
+        if 100 * step < part * steps:
+            history[k] = alpha
 
 
 # ======================================================================================================================
@@ -596,13 +600,13 @@ class Group(Agents):
         if std is None:
             action = self.act(self.state, self.noise * noise, uniform)
         else:
-            action = self.nets.act(self.state["phi"], self.state["obs"]) + std * noise
+            action = (self.nets.act(self.state["phi"], self.state["obs"]) + std * noise).nan_to_num()
         super().step_async(action)
 
     def sample(self, now: int, batches: int = 1) -> Batch:
         """One or more batches from every agent's buffer; now: steps of each copy so far."""
         draws = self.draws(torch.rand, batches * self.args.batch_size, 2)
-        return self.sample_from(self.state, torch.tensor(now, device=draws.device), draws)
+        return self.sample_from(self.state, torch.full((), now, device=draws.device), draws)
 
 
 def reset_some(args: Args, groups: list[Group], step: int) -> None:
@@ -636,9 +640,9 @@ def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch
     return gradient(loss)(state["phi"])[0]
 
 
-def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> None:
+def train_on_policy(args: Args, group: Group, ppo: bool) -> Iterator[int]:
     """REINFORCE with GAE on the agents' own last steps (Eq. 2.3), or PPO, both as in Spinning Up; policies are Gaussian with
-    deviations of their own. Calls callback(now) after each step of an agent's copies."""
+    deviations of their own. Yields as train_agents."""
     flags, nets = args.ppo, group.nets
     rollout = max(2, flags.num_steps // args.num_envs)
     clip_coef, epochs = (flags.clip_coef, flags.update_epochs) if ppo else (math.inf, 1)
@@ -649,7 +653,7 @@ def train_on_policy(args: Args, group: Group, ppo: bool, callback: Callable) -> 
         group.step_wait(now - 1)
         if now % rollout == 0:
             update_agents(group.state, nets.policy, nets.value, *group.latest(now, rollout), **settings)
-        callback(now)
+        yield now
 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
@@ -664,12 +668,14 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
         name = args.envs[generation % len(args.envs)]
 
         def evaluate(population: Tensor, _: Tensor) -> Tensor:
-            torch.manual_seed(1009 * args.seed + generation)  # noqa: B023 (called at once)
+            torch.manual_seed(1_000_003 * args.seed + generation)  # noqa: B023 (called at once)
             own = torch.zeros(len(population), dtype=torch.int64)
             group = Group(args, name, own[:1], args.epg.life_steps, run.device, fuser(run), own)  # noqa: B023
-            rewards = []
-            train_agents(args, group, grad_objective, population, lambda now: rewards.append(group.rewards))
-            return -torch.stack(rewards[-len(rewards) // 5 :]).mean(0).nan_to_num(-1e9)
+            rewards = [group.rewards for _ in train_agents(args, group, grad_objective, population)]
+            group.env.close()
+            mean = torch.stack(rewards[-len(rewards) // 5 :]).mean(0)
+            broken = ~(group.state["phi"].isfinite().all(-1) & mean.isfinite())
+            return -torch.where(broken, -1e9, mean)
 
         grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
         alpha.grad = grads[None]
@@ -753,6 +759,7 @@ def test_in_env(
         alphas = [objectives[learner].repeat_interleave(args.test_seeds, 0) for learner in learners if learner in objectives]
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
+        torch.compiler.reset()  # the functions of the group before
         which = torch.arange(agents * len(learners))
         own = which[run.rank % len(which) :: run.world]  # of more processes than agents some have the same one
         group = Group(args, name, which, args.test_steps, run.device, fuser(run), own, on_policy=learners[0] in ON_POLICY)
@@ -781,18 +788,16 @@ def returns(args: Args, group: Group, learner: str, alpha: Tensor, bar: tqdm, ke
         return group.of_all(own)
 
     curve = [(0, evaluate())]
-
-    def callback(now: int) -> None:
+    if learner in ON_POLICY:
+        training = train_on_policy(args, group, learner == "ppo")
+    else:
+        training = train_agents(args, group, POLICY_GRADIENTS.get(learner, grad_objective), alpha)
+    for now in training:
         if now % 50 == 0:
             bar.update(50 / group.steps * 0.999)
         if now in points:
             group.reset_diverged(now, "phi", "theta")
             curve.append((now * args.num_envs, evaluate()))
-
-    if learner in ON_POLICY:
-        train_on_policy(args, group, learner == "ppo", callback)
-    else:
-        train_agents(args, group, POLICY_GRADIENTS.get(learner, grad_objective), alpha, callback)
     env.close()
     return curve
 
@@ -942,6 +947,8 @@ class Run:
         torch.manual_seed(args.seed)
 
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 64  # of one function: for each dataset, environment or size once
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
 
@@ -1070,7 +1077,6 @@ def fuser(run: "Run") -> Callable:
 def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     """Args with the sizes of RL^2 that its environments need. Refuses what cannot work, before anything is written."""
     learners = {args.learner, *args.baselines}
-    foreign = set(META_LEARNED) & set(args.baselines) - {args.learner}
     for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
         if getattr(args, flag) != checkpoint["args"].get(flag):
             raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
@@ -1102,7 +1108,7 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError("reinforce-off needs a --exploration-noise above 0.")
     if not test_envs(args):
         raise UserError("--no-test-seen needs --test-envs, environments to meta-test in.")
-    if foreign:
+    if foreign := set(META_LEARNED) & set(args.baselines) - {args.learner}:
         raise UserError(f"{min(foreign)} is meta-learned in a run of its own, with --learner; leave it out of --baselines.")
     if args.learner in ("epg", "rl2") and args.objectives > 1:
         raise UserError(f"A run of {args.learner} meta-learns one objective or agent; leave out --objectives.")
@@ -1112,6 +1118,8 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     made = [make_env(name, 1) for name in dict.fromkeys([*args.envs, *args.test_envs])]
     inputs = max(env.obs_size for env in made)
     outputs = max(env.action_size for env in made)
+    for env in made:
+        env.close()
     if args.learner != "rl2":
         return args
     sizes = args.rl2.sizes or (inputs, outputs)
@@ -1127,7 +1135,7 @@ def main() -> None:
     torch.manual_seed(args.seed)  # for RL2 alone: Run sets the seed again
     rl2 = RL2(*args.rl2.sizes, args.rl2.units) if args.learner == "rl2" else None
     run = Run(args, checkpoint)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(2**31 + args.seed)  # not the numbers of agents
     untrained = make_nets(args, 1, 1).init_objective(args.objectives, generator).to(run.device)
     alpha = untrained.clone()
     history = alpha.repeat(len(PROGRESS), 1, 1)
@@ -1144,6 +1152,8 @@ def main() -> None:
 
     if groups:
         meta_train(args, groups, alpha, history, run)
+        for group in groups:
+            group.env.close()
     elif args.mode == "train" and args.learner == "epg":
         evolve(args, alpha, history, run)
     elif args.mode == "train" and rl2:

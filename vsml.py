@@ -547,7 +547,6 @@ def meta_train(
 def compile_step(args: Args, learner: Learner) -> None:
     """Compile one_example of a learner that is meta-trained, once for each shape, or once for all."""
     shapes = len(args.dataset) * len(args.sizes or (0,)) * len(args.classes or (0,))
-    torch._dynamo.config.recompile_limit = max(8, 2 * shapes)
     each = args.device == "cuda" or args.meta_optimizer == "es" or shapes <= 4
     fused = isinstance(learner, VSML) and args.device == "cpu"
     options = cells.options(args.state_size) if fused else None
@@ -934,6 +933,8 @@ class Run:
         torch.manual_seed(args.seed)
 
         self.compiles = args.compile and (args.device == "cuda" or can_compile())
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 64  # of one function: for each dataset, environment or size once
         if args.compile and not self.compiles:
             self.info("No working C++ compiler: running without torch.compile, which is slower.")
 

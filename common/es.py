@@ -32,7 +32,8 @@ def directions(
     They are drawn on `device`, so that a GPU does not wait for the CPU. Ranks on devices of one
     kind draw the same numbers. A CPU and a GPU draw different ones: their runs differ.
     """
-    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + generation) % 2**63)
+    number = seed * 1_000_003 + generation + 2**31  # other numbers than those of manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(number % 2**63)
     return torch.randn(pairs, size, generator=generator, device=device)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -107,27 +108,7 @@ def test_an_objective_follows_the_sum_of_its_agents_gradients(monkeypatch):
     with torch.no_grad():
         metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
     assert sums[0].norm() > 1e-4
-    torch.testing.assert_close(kept["latest"].grad[0], sums[0])
-    assert torch.equal(kept["latest"], alpha)
-
-
-def test_what_is_meta_tested_can_be_the_average_of_an_objective(monkeypatch):
-    """Agents are trained with the objective itself, which is the same with an average and without."""
-    ends, trajectory = {}, []
-    monkeypatch.setattr(metagenrl, "keep_history", lambda history, alpha, *_: trajectory.append(alpha.clone()))
-    for decay in (0.0, 0.9):
-        args = replace(ARGS, env_steps=24, objective_average=decay)
-        agents, run = group(args), Sick([])
-        alpha = agents.nets.init_objective(1, torch.Generator().manual_seed(3))
-        average = alpha.clone()
-        with torch.no_grad():
-            metagenrl.meta_train(args, [agents], alpha, alpha.repeat(6, 1, 1), run)
-        ends[decay] = alpha
-    for latest in trajectory[1:12:2]:  # after every second iteration
-        average = 0.9 * average + 0.1 * latest
-    torch.testing.assert_close(ends[0.9], average)
-    assert torch.equal(ends[0.0], trajectory[11]) and torch.equal(ends[0.9], trajectory[23])
-    assert not torch.allclose(ends[0.9], ends[0.0], rtol=1e-4)
+    torch.testing.assert_close(kept["alpha"].grad[0], sums[0])
 
 
 def test_critic_policy_and_objective_have_batches_of_their_own(monkeypatch):
@@ -165,8 +146,6 @@ def test_policies_descend_the_objective_through_their_actions_alone():
     torch.testing.assert_close(ours, torch.autograd.grad(loss(value, next_value), phi)[0])
     through = metagenrl.values(nets, state | {"phi": phi}, batch)
     assert not torch.allclose(ours, torch.autograd.grad(loss(*through), phi)[0], rtol=1e-2)
-    fixed = metagenrl.objective(ARGS, nets, alpha, batch, nets.act(phi.detach(), batch.obs), value, next_value)
-    assert not fixed.requires_grad
 
 
 def test_what_a_terminal_state_leads_to_is_worth_nothing():
@@ -395,6 +374,48 @@ def test_an_agent_that_is_not_finite_is_reset_and_the_others_continue():
     assert agents.state["phi_steps"][:, 0].tolist() == [2, 0, 2] and agents.state["first_step"].tolist() == [0, 4, 0]
 
 
+def test_an_on_policy_agent_that_is_not_finite_is_reset_and_acts_again():
+    torch.manual_seed(0)
+    which = torch.zeros(2, dtype=torch.int64)
+    agents = metagenrl.Group(ARGS, "pendulum", which, 60, torch.device("cpu"), lambda f: f, on_policy=True)
+    args = replace(ARGS, ppo=metagenrl.PPOArgs(num_steps=10))
+    with torch.no_grad():
+        agents.state["phi"][1] = torch.nan
+        for now in metagenrl.train_on_policy(replace(args, buffer_size=100), agents, ppo=True):
+            if now in (4, 12):  # before and after an update
+                agents.reset_diverged(now, "phi", "theta")
+                assert all(x.isfinite().all() for x in agents.state.values())
+    assert agents.state["diverged"].tolist() == [0, 1]
+
+
+def test_a_quarter_of_the_agents_is_reset_in_turn(monkeypatch):
+    """After every --reset-every environment steps of an agent, here two of its copies each."""
+    args = replace(ARGS, reset_every=6, checkpoint_every=1000)
+    agents, resets = group(args, p=8), {}
+    monkeypatch.setattr(agents, "reset_agents", lambda step, which: resets.update({step: which.nonzero()[:, 0].tolist()}))
+    for step in range(16):
+        metagenrl.reset_some(args, [agents], step)
+    assert resets == {3: [1, 5], 6: [2, 6], 9: [3, 7], 12: [0, 4], 15: [1, 5]}
+
+
+def test_the_objective_takes_over_once_policies_are_trained():
+    args, cpu = replace(ARGS, frozen_steps=10, anneal_steps=20), torch.device("cpu")
+    shares = [metagenrl.share_of_objective(args, now, cpu) for now in (1, 5, 10, 14)]
+    assert [float(share) for share in shares] == pytest.approx([0, 0, 0.5, 0.9])
+    assert metagenrl.share_of_objective(args, 15, cpu) is None
+
+
+def test_functions_of_several_environments_are_all_compiled():
+    """torch.compile counts what is compiled of all `partial`s together, and would leave others uncompiled without a word."""
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        torch.compiler.reset()
+        fuse = partial(torch.compile, dynamic=False, backend="eager")
+        which = torch.zeros(2, dtype=torch.int64)
+        groups = [metagenrl.Group(ARGS, name, which, 8, torch.device("cpu"), fuse) for name in ("pendulum", "point_mass")]
+        alpha = groups[0].nets.init_objective(1, DRAWS)
+        metagenrl.meta_train(replace(ARGS, env_steps=8), groups, alpha, alpha.repeat(6, 1, 1), Sick([]))
+
+
 class Sick:
     """A run in which one agent falls ill."""
 
@@ -487,7 +508,7 @@ def test_processes_share_the_agents_of_a_meta_test(monkeypatch):
     """Each trains some of them, which are those of one process; of more processes than agents some train the same."""
     args = replace(ARGS, test_envs=("pendulum",), test_steps=24, test_seeds=3, evaluations=2, episodes=2, learner="td3")
     trained, train = [], metagenrl.train_agents
-    monkeypatch.setattr(metagenrl, "train_agents", lambda args, group, *x: (trained.append(group), train(args, group, *x)))
+    monkeypatch.setattr(metagenrl, "train_agents", lambda args, group, *x: trained.append(group) or train(args, group, *x))
     means = []
     for rank, world in ((0, 1), (0, 2), (1, 2), (4, 5)):
         run = Sick([])
@@ -516,6 +537,21 @@ def test_the_fitness_of_an_evolved_objective_depends_on_it(monkeypatch):
     assert len(losses[0].unique()) == 8
 
 
+def test_an_evolved_objective_that_breaks_its_agents_is_the_worst(monkeypatch):
+    """Their actions are zeros, so that rewards stay finite."""
+    args = replace(ARGS, epg=metagenrl.EPGArgs(life_steps=24, generations=1, pairs=2))
+    losses, estimate, ours = [], metagenrl.es.estimate, metagenrl.grad_objective
+    monkeypatch.setattr(metagenrl.es, "estimate", lambda noise, x, *rest: losses.append(x) or estimate(noise, x, *rest))
+    broken = torch.tensor([torch.nan, 1, 1, 1])[:, None]
+    monkeypatch.setattr(metagenrl, "grad_objective", lambda *x: ours(*x) * broken)
+    run = Sick([])
+    run.compiles = False
+    alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
+    with torch.no_grad():
+        metagenrl.evolve(args, alpha, alpha.repeat(6, 1, 1), run)
+    assert losses[0][0, 0] == 1e9 and (losses[0].flatten()[1:] < 100).all()
+
+
 @pytest.mark.parametrize(("learner", "rate"), [("td3", 2e-3), ("reinforce-off", 5e-4), ("untrained", 1e-4)])
 def test_every_learner_has_a_rate_of_its_own(learner, rate):
     """The first step of Adam moves parameters by the rate."""
@@ -526,9 +562,11 @@ def test_every_learner_has_a_rate_of_its_own(learner, rate):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         train = metagenrl.train_agents
 
-        def train_and_note(args, group, policy_gradient, alpha, callback):
+        def train_and_note(args, group, policy_gradient, alpha):
             moved.append(group.state["phi"])
-            train(args, group, policy_gradient, alpha, lambda now: moved.append(group.state["phi"]) or callback(now))
+            for now in train(args, group, policy_gradient, alpha):
+                moved.append(group.state["phi"])
+                yield now
 
         patch.setattr(metagenrl, "train_agents", train_and_note)
         alpha = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS)
@@ -616,7 +654,8 @@ def test_an_agent_learns():
             return agents.nets.act(agents.state["phi"], obs)
 
         before = metagenrl.mean_returns(env, act, 4, 0)
-        metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0), lambda now: None)
+        for _ in metagenrl.train_agents(args, agents, metagenrl.grad_critic, torch.zeros(4, 0)):
+            pass
         after = metagenrl.mean_returns(env, act, 4, 0)
     assert before.mean() < -100 and after.mean() > before.mean() / 2, (before, after)
 
