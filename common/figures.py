@@ -69,7 +69,8 @@ def plot(
         ax.grid(alpha=0.3)
         ticks = sorted({row[x] for row in rows if row[panel] == name})
         if ax.get_xscale() == "log" and len(ticks) <= 8:  # matplotlib's own overlap within a decade
-            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            size = 7 if len(ticks) > 6 else None
+            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=size)
             ax.set_xticks([], minor=True)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
