@@ -329,11 +329,12 @@ def one_step(learner: Learner, env: Env, params: Params, carry: Carry) -> tuple[
     reward, done = (x.unflatten(0, (p, e)).to(policy.dtype) for x in (step.reward, step.terminated | step.truncated))
     action = (chosen[..., None] == torch.arange(b, device=chosen.device)).to(policy.dtype)
 
-    expected = best = reward
-    if expected_rewards is not None:
+    if expected_rewards is None:
+        outcome = Outcome(reward, expected=reward, best=reward)
+    else:
         expected_rewards = expected_rewards.unflatten(0, (p, e))
-        expected, best = (policy * expected_rewards).sum(-1), expected_rewards.amax(-1)
-    return Carry(state, world, keys, observed(step.obs, p), action, reward, done), Outcome(reward, expected, best)
+        outcome = Outcome(reward, (policy * expected_rewards).sum(-1), expected_rewards.amax(-1))
+    return Carry(state, world, keys, observed(step.obs, p), action, reward, done), outcome
 
 
 def lifetime(learner: Learner, step_fn: Callable, env: Env, theta: Tensor, keys: Tensor, steps: int) -> Outcome:
@@ -365,8 +366,10 @@ def uniform_draws(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def lifetime_keys(seed: int, part: int, number: int, groups: Tensor, count: int) -> Tensor:
     """The keys (p, count, 2) of lifetimes: different ones for each part, number, and entry of groups (p,)."""
-    first = rng.fold(rng.fold(rng.key(seed, groups.device), part), number)
-    return rng.fold(rng.fold(first, groups)[:, None], torch.arange(count, device=groups.device))
+    key = rng.key(seed, groups.device)
+    for branch in (part, number, groups):
+        key = rng.fold(key, branch)
+    return rng.fold(key[:, None], torch.arange(count, device=groups.device))
 
 
 # ======================================================================================================================
@@ -375,9 +378,9 @@ def lifetime_keys(seed: int, part: int, number: int, groups: Tensor, count: int)
 TRAIN, TEST = 0, 1  # parts of the keys of lifetimes
 
 
-def es_gradient(args: Args, live: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,). live: lifetime of a
-    learner in this environment.
+def es_gradient(args: Args, lifetime_fn: Callable, env: Env, theta: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Eq. 4.10, as a loss: both members of a pair act in the same --evaluations lifetimes. theta (d,). lifetime_fn: `lifetime`
+    of a learner in this environment.
 
     Returns the gradient (d,) of minus the reward per step, the mean loss, and the mean reward per step.
     """
@@ -386,8 +389,8 @@ def es_gradient(args: Args, live: Callable, env: Env, theta: Tensor, step: int) 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
         groups = torch.zeros_like(pairs) if args.common_lifetimes else pairs
         keys = lifetime_keys(args.seed, TRAIN, step, groups, args.evaluations)
-        outcome = live(population, keys, args.lifetime_steps)
-        rewards.append(outcome.reward.mean())
+        outcome = lifetime_fn(population, keys, args.lifetime_steps)
+        rewards.append(outcome.reward.mean((1, 2)))
         return -(outcome.expected if args.fitness == "expected" else outcome.reward).mean((1, 2))
 
     sigma, pairs = args.noise_std, args.population // 2
@@ -395,7 +398,7 @@ def es_gradient(args: Args, live: Callable, env: Env, theta: Tensor, step: int) 
         sigma += (args.noise_end - sigma) * step / args.meta_steps
     settings = dict(pairs=pairs, sigma=sigma, seed=args.seed, generation=step, rank_shaping=args.rank_shaping)
     grad, losses = es.gradient(theta, evaluate, chunk=args.chunk or even_chunk(args, env), **settings)
-    return grad, losses.mean(), es.all_reduce_mean(torch.stack(rewards).mean())
+    return grad, losses.mean(), es.all_reduce_mean(torch.cat(rewards).mean())
 
 
 def meta_train(
@@ -408,8 +411,8 @@ def meta_train(
     for step in run.steps(args.meta_steps if agents else 0, {"thetas": thetas, "adam": adam}):
         metrics = {}
         for name, in_envs in agents.items():
-            live, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
-            grad, loss, reward = es_gradient(own[name], live, env, thetas[name], step)
+            lifetime_fn, env = in_envs[step % len(in_envs)]  # e ~ p(e): one environment after the other
+            grad, loss, reward = es_gradient(own[name], lifetime_fn, env, thetas[name], step)
             thetas[name].grad = grad
             adam[name].param_groups[0]["lr"] = own[name].lr * (1 - step / args.meta_steps if args.lr_decay else 1)
             adam[name].step()  # theta <- theta + alpha * the gradient of the lifetime's reward
@@ -477,7 +480,7 @@ def own_settings(args: Args, learner: str) -> Args:
     if learner != "rnn":
         return args
     sigma = args.rnn_noise_std or args.noise_std
-    end = args.noise_end and args.noise_end * sigma / args.noise_std
+    end = None if args.noise_end is None else args.noise_end * sigma / args.noise_std
     return replace(args, noise_std=sigma, noise_end=end, lr=args.rnn_lr or args.lr)
 
 
@@ -535,18 +538,19 @@ def measured(args: Args, learner_name: str, theta: Tensor, name: str, number: in
     For bandits, the expected regret of the policy so far: the expected reward of the best arm minus that of the policy.
     Else the return so far, and the reward per step since the last plotted step.
     """
-    live, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
+    lifetime_fn, env = make_agent(args, learner_name, name, args.test_seeds, run, "test")
     keys = lifetime_keys(args.seed, TEST, number, torch.zeros(1, dtype=torch.int64, device=env.device), args.test_seeds)
     batches = keys.split(batch_size(args, env), dim=1)
     steps = args.test_steps or args.lifetime_steps
-    outcomes = [live(theta[None], batch, steps) for batch in batches]
+    outcomes = [lifetime_fn(theta[None], batch, steps) for batch in batches]
     reward, expected, best = (torch.cat(parts, 1)[0].cpu().double() for parts in zip(*outcomes, strict=True))
 
     rows = []
     row = partial(result_row, learner_name, name, novelty(args, name))
+    bandit = is_bandit(name)
     before = 0
     for step in plotted_steps(reward.shape[-1]):
-        if is_bandit(name):
+        if bandit:
             rows.append(row("cumulative_regret", step, (best - expected)[:, :step].sum(1)))
         else:
             rows.append(row("return", step, reward[:, :step].sum(1)))
@@ -691,7 +695,7 @@ def load_agent(checkpoint: str | Path, num_actions: int, seed: int = 0, device: 
 METHOD = "symla"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("envs", "learner")  # the flags that name a run's folder
-KEPT = ("preset",)  # the flags that a meta-test cannot change
+KEPT = ("preset", "envs", "obs_gain", "micro_ticks", "normalize_rewards")  # the flags that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -897,6 +901,8 @@ def refuse_env(args: Args, name: str) -> None:
     env = make_env(args, name, 1)
     if env.num_actions is None:
         raise UserError(f"SymLA chooses among actions, and those of {name} are continuous; choose another environment.")
+    if args.action_repeat > 1 and is_bandit(name):
+        raise UserError(f"--action-repeat would repeat the random numbers of {name} too; leave it out.")
     if env.obs_size * env.num_actions > 2**20:
         raise UserError(f"{name} has {env.obs_size} observations, which are too many; choose a smaller size.")
 
@@ -976,8 +982,8 @@ def make_agent(args: Args, name: str, env_name: str, count: int, run: Run, use: 
     if args.normalize_rewards and name in META_TRAINED:
         learner = NormalizedRewards(learner)
     step_fn = partial(one_step, learner, env)
-    live = partial(lifetime, learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env)
-    return graphs.replayed(live) if args.graphs and env.compilable and name != "thompson" else live, env
+    lifetime_fn = partial(lifetime, learner, torch.compile(step_fn, dynamic=False, **options) if whole else step_fn, env)
+    return graphs.replayed(lifetime_fn) if args.graphs and env.compilable and name != "thompson" else lifetime_fn, env
 
 
 @torch.no_grad()
@@ -992,7 +998,7 @@ def main() -> None:
     if args.mode == "test":
         checkpoints.restore({"thetas": {name: thetas[name] for name in trained}}, checkpoint["state"], args.checkpoint)
     elif args.init and not args.resume:
-        first = checkpoints.read(Path(args.init), state=dict)["state"]
+        first = checkpoints.read(checkpoints.named(args.init, METHOD), state=dict)["state"]
         shared = {name: thetas[name] for name in trained if f"['thetas']['{name}']" in first}
         if not shared:
             raise UserError(f"{args.init} has parameters of none of the learners that the flags name.")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import machine
+
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": "/nonexistent"} | NO_NETWORK
@@ -63,7 +65,7 @@ def run_script(name, run_dir, flags, launcher=None):
         for variable in ("TORCH_HOME", *NO_NETWORK):
             patch.setenv(variable, ENV[variable])
         try:
-            script.run_as_script(script.main)
+            machine.run_as_script(script.main, name, (script.UserError, *script.USER_ERRORS))
         except SystemExit as stopped:  # Python prints a text and exits with code 1
             code = 1
             print(stopped.code, file=stderr)

@@ -314,15 +314,6 @@ def test_pairs_have_lifetimes_of_their_own_and_their_members_share_them(common):
     assert all(torch.equal(plus[0], other) == common for other in plus[1:])
 
 
-def test_a_shuffled_lifetime_earns_symla_what_an_unshuffled_one_does():
-    """The policy is the same up to the order; only which action a draw picks differs: level in distribution."""
-    learner = symla.SymLA(ARGS)
-    theta = random_theta(learner)
-    plain = live("symla", "upright_cartpole", theta=theta, e=2000, steps=40).reward.mean(-1)[0]
-    shuffled = live("symla", "shuffled_upright_cartpole", theta=theta, e=2000, steps=40, key=(1,)).reward.mean(-1)[0]
-    assert abs(plain.mean() - shuffled.mean()) < 5 * (plain.var() / 2000 + shuffled.var() / 2000).sqrt()
-
-
 # ---- the outer loop ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fitness", ["reward", "expected"])
 def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
@@ -330,7 +321,7 @@ def test_fitness_is_what_a_member_earns_and_chunks_do_not_matter(fitness):
     learner, env = symla.SymLA(args), envs.make("independent_bandit:3", 6)
     theta = learner.init(torch.Generator().manual_seed(0))
     grad, loss, paid = symla.es_gradient(replace(args, chunk=4), lifetime_of(learner, env), env, theta, 3)
-    for chunk in (1, 2):
+    for chunk in (1, 2, 3):
         again = symla.es_gradient(replace(args, chunk=chunk), lifetime_of(learner, env), env, theta, 3)
         for one, other in zip((grad, loss, paid), again, strict=True):
             torch.testing.assert_close(one, other)
@@ -703,6 +694,9 @@ REFUSED = {
     "--init {done}/checkpoint.pt --hidden 7": "checkpoint.pt has no 'thetas symla' of the kind and size .* use the flags of the run",
     "--init {tmp}/alone.pt --learner rnn --baselines": "parameters of none of the learners",
     "--mode test --checkpoint {done}/checkpoint.pt --hidden 7": "checkpoint.pt has no 'thetas symla' of the kind and size",
+    "--mode test --checkpoint {done}/checkpoint.pt --envs hard_bandit": "keeps its flags; leave out --envs",
+    "--mode test --checkpoint {done}/checkpoint.pt --obs-gain 2": "keeps its flags; leave out --obs-gain",
+    "--action-repeat 2": "--action-repeat would repeat the random numbers of independent_bandit",
     "--mode test --checkpoint {tmp}/alone.pt": "alone.pt has no 'thetas rnn' .* it has thetas symla",
 }
 
