@@ -56,7 +56,8 @@ from common.results import MetricsLog, median_difference, result_row, table, to_
 # ======================================================================================================================
 Name = Literal["fme", "no_reward", "hill_climbing", "hill_climbing_matched", "random_search"]
 CLIMBERS = ("hill_climbing", "hill_climbing_matched")  # whose weights do not change but by noise
-Size = Annotated[int, (1, 2**20)]  # of an axis of a tensor
+AxisSize = Annotated[int, (1, 2**20)]
+SELECT, NOISE, EXECUTE, NEW, TEST, PAIRS = 0, 1, 2, 3, 2**31, 2**31 + 1  # what random numbers are for
 
 
 @dataclass
@@ -98,21 +99,21 @@ class Args:
     """Environments (section 7.4), one after the other."""
     populations: Annotated[int, (1, 1000)] | None = 64
     """Independent repetitions, a batch axis (Figure 7.3 has 5; None: see TUNED)."""
-    executions: Size | None = None
+    executions: AxisSize | None = None
     """Executions, each one self-modification, in a population (not in the thesis; default: see TUNED)."""
-    num_parallel: Size | None = 1
+    num_parallel: AxisSize | None = 1
     """Solutions sampled and executed at the same time (Algorithm 12: one after the other; None: see TUNED)."""
-    execution_steps: Size = 1000
+    execution_steps: AxisSize = 1000
     """L, environment steps of an execution (Appendix E.1)."""
-    roots: Size | None = 1
+    roots: AxisSize | None = 1
     """Random networks to start from (Appendix E.1; None: as many as are executed at the same time)."""
     fitness: Literal["failures", "steps"] = "failures"
     """Where there are episodes: R/dt with a reward of -1 for a failure (1 a step is the same for all), or steps per episode."""
     lifetime: Literal["lineage", "execution"] = "lineage"
     """R/dt of a solution is over its lineage's whole lifetime (section 7.3), or over the last execution."""
-    buckets: Size = 100
+    buckets: AxisSize = 100
     """m, equal intervals of fitness (Appendix E.1)."""
-    bucket_size: Size = 100
+    bucket_size: AxisSize = 100
     """Most recently used solutions that a bucket holds (Appendix E.1)."""
     selection: Annotated[float, (0, 1e6)] = 20.0
     """A bucket is drawn with a probability proportional to e to the power selection times its index over m (Appendix E.1 has a
@@ -129,9 +130,9 @@ class Args:
     layers: Annotated[int, (1, 100)] = 3
     """Self-referential layers (Appendix E.1)."""
 
-    test_seeds: Size = 25
+    test_seeds: AxisSize = 25
     """Fresh executions of each of the best solutions."""
-    chunk: Size = 125
+    chunk: AxisSize = 125
     """Networks executed as one batch; as many as the processor's cache holds run fastest (GPU: as many as fit)."""
 
 
@@ -171,8 +172,7 @@ def self_referential_layer(w: Tensor, x: Tensor, num_outputs: int) -> tuple[Tens
     y, k, q, beta = apply(w, x).split(parts, -1)  # Eq. 7.1
     v_bar = apply(w, k)  # Eq. 7.2
     v = apply(w, q)  # Eq. 7.3
-    rates = beta.sigmoid().split(1, -1)
-    rate = torch.cat([r.expand(-1, n) for r, n in zip(rates, parts, strict=True)], -1)
+    rate = torch.cat([beta[:, i, None].expand(-1, n) for i, n in enumerate(parts)], -1).sigmoid()
     change = rate * (v.tanh() - v_bar.tanh())
     return y, w + k.tanh()[:, :, None] * change[:, None, :]  # Eq. 7.4
 
@@ -236,12 +236,13 @@ def act(
     """
     one_hot = action[:, None] == torch.arange(env.num_actions, device=action.device)
     inputs = {"obs": obs, "reward": reward[:, None], "action": one_hot.float()}
-    y = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
+    x = torch.cat([torch.ones_like(draw), *(inputs[name] for name in args.inputs)], -1)
     changed = []
     for w, (_, num_outputs) in zip(layers, sizes(args, env), strict=True):
-        y, new = self_referential_layer(w, y, num_outputs)
+        x, new = self_referential_layer(w, x, num_outputs)
         changed.append(w if frozen else new)
-    return (draw > y.softmax(-1).cumsum(-1)[:, :-1]).sum(-1), changed
+    chances = x.softmax(-1).cumsum(-1)[:, :-1]
+    return (draw > chances).sum(-1), changed
 
 
 def one_step(args: Args, env: Env, frozen: bool, carry: Carry, draws: Tensor) -> Carry:
@@ -308,7 +309,7 @@ class Solutions:
         held, m = self.id >= 0, self.args.buckets
         low = torch.where(held, self.fitness, torch.inf).amin(1, keepdim=True)
         high = torch.where(held, self.fitness, -torch.inf).amax(1, keepdim=True)
-        share = (self.fitness - low) / (high - low).clamp(min=1e-12)
+        share = 1 - (high - self.fitness) / (high - low).clamp(min=1e-12)  # equal ones are all in the best bucket
         return torch.where(held, (share * m).long().clamp(0, m - 1), m)
 
     def sample(self, draws: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,22 +351,25 @@ class Solutions:
 def fitness_monotonic_execution(population: "Population", number: int) -> None:
     """A round of Algorithm 12 in p populations: s solutions side by side, or one after the other where s is 1."""
     args, solutions, id = population.args, population.solutions, population.ids(number)
-    climbs = population.learner in CLIMBERS
-    if number == 0 or population.learner == "random_search":
-        phi, parent = population.without_past(number)  # whose fitness is not known yet
+    modifies = population.learner in ("fme", "no_reward")  # itself; others keep what they executed
+    if population.learner == "random_search":
+        phi, parent = population.new_networks(number)
+    elif number == 0:
+        phi, parent = population.first_round()  # whose fitness is not known yet
     else:
-        draws = population.draws(id.shape[1:], number, 0, dtype=torch.float64)
+        draws = population.draws(id.shape[1:], number, SELECT, dtype=torch.float64)
         phi, parent = solutions.sample(draws, id)  # phi ~ p(phi)
-        if climbs:  # phi_{t+1} = phi_t + epsilon
-            phi = phi + population.sigma * population.draws(phi.shape[1:], number, 1, draw=torch.randn)
+        if not modifies:  # phi_{t+1} = phi_t + epsilon
+            phi = phi + population.sigma * population.draws(phi.shape[1:], number, NOISE, draw=torch.randn)
 
-    outcome = population.execute(phi, number, 2)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
+    outcome = population.execute(phi, number, EXECUTE)  # phi, y_{1:L} <- g^L_phi(x_{1:L})
     fitness = population.record(id, parent, phi, outcome)  # R(phi) / dt
-    if number == 0 and not climbs:  # hill climbing has its roots unchanged as their first children
+    if number == 0 and modifies:  # others have their roots as first children
         root = torch.arange(args.roots, device=id.device).expand(len(id), -1)
         solutions.add(population.roots, root, fitness.unflatten(1, (-1, args.roots)).mean(1))
-    finite = outcome.phi.isfinite().all(-1)
-    solutions.add(outcome.phi.nan_to_num(), torch.where(finite, id, -1), fitness)  # Phi <- Phi + {phi}
+    kept = outcome.phi if modifies else phi
+    finite = kept.isfinite().all(-1)
+    solutions.add(kept.nan_to_num(), torch.where(finite, id, -1), fitness)  # Phi <- Phi + {phi}
 
 
 # ======================================================================================================================
@@ -415,11 +419,15 @@ class Population:
         each = (self.generator(p, *numbers) for p in range(self.args.populations))
         return torch.stack([initialise(self.args, self.env, count, one) for one in each])
 
-    def without_past(self, number: int) -> tuple[Tensor, Tensor]:
-        """All roots in the first round, repeated to s, then other networks (p, s, n); and the ids of roots (p, s)."""
+    def first_round(self) -> tuple[Tensor, Tensor]:
+        """All roots, repeated to s networks (p, s, n), and their ids (p, s)."""
         id = torch.arange(self.args.num_parallel, device=self.run.device) % self.args.roots
-        phi = self.random_networks(len(id), number, 3) if number else self.roots[:, id]
-        return phi, id.expand(len(phi), -1)
+        return self.roots[:, id], id.expand(self.args.populations, -1)
+
+    def new_networks(self, number: int) -> tuple[Tensor, Tensor]:
+        """Random networks (p, s, n), and for parents, which they do not have, the ids of roots (p, s)."""
+        _, parent = self.first_round()
+        return self.random_networks(parent.shape[1], number, NEW), parent
 
     def ids(self, number: int) -> Tensor:
         """Of the solutions that a round makes (p, s)."""
@@ -471,12 +479,13 @@ class Population:
         id = self.solutions.id
         parent = self.history["parent"].gather(1, id.clamp(min=0))
         candidate = (id >= 0) & (parent >= 0) & (self.learner != "random_search")
-        draws = torch.where(candidate, self.draws(id.shape[1:], PAIRS, 0), -1.0)
+        draws = torch.where(candidate, self.draws(id.shape[1:], PAIRS, SELECT), -1.0)
         slot = draws.topk(min(self.args.test_seeds, id.shape[1])).indices
 
         is_parent = parent.gather(1, slot)[:, :, None] == id[:, None]  # (p, k, slots)
         known = is_parent.any(2) & candidate.gather(1, slot)
-        both = self.solutions.at(torch.cat([slot, is_parent.int().argmax(2)], 1))
+        parent_slot = is_parent.int().argmax(2)
+        both = torch.cat([self.solutions.at(slot), self.solutions.at(parent_slot)], 1)
         child, parent = self.achieved(self.execute(both, PAIRS, 1)).chunk(2, 1)
         depth = self.history["depth"].gather(1, id.gather(1, slot).clamp(min=0)) * known
         return torch.stack([depth.float(), child, parent], -1)
@@ -832,7 +841,6 @@ class Run:
 
 
 # ---- the same text in all six scripts: end -------------------------------------------------------------------------
-TEST, PAIRS = 2**31, 2**31 + 1  # first numbers of the seeds of tests
 
 
 def rounds(args: Args) -> int:

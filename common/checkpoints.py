@@ -183,17 +183,18 @@ def first_not_finite(state: dict[str, Any]) -> str | None:
 
 
 def rng_state() -> list[Tensor]:
-    """The state of torch's random numbers, on the CPU and, if they are used, on each GPU."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
+    """The state of torch's random numbers, on the CPU and, if it is used, on this process' GPU. All
+    processes have drawn the same ones."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpu]
 
 
 def set_rng_state(state: list[Tensor], source: Path | str = "the checkpoint") -> None:
-    """Restore what `rng_state` returned. GPUs that were not there at that time keep their state.
+    """Restore what `rng_state` returned. A GPU that was not there at that time keeps its state.
     source: the file that it is of. Raises CheckpointError if it is no such state."""
     try:
         torch.set_rng_state(state[0])
         if torch.cuda.is_initialized() and len(state) > 1:
-            torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
+            torch.cuda.set_rng_state(state[1])
     except (IndexError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"The random state in {source} is damaged.") from error
