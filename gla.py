@@ -45,7 +45,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import checkpoints, envs, es, machine, rng
@@ -201,14 +200,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        """x (s, t, n), from step `start` on; cache (2, s, heads, context, n / heads): the keys and values of all steps."""
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
-        t, end = x.shape[1], start + x.shape[1]
+        """x (s, t, n), all steps, or one, from step `start` on; cache (2, s, heads, context, n / heads): keys and values."""
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
+            end = start + x.shape[1]
             cache[:, :, :, start:end] = torch.stack([k, v])
             k, v = cache[:, :, :, :end]
-        mask = torch.ones(t, end, dtype=torch.bool, device=x.device).tril(start) if start and t > 1 else None
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start) if end > 1 else v
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norms[1](x))
 
@@ -232,7 +230,7 @@ class GLA(nn.Module):
         return load_agent(checkpoint, **options)
 
     def forward(self, token: Tensor, cache: Tensor | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
-        """token (s, t, n), from step `start` on, before which the cache has been filled; without one from step 0 on.
+        """token (s, t, n) of all steps, or (s, 1, n) of step `start`, before which the cache has been filled.
         Returns projected actions (s, t, b') and log deviations (s, t)."""
         x = self.embed(token) + self.position[start : start + token.shape[1]]
         for number, block in enumerate(self.blocks):
@@ -267,8 +265,8 @@ def draw_projection(args: Args, env: Env, ids: Tensor) -> Projection:
     random orthonormal rows, for choices of the identity. Without --projected observation and action come first, then zeros."""
     a, b = env.obs_size, env.num_actions or env.action_size
     if not args.projected:
-        obs, action = torch.eye(a, args.obs_size), torch.eye(b, args.action_size)
-        return Projection(*(x.expand(len(ids), -1, -1).to(ids.device) for x in (obs, action)))
+        sizes = (a, args.obs_size), (b, args.action_size)
+        return Projection(*(torch.eye(*size, device=ids.device).expand(len(ids), -1, -1) for size in sizes))
     task = rng.fold(rng.key(args.seed, ids.device), ids)
     obs = rng.normal(rng.fold(task, 1), a * args.obs_size, math.sqrt(a)).view(-1, a, args.obs_size)
     if env.num_actions:
@@ -333,9 +331,13 @@ def first_transition(obs: Tensor, b: int) -> Transition:
 def tokens(projection: Projection, known: Transition, eta: Tensor, masked: str = "") -> Tensor:
     """The Transformer's inputs (s, t, n). eta (s, t); masked: what is zero to a control, "history" or "reward", and with
     that the end of an episode, which can tell of it."""
-    feedback = torch.stack([known.reward, known.ended], -1) * (masked != "reward")
+    feedback = torch.stack([known.reward, known.ended], -1)
+    if masked == "reward":
+        feedback = torch.zeros_like(feedback)
     history = torch.cat([known.last_obs @ projection.obs, known.action @ projection.action, feedback], -1)
-    return torch.cat([history * (masked != "history"), known.obs @ projection.obs, eta[..., None]], -1)
+    if masked == "history":
+        history = torch.zeros_like(history)
+    return torch.cat([history, known.obs @ projection.obs, eta[..., None]], -1)
 
 
 class Student(NamedTuple):
@@ -392,10 +394,12 @@ class Context:
             self.tokens = token.repeat(1, self.model.context, 1)
             self.cache = self.model.empty_cache(len(token))
         if self.length == self.model.context:
-            self.length //= 2
-            self.tokens = self.tokens.roll(self.length, 1)
-            if self.length:
-                self.model(self.tokens[:, : self.length], self.cache)
+            half = self.length // 2
+            newer = self.tokens[:, self.length - half :].clone()
+            self.tokens[:, :half] = newer
+            self.length = half
+            if half:
+                self.model(newer, self.cache)
 
         self.tokens[:, self.length] = token[:, 0]
         outputs = self.model(token, self.cache, self.length)
@@ -404,11 +408,10 @@ class Context:
 
 
 def next_policy(
-    student: Student, context: Context, projection: Projection, last: Transition, progress: Tensor,
-    discrete: bool,
-) -> Policy:  # fmt: skip
+    student: Student, context: Context, projection: Projection, known: Transition, progress: Tensor, discrete: bool
+) -> Policy:
     """pi_theta of Eq. 6.1 after one more transition (s, 1, ...). progress (s, 1). Distributions of native actions (s, b)."""
-    token = tokens(projection, last, student.eta(progress), student.masked)
+    token = tokens(projection, known, student.eta(progress), student.masked)
     policy = native(*context.append(token), projection, discrete)
     return policy.map(lambda x: x[:, 0])
 
@@ -419,18 +422,19 @@ def rollout(student: Student, env: Env, steps: int, generator: torch.Generator) 
     projection = draw_projection(student.args, env, UNSEEN + torch.arange(env.num_envs, device=env.device))
     s, discrete, b = env.num_envs, env.num_actions is not None, env.num_actions or env.action_size
     draw = partial(torch.rand, s, generator=generator, device=env.device)
-    world, obs = env.reset(draw(env.lifetime_draws))
-    last = first_transition(obs, b)
+    state, obs = env.reset(draw(env.lifetime_draws))
+    known = first_transition(obs, b)
     context, rewards = Context(student.model), []
-    for step in range(steps):
-        policy = next_policy(student, context, projection, last, torch.full((s, 1), step / steps, device=env.device), discrete)
+    for number in range(steps):
+        progress = torch.full((s, 1), number / steps, device=env.device)
+        policy = next_policy(student, context, projection, known, progress, discrete)
         normal = torch.randn(s, b, generator=generator, device=env.device)
         chosen = executed(policy.sample(draw(1), normal), discrete)
-        world, result = env.step(world, chosen, draw(env.num_draws))
+        state, step = env.step(state, chosen, draw(env.num_draws))
         action = F.one_hot(chosen, b).float() if discrete else chosen
-        ended = (result.terminated | result.truncated).float()
-        last = Transition(last.obs, *(x[:, None] for x in (action, result.reward, ended, result.obs)))
-        rewards.append(result.reward)
+        ended = (step.terminated | step.truncated).float()
+        known = Transition(known.obs, *(x[:, None] for x in (action, step.reward, ended, step.obs)))
+        rewards.append(step.reward)
     return torch.stack(rewards, 1)
 
 
@@ -448,12 +452,13 @@ def subsample(
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
     chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
-    trajectory = draw(h, (count, 1, 1))[own]
+    trajectory = draw(h, (count, 1, 1))
     firsts = u - max(args.gaps) * (args.chunks - 1) if gap else 1  # how many updates k is one of, the same for all gaps
-    update = draw(firsts, (count, 1, 1))[own] + max(gap, 1) * chunk[:, None]
+    update = draw(firsts, (count, 1, 1)) + max(gap, 1) * chunk[:, None]
     if student.shuffled:
-        update = draw(u, (count, args.chunks, 1))[own]
-    start = draw(t - args.chunk + 1, (count, args.chunks, 1))[own]
+        update = draw(u, (count, args.chunks, 1))
+    start = draw(t - args.chunk + 1, (count, args.chunks, 1))
+    trajectory, update, start = (x[own] for x in (trajectory, update, start))
 
     index = trajectory, update, start + place
     policy = trajectories.policy(gap == 0, discrete, index)
@@ -474,27 +479,32 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
         reward = steps.reward.unflatten(1, (args.chunks, -1)).mean(-1).repeat_interleave(args.chunk, 1)
         inputs.append(tokens(projection, transitions(steps), student.eta(progress, reward), student.masked))
 
+    sizes = [len(token) for token in inputs]
     sequences = torch.cat(inputs).unflatten(1, (-1, student.model.context)).flatten(0, 1)
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=sequences.is_cuda):
         outputs = student.model(sequences)
-    outputs = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]) for x in outputs)
-    outputs = zip(*(x.split([len(token) for token in inputs]) for x in outputs), tasks, strict=True)
+    action, log_std = (x.float().view(-1, args.chunks * args.chunk, *x.shape[2:]).split(sizes) for x in outputs)
     losses = []
-    for y, log_std, (projection, steps, p, _) in outputs:
-        q = native(y, log_std, projection, p.log_std is None)
+    for y, deviation, (projection, steps, p, _) in zip(action, log_std, tasks, strict=True):
+        q = native(y, deviation, projection, p.log_std is None)
         losses.append(-log_prob_executed(q, steps.action) if student.likelihood else divergence(p, q))
     predicted = torch.cat([task[3] for task in tasks]).float()
     count = es.all_reduce_mean(predicted.sum()).clamp(min=1)  # the same in all processes
     return (torch.cat(losses) * predicted).sum() / count
 
 
-def merge(tasks: list[Task]) -> list[Task]:
-    """Those of environments with as many observations and actions become one: fewer and larger products."""
-    groups: dict[Any, list[Task]] = {}
-    for task in tasks:
-        _, steps, policy, _ = task
-        groups.setdefault((steps.obs.shape[2], policy.mean.shape[2], policy.log_std is None), []).append(task)
-    return [tree_map(lambda *x: None if x[0] is None else torch.cat(x), *group) for group in groups.values()]
+def draw_tasks(student: Student, in_envs: dict[str, Env], trajectories: dict[str, Trajectories], step: int) -> list[Task]:
+    """A meta-step's tasks, as many in each environment; of them this process' share. in_envs: environments by name."""
+    args, device = student.args, next(student.model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ids = args.batch * step + torch.arange(args.batch, device=device)
+    tasks = []
+    for name, env_ids in zip(student.envs, ids.tensor_split(len(student.envs)), strict=True):
+        own = torch.arange(len(env_ids), device=device)[rank::world]
+        projection = draw_projection(args, in_envs[name], env_ids[own])  # Algorithm 10, line 5
+        discrete = in_envs[name].num_actions is not None
+        tasks.append((projection, *subsample(student, trajectories[name], discrete, len(env_ids), own)))  # line 6
+    return tasks
 
 
 def meta_train(
@@ -510,16 +520,7 @@ def meta_train(
         for name, student in students.items():
             if step == 0:
                 student.model.best.copy_(max(trajectories[name].curve.mean(0).max() for name in student.envs))
-            tasks = []
-            ids = args.batch * step + torch.arange(args.batch, device=run.device)
-            for env_name, env_ids in zip(student.envs, ids.tensor_split(len(student.envs)), strict=True):
-                own = torch.arange(len(env_ids), device=run.device)[run.rank :: run.world]
-                projection = draw_projection(args, in_envs[env_name], env_ids[own])  # line 5
-                discrete = in_envs[env_name].num_actions is not None
-                batch = subsample(student, trajectories[env_name], discrete, len(env_ids), own)  # line 6
-                tasks.append((projection, *batch))
-
-            loss = meta_loss(fused[name], merge(tasks))
+            loss = meta_loss(fused[name], draw_tasks(student, in_envs, trajectories, step))
             adam[name].zero_grad()
             loss.backward()
             es.average_gradients(student.model.parameters())
@@ -737,7 +738,8 @@ def ppo_rows(
 def novelty(args: Args, task: str, student: Student | None = None) -> str:
     """How new a task is. It is known to a student only from teachers in it, and without projections."""
     if task not in args.envs:
-        family, *known = (envs.base_name(name).removesuffix("_3d") for name in (task, *args.envs))  # headings are one
+        names = (envs.base_name(envs.SAME.get(name, name)) for name in (task, *args.envs))
+        family, *known = (name.removesuffix("_3d") for name in names)  # headings are one
         return "task" if family in known else "domain"
     return "task" if student and (args.projected or task not in student.envs) else "none"
 
@@ -821,13 +823,13 @@ class Agent:
         self.actions = {"num_actions": num_actions, "action_size": action_size}
         self.discrete, self.b = bool(num_actions), num_actions or action_size
         self.device = next(student.model.parameters()).device
-        self.seed = seed
+        self.seed = 1_000_003 * seed
         self.reset()
 
     def reset(self) -> None:
         """Forget all transitions. The next projections are others."""
         self.context = Context(self.student.model)
-        self.last: Transition | None = None
+        self.known: Transition | None = None
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         self.seed += 1
 
@@ -838,27 +840,27 @@ class Agent:
         several = obs[None] if obs.ndim == 1 else obs
         if obs.ndim not in (1, 2) or not obs.numel() or not obs.isfinite().all():
             raise ValueError("Observations have to be finite numbers of shape (a,) or (s, a).")
-        if self.last and several.shape != self.last.obs[:, 0].shape:
-            raise ValueError(f"Observations have to be of the shape {tuple(self.last.obs[:, 0].shape)} that they had before.")
+        if self.known and several.shape != self.known.obs[:, 0].shape:
+            raise ValueError(f"Observations have to be of the shape {tuple(self.known.obs[:, 0].shape)} that they had before.")
         if not all(x.shape in ((), obs.shape[:-1]) and x.isfinite().all() for x in (reward, done)):
             raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
 
         s = len(several)
-        if self.last is None:
+        if self.known is None:
             env = SimpleNamespace(obs_size=several.shape[1], **self.actions)
-            ids = UNSEEN + self.seed * 2**20 + torch.arange(s, device=self.device)
+            ids = UNSEEN + self.seed % 2**32 * 2**20 + torch.arange(s, device=self.device)
             self.projection = draw_projection(self.student.args, env, ids)
-            self.last = first_transition(several, self.b)
+            self.known = first_transition(several, self.b)
         else:
             feedback = (x.expand(s)[:, None] for x in (reward, done))
-            self.last = Transition(self.last.obs, self.last.action, *feedback, several[:, None])
+            self.known = Transition(self.known.obs, self.known.action, *feedback, several[:, None])
 
         progress = torch.full((s, 1), self.context.length / self.student.model.context, device=self.device)
-        policy = next_policy(self.student, self.context, self.projection, self.last, progress.clamp(max=1), self.discrete)
+        policy = next_policy(self.student, self.context, self.projection, self.known, progress.clamp(max=1), self.discrete)
         uniform = torch.rand(s, 1, generator=self.generator, device=self.device)
         normal = torch.randn(s, self.b, generator=self.generator, device=self.device)
         chosen = executed(policy.sample(uniform, normal), self.discrete)
-        self.last = self.last._replace(action=(F.one_hot(chosen, self.b).float() if self.discrete else chosen)[:, None])
+        self.known = self.known._replace(action=(F.one_hot(chosen, self.b).float() if self.discrete else chosen)[:, None])
         if obs.ndim == 2:
             return chosen
         return int(chosen) if self.discrete else chosen[0]
@@ -877,7 +879,8 @@ def load_agent(
     script with that learner, and ValueError as Agent."""
     saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
     try:
-        students = make_students(from_dict(Args, saved["args"])) if saved["method"] == METHOD else {}
+        with torch.random.fork_rng():  # the program's own random numbers stay the same
+            students = make_students(from_dict(Args, saved["args"])) if saved["method"] == METHOD else {}
     except TypeError:
         students = {}
     if learner not in students:
@@ -1102,7 +1105,7 @@ def check(args: Args, world: int) -> None:
         sizes += [ppo.agents * ppo.updates * steps, ppo.agents * ppo.hidden**2]
     if max(sizes) > 2**32:
         raise UserError("These flags ask for more than 4 billion steps or parameters at a time; choose smaller ones.")
-    last, updates = (args.chunks - 1) * max(args.gaps), args.teacher.updates
+    last, updates = (args.chunks - 1) * max(1, *args.gaps), args.teacher.updates
     if last >= updates:
         raise UserError(f"A sequence would reach update {last} of {updates}; take fewer --chunks or smaller --gaps.")
     if args.width % args.heads:

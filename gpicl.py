@@ -845,7 +845,7 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # that a meta-test cannot change
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # in a meta-test too
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------

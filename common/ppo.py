@@ -261,10 +261,9 @@ class PPOAgents:
                 self.return_moments.update(self.returns)
                 reward = self.return_moments.standardise(reward[..., None], centred=False)[..., 0]
                 self.returns *= 1 - ended[..., None]
-            data.append({"obs": obs, "action": sampled, "reward": reward, "terminated": terminated, "final_obs": final_obs})
-
-        rollout, data = stacked(rollout), stacked(data)
-        return rollout, data | {"final_obs": self.normalise(data["final_obs"])}
+            data.append({"obs": obs, "action": sampled, "reward": reward, "terminated": terminated})
+            data[-1]["final_obs"] = self.normalise(final_obs)
+        return stacked(rollout), stacked(data)
 
 
 def stacked(steps: list[Any]) -> Any:

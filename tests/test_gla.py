@@ -68,7 +68,7 @@ def test_a_cache_changes_nothing():
     whole, spread = net(tokens)
     cache, parts = net.empty_cache(4), []
     with torch.no_grad():
-        for some in range(12), (0, 3, 4, 9):  # one by one, and several after the cache
+        for some in range(12), (0, 9, 10, 11):  # one by one, also after several
             parts = [net(tokens[:, t:end], cache, t) for t, end in pairwise([*some, 12])]
             for out, expected in zip(zip(*parts, strict=True), (whole, spread), strict=True):
                 torch.testing.assert_close(torch.cat(out, 1), expected, rtol=1e-4, atol=1e-5)
@@ -262,22 +262,6 @@ def test_bfloat16_hardly_changes_gradients(monkeypatch):
     assert not torch.equal(*grads) and torch.cosine_similarity(*grads, dim=0) > 0.999
 
 
-def test_environments_of_equal_sizes_are_merged():
-    """Into the same loss; others stay apart."""
-    args, tasks = replace(ARGS, obs_size=9), []
-    for number, (name, discrete) in enumerate([("hidden_goal:3", True), ("heading:0", False), ("hidden_goal:4", True)]):
-        env = gla.make_env(name, 1)
-        b = env.num_actions or env.action_size
-        steps = random_steps(2, 12, env.obs_size, b, discrete)
-        policy = gla.Policy(torch.randn(2, 12, b, generator=DRAWS), None if discrete else torch.zeros(2, 12, b))
-        predicted = torch.rand(2, 12, generator=DRAWS) < 0.7
-        tasks.append((gla.draw_projection(args, env, torch.arange(2) + 2 * number), steps, policy, predicted))
-    merged = gla.merge(tasks)
-    assert [len(steps.reward) for _, steps, *_ in merged] == [4, 2]
-    one = student(args=args)
-    torch.testing.assert_close(gla.meta_loss(one, merged), gla.meta_loss(one, tasks))
-
-
 def test_comparisons_change_one_thing():
     """The flags of a control are gla's, but for what it is named after; all begin with the same weights."""
     args = replace(ARGS, envs=("hidden_goal:3", "hidden_goal:4"), gaps=(2, 0))
@@ -380,9 +364,42 @@ def test_nothing_is_trained_at_meta_test_and_old_steps_are_forgotten():
     assert one.shape == (4, 36) and torch.equal(one, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
     context = gla.Context(net)
-    for token in torch.randn(30, 4, 1, net.embed.in_features, generator=DRAWS):
+    for number, token in enumerate(torch.randn(30, 4, 1, net.embed.in_features, generator=DRAWS)):
+        token[..., 0] = number
         context.append(token)
+        assert context.tokens[0, : context.length, 0].tolist() == list(range(number + 1 - context.length, number + 1))
     assert context.length == 12 and context.cache.shape == (2, 2, 4, 3, 12, 4)  # of three layers' heads, whatever the lifetime
+
+
+def test_a_rollout_reads_its_own_transitions_in_an_unseen_projection(monkeypatch):
+    net, env = model(), gla.make_env("hidden_goal:3", 4)
+    read, first, moves = [], [], []
+    append, reset, step = gla.Context.append, env.reset, env.step
+    monkeypatch.setattr(gla.Context, "append", lambda context, token: read.append(token) or append(context, token))
+    monkeypatch.setattr(env, "reset", lambda draws: first.append(reset(draws)) or first[-1])
+    monkeypatch.setattr(env, "step", lambda state, *x: moves.append((x[0], step(state, *x))) or moves[-1][1])
+    with torch.no_grad():
+        rewards = gla.rollout(student(net), env, 12, torch.Generator().manual_seed(1))
+    obs = torch.stack([first[0][1], *(result.obs for _, (_, result) in moves[:-1])], 1)
+    action = torch.nn.functional.one_hot(torch.stack([action for action, _ in moves], 1), env.num_actions).float()
+    ended = torch.stack([result.terminated | result.truncated for _, (_, result) in moves], 1).float()
+    assert (rewards != 0).any() and ended.any()
+
+    known = gla.transitions(gla.Steps(obs, action, rewards, ended))
+    projection = gla.draw_projection(ARGS, env, 2**40 + torch.arange(4))  # meta-training has ids from 0 on
+    expected = gla.tokens(projection, known, student(net).eta(torch.arange(12).expand(4, -1) / 12))
+    torch.testing.assert_close(torch.cat(read, 1), expected)
+
+
+def test_every_task_of_meta_training_has_a_projection_of_its_own(monkeypatch):
+    ids, draw = [], gla.draw_projection
+    monkeypatch.setattr(gla, "draw_projection", lambda args, env, own: ids.extend(own.tolist()) or draw(args, env, own))
+    monkeypatch.setattr(gla, "subsample", lambda *_: ())
+    two = student()._replace(args=replace(ARGS, batch=6), envs=("hidden_goal:3", "hidden_goal:4"))
+    in_envs = {name: gla.make_env(name, 1) for name in two.envs}
+    for step in range(3):
+        gla.draw_tasks(two, in_envs, dict.fromkeys(two.envs), step)
+    assert ids == list(range(18))
 
 
 def test_lifetimes_are_of_whole_episodes_and_short_ones_are_averaged_as_a_whole():
