@@ -19,7 +19,7 @@ from conftest import rows, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import datasets, rng
-from common.datasets import BUNDLED, FIRST_ID, GENERATED, NAMES, DatasetError, Tasks, distinct, load
+from common.datasets import BUNDLED, FIRST_ID, GENERATED, DatasetError, Tasks, distinct, load
 from common.rng import bits, fold, integers, key, normal, shuffle, uniform
 
 IDS = torch.arange(6)
@@ -256,10 +256,6 @@ def test_the_tenth_is_random_and_the_same_everywhere():
     quarters = mask.view(4, 1000).sum(1)
     assert (quarters - 100).abs().max() < 40 and len(quarters.unique()) > 1
     assert datasets._tenth(torch.tensor([0, 1, 1, 2, 2, 2])).tolist().count(True) == 2  # none of a single one
-
-
-def test_ids_of_splits_differ():
-    assert FIRST_ID["train"] < FIRST_ID["test"] < FIRST_ID["validation"]
 
 
 def test_resizing(digits):
@@ -619,10 +615,6 @@ def test_a_server_that_is_silent(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match="could not be downloaded"):
         load("mnist", "train", tmp_path)
     assert limits == [30] and socket.getdefaulttimeout() == before
-
-
-def test_all_names_are_known():
-    assert len(NAMES) == 12
 
 
 def test_padded_images_lie_in_the_middle():

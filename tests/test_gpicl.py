@@ -242,6 +242,15 @@ def test_seen_tasks_are_those_of_the_last_meta_steps():
         assert torch.equal(gpicl.seen_ids(two, 50, 10, cpu, number), torch.cat(drawn)[:20])
 
 
+def test_meta_tests_have_other_tasks_than_meta_training():
+    """Also where no task of meta-training comes twice."""
+    ends = [first + 2**30 for first in sorted(FIRST_ID.values())]
+    assert FIRST_ID["train"] + gpicl.ENDLESS <= FIRST_ID["test"] and ends[1] <= FIRST_ID["validation"]
+    args = replace(ARGS, num_tasks="inf", bias=0.5, bias_end=0.9)
+    ids, _ = gpicl.batch_ids(args, 2**20, 0.5, torch.device("cpu"))
+    assert 0 <= ids.min() and ids.max() < FIRST_ID["test"]
+
+
 def test_tasks_of_several_numbers_of_classes():
     """All classes of a task occur, and no others; labels are permuted among them."""
     tasks = gpicl.train_tasks(replace(ARGS, num_tasks=400, bias=0.0), load("digits"), 64, classes=(2, 3, 10))

@@ -36,6 +36,12 @@ def plumbing(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_of_a_readable_length(path):
+    assert path.read_text().count("\n") <= 1200
+    assert plumbing(path).count("\n") <= 175
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_imports_no_script_and_shares_its_plumbing(path):
     assert not {name for name in imported(path) if not name.startswith("common")}
     assert plumbing(path) == plumbing(ROOT / "vsml.py")

@@ -305,6 +305,51 @@ def test_conv_network_with_a_population(cell):
         torch.testing.assert_close(losses[i, j], alone[0, 0], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["vsml", "rnn", "hebbian", "fwmemory", "sgd2", "adam"])
+def test_an_example_from_python_is_one_of_meta_training(name):
+    """Learner.observe and one_example: the same logits, and the same state afterwards."""
+    learner = vsml.make_learner(name, ARGS, SimpleNamespace(compiles=False), (6, 3), "test")
+    gradient_descent = isinstance(learner, vsml.OnlineSGD)
+    theta = torch.tensor([[0.1]]) if gradient_descent else learner.init(torch.Generator().manual_seed(0))[None]
+    keys, x, y = some_data(1, 2, 4, 6, 3)
+    state = other = learner.initial_state(keys, 6, 3)
+    for t in range(4):
+        state, logits = learner.observe(learner.params(theta), state, x[:, :, t], y[:, :, t])
+        other, loss, correct = vsml.one_example(learner, learner.params(theta), other, x[:, :, t], y[:, :, t])
+        torch.testing.assert_close(F.cross_entropy(logits.mT, y[:, :, t], reduction="none"), loss)
+        assert torch.equal(logits.argmax(-1) == y[:, :, t], correct)
+    torch.testing.assert_close(state, other)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_rate_of_gradient_descent_is_the_best_on_average_or_at_the_end(monkeypatch, last):
+    tasks = Tasks(load("digits", "train"))
+    best, at_the_end = rollouts.RATES[5], rollouts.RATES[11]
+
+    def correct(learner, grid, tasks, ids, x, y):
+        """Accuracies (p, s, t): one rate is better from the start, another one in the end."""
+        ends = torch.where(grid == best, 0.6, 0.1)[..., None] + torch.zeros(len(grid), len(ids), y.shape[-1])
+        ends[..., -1] = torch.where(grid == at_the_end, 0.9, 0.2)
+        return ends
+
+    monkeypatch.setattr(rollouts, "correct", correct)
+    rate = rollouts.search_rate(None, tasks, steps=50, last=last)
+    assert rate.tolist() == [float(at_the_end if last else best)]
+
+
+def test_the_rate_is_searched_on_the_train_split_of_the_tested_dataset(monkeypatch):
+    searched, args = [], replace(ARGS, dataset=("digits",), test_steps=5, test_seeds=2)
+    def search(learner, tasks, *_, **__):
+        searched.append(tasks)
+        return torch.tensor([0.1])
+
+    monkeypatch.setattr(rollouts, "search_rate", search)
+    tasks = Tasks(load("wine", "test"))
+    learner = vsml.make_learner("sgd", args, SimpleNamespace(compiles=False), (13, 3), "test")
+    vsml.measured(args, "sgd", learner, torch.zeros(1), tasks, "wine")
+    assert [(one.dataset.name, one.dataset.split) for one in searched] == [("wine", "train")]
+
+
 def test_backprop_rules_are_gradient_descent():
     """The network that is cloned, against autograd on the same mini-batches."""
     args = replace(ARGS, hidden=(4,), clone_rate=0.3)
