@@ -246,7 +246,7 @@ def test_meta_tests_have_other_tasks_than_meta_training():
     """Also where no task of meta-training comes twice."""
     ends = [first + 2**30 for first in sorted(FIRST_ID.values())]
     assert FIRST_ID["train"] + gpicl.ENDLESS <= FIRST_ID["test"] and ends[1] <= FIRST_ID["validation"]
-    args = replace(ARGS, num_tasks="inf", bias=0.5, bias_end=0.9)
+    args = replace(ARGS, num_tasks="inf", batch=128, bias=0.5, bias_end=0.9)
     ids, _ = gpicl.batch_ids(args, 2**20, 0.5, torch.device("cpu"))
     assert 0 <= ids.min() and ids.max() < FIRST_ID["test"]
 
