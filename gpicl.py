@@ -534,7 +534,7 @@ def with_own_settings(args: Args, learners: dict[str, nn.Module], tasks: Tasks, 
     """Learners for a test set: SGD and Adam have the settings that are best on its train split. The first dataset of
     meta-training, for which theirs were chosen, needs no other ones."""
     name, device = tasks.dataset.source["name"], tasks.dataset.device
-    if os.path.normpath(name) == os.path.normpath(args.dataset[0]):
+    if os.path.realpath(name) == os.path.realpath(args.dataset[0]):
         return learners
     tasks = replace(tasks, dataset=prepare(args, name, "train", device))
     own = {}
@@ -628,13 +628,13 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
     dataset, with --classes too."""
     tests = {}
     others = BUNDLED + GENERATED if args.features == "none" else ()
-    trained_on = set(map(os.path.normpath, args.dataset))
+    trained_on = set(map(os.path.realpath, args.dataset))
     for name in distinct(args.test_datasets or args.dataset + others):
         dataset = prepare(args, name, args.split, device)
         task = dataset.name
         seen = train_tasks(args, dataset, num_inputs)
         unseen = replace(seen, permuted_from=0)
-        if os.path.normpath(name) in trained_on:
+        if os.path.realpath(name) in trained_on:
             tests |= {(task, "none"): seen, (task, "task"): unseen}
         else:
             tests[task, "domain"] = unseen
@@ -696,7 +696,7 @@ def meta_test(
         if tasks.num_classes > num_classes:
             run.info(f"{task} is left out: it has {tasks.num_classes} classes, the learners were made for {num_classes}.")
             continue
-        ids = seen[os.path.normpath(tasks.dataset.source["name"])] if novelty == "none" else None
+        ids = seen[os.path.realpath(tasks.dataset.source["name"])] if novelty == "none" else None
         measure = partial(measured, args, learners, task, novelty, tasks, num_classes, ids)
         some, curve = run.once(f"{task}, {novelty}", measure)
         rows += some
@@ -811,7 +811,8 @@ class InContextLearner(Learner):
         saved = checkpoints.read(path, method=str, args=dict, state=dict)
         try:
             args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
-        except TypeError:
+            check_ranges(args or Args())
+        except (TypeError, FlagError):
             args = None
         if args is None:
             raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py.")
@@ -845,7 +846,8 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # in a meta-test too
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # these name the seen
+KEPT += ("heads", "key_size", "label_scale", "micro_ticks")  # tasks and the learner, which a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -1002,7 +1004,8 @@ class Run:
 
     def once(self, part: str, measure: Callable[[], Any]) -> Any:
         """measure(), or what it returned before this meta-test was cut off. Both leave the same random state."""
-        if part not in self.cache:
+        kept = self.cache.get(part)
+        if not (isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[1], list)):
             self.cache[part] = measure(), checkpoints.rng_state()
             if self.rank == 0:
                 checkpoints.write(self.folder / "meta_test.pt", self.cache)
@@ -1081,10 +1084,12 @@ def restored(
     parts["plateau"] = torch.tensor(-1)
     checkpoints.restore(parts, state, source)
     for rule, hidden, lr in map(Tensor.tolist, [*parts["settings"].values()]):
-        if not (0 <= rule < len(incontext.OnlineSGD.RULES) and hidden >= 0 and lr > 0):
+        if not (0 <= rule < len(incontext.OnlineSGD.RULES) and 0 <= hidden <= 2**12 and lr > 0):
             raise CheckpointError(f"The settings in {source} are damaged.")
-    if parts["sizes"].min() < 1:
+    if parts["sizes"].min() < 1 or parts["sizes"].max() > 2**31:
         raise CheckpointError(f"The numbers of inputs and classes in {source} are damaged.")
+    if not -1 <= parts["plateau"] < with_budget(args).meta_steps:
+        raise CheckpointError(f"The end of the plateau in {source} is damaged.")
     learners = {name: make_learner(name, args, *parts["sizes"].tolist(), parts["settings"].get(name)) for name in names}
     checkpoints.restore({"models": learners}, state, source)
     return learners, parts
@@ -1106,6 +1111,8 @@ def main() -> None:
         sizes = max(data.num_inputs for data in datasets), max(data.num_classes for data in datasets)
         parts = {"settings": {}, "sizes": torch.tensor(sizes), "plateau": torch.tensor(-1)}
     sizes = parts["sizes"].tolist()
+    if args.mode == "train" and max(data.num_classes for data in datasets) > sizes[1]:
+        raise UserError(f"--dataset has more classes now than the {sizes[1]} that this run was started with.")
     tests = test_tasks(args, run.device, sizes[0])
     if all(tasks.num_classes > sizes[1] for tasks in tests.values()):
         raise UserError("No learner fits any of the test datasets; choose other --test-datasets.")
@@ -1123,9 +1130,10 @@ def main() -> None:
     tested = time.time()
     if run.rank > 0:
         return  # meta-testing takes seconds, one process does it
-    steps = args.meta_steps if args.mode == "train" else checkpoint["step"]
+    meta_trained = args.meta_steps * any(name not in FIXED for name in names)
+    steps = meta_trained if args.mode == "train" else checkpoint["step"]
     plateau = int(parts["plateau"])
-    seen = {os.path.normpath(name): seen_ids(args, steps, plateau, run.device, k) for k, name in enumerate(args.dataset)}
+    seen = {os.path.realpath(name): seen_ids(args, steps, plateau, run.device, k) for k, name in enumerate(args.dataset)}
     rows = meta_test(args, learners, tests, sizes[1], seen, run)
     columns = read_metrics(run.folder)
     facts = {"plateau": None, "final_loss": None}
@@ -1133,7 +1141,7 @@ def main() -> None:
     for name in trained:
         lines = columns[f"{name}_loss"]
         if args.classes and name != trained[0] and parts["plateau"] >= 0:  # the losses of fewer classes are lower
-            lines = [line for line in lines if line[0] <= parts["plateau"]]
+            lines = [line for line in lines if line[0] <= parts["plateau"]] or lines[:1]
         steps, losses = zip(*lines, strict=True)
         left = plateau_end(steps, losses, chance_loss(datasets))
         if name == args.learner:

@@ -196,5 +196,5 @@ def set_rng_state(state: list[Tensor], source: Path | str = "the checkpoint") ->
         torch.set_rng_state(state[0])
         if torch.cuda.is_initialized() and len(state) > 1:
             torch.cuda.set_rng_state(state[1])
-    except (IndexError, TypeError, RuntimeError) as error:
+    except (LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"The random state in {source} is damaged.") from error

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,9 @@ class MetricsLog:
             import wandb
 
             wandb.init(project="cleanmeta", name=folder.name, config=track, sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter  # takes a second
-
         self.path = folder / "metrics.csv"
         text = self.path.read_text(errors="replace") if self.path.exists() else None
-        lines = (text or "").splitlines()
+        lines = (text or "").split("\n")[:-1]  # a last line without an end is not whole
         steps = [line.partition(",")[0] for line in lines]
         kept = [
             line
@@ -40,25 +39,34 @@ class MetricsLog:
         if kept and not kept[0].startswith("step,"):  # a damaged header
             kept = []
 
-        kept_text = "".join(line + "\n" for line in kept)
-        if kept_text != text:
-            partial = folder / "metrics.csv.partial"
-            partial.write_text(kept_text)
-            partial.replace(self.path)
+        self.kept = "".join(line + "\n" for line in kept)
+        self.first = first
         self.columns = kept[0].split(",")[2:] if kept else []
         self.started = time.time() - seconds_of(kept[-1] if kept else "")
+        self.path.touch()
+
+    @cached_property
+    def board(self) -> Any:
+        """TensorBoard's events. Lines are dropped with the first use, after the checkpoint was
+        restored: a run that cannot continue loses none."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        partial = self.path.with_name("metrics.csv.partial")
+        partial.write_text(self.kept)
+        partial.replace(self.path)
         threading.excepthook = _report_thread
-        self.board = SummaryWriter(str(folder), purge_step=first)
+        return SummaryWriter(str(self.path.parent), purge_step=self.first)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """A line. The first one names the columns; later ones leave empty what they lack."""
+        board = self.board
         if not self.columns:
             self.columns = list(values)
             self.append(["step", "seconds", *self.columns])
         seconds = round(time.time() - self.started, 3)
         self.append([step, seconds, *(values.get(name, "") for name in self.columns)])
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            board.add_scalar(name, value, step)
 
     def append(self, cells: list[Any]) -> None:
         with open(self.path, "a") as file:

@@ -71,13 +71,15 @@ class Seed:
 
     def fact(self, run: str, name: str) -> Any:
         """What results.json has beside its rows."""
+        value = self.runs[run][name]
         self.used.add((run, name))
-        return self.runs[run][name]
+        return value
 
     def curve(self, run: str, column: str) -> list[float]:
         """A column of metrics.csv at up to 40 lines."""
+        value = self.runs[run]["curves"][column]
         self.used.add((run, "curves", column))
-        return self.runs[run]["curves"][column]
+        return value
 
     def columns(self, run: str) -> list[str]:
         return list(self.runs[run]["curves"])
@@ -127,7 +129,12 @@ def at(
     when = "first" if step == 0 else step and f"after {step}"
     what = "deviation" if field == "std" else ""
     words = ", ".join(filter(None, [learner, task, NEW.get(novelty), run, metric, when, what]))
-    return Number(words, lambda seed: seed.row(learner, task, step, run, metric, novelty)[field])
+
+    def of(seed: Seed) -> float:
+        value = seed.row(learner, task, step, run, metric, novelty)[field]
+        return math.nan if value is None else value  # null in JSON is a number that is not finite
+
+    return Number(words, of)
 
 
 def mean(words: str, numbers: Iterable[Number]) -> Number:

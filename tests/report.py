@@ -99,19 +99,22 @@ def checked(
     if not saved_path(name, preset).exists():
         return None
     saved = read_json(saved_path(name, preset))
-    if not {"commands", "claims", "seeds"} <= saved.keys():
-        raise UserError(f"{saved_path(name, preset)} is of another version; delete it to run anew.")
     seeds = []
-    for runs in saved["seeds"].values():
-        results = [
-            run["facts"] | {"results": [dict(zip(KEYS, r, strict=False)) for r in run["results"]]}
-            for run in runs
+    try:
+        for runs in saved["seeds"].values():
+            results = [
+                run["facts"] | {"results": [dict(zip(KEYS[: max(8, len(r))], r, strict=True)) for r in run["results"]]}
+                for run in runs
+            ]
+            seeds.append(Seed(dict(zip(saved["commands"], results, strict=True))))
+            [(run["device"], float(run["seconds"])) for run in runs]
+        outcomes = [
+            claim.check(seeds, row.enough_seeds) if claim.words in saved["claims"] else claim.not_run()
+            for claim in row.claims_at(preset)
         ]
-        seeds.append(Seed(dict(zip(saved["commands"], results, strict=True))))
-    outcomes = [
-        claim.check(seeds, row.enough_seeds) if claim.words in saved["claims"] else claim.not_run()
-        for claim in row.claims_at(preset)
-    ]
+        str(saved["torch"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{saved_path(name, preset)} is of another version; delete it to run anew.") from error
     return saved, seeds, outcomes
 
 
@@ -218,7 +221,8 @@ def section(name: str, row: Row, preset: str) -> str:
             for one in results["results"]:
                 key = (label, *(one[key] for key in KEYS[1:5]))
                 if key in used:
-                    cells.setdefault(key, {}).setdefault(one["learner"], []).append(one["mean"])
+                    value = math.nan if one["mean"] is None else one["mean"]
+                    cells.setdefault(key, {}).setdefault(one["learner"], []).append(value)
     learners = list(dict.fromkeys(learner for cell in cells.values() for learner in cell))
     lines = []
     for (label, task, novelty, metric, step), cell in cells.items():
@@ -245,7 +249,7 @@ def over_seeds(values: list[float] | None) -> str:
     if not values:
         return ""
     mean = text(statistics.fmean(values))
-    if len(values) == 1:
+    if len(values) == 1 or mean == "?":
         return mean
     return f"{mean} ± {text(statistics.stdev(values) / math.sqrt(len(values)))}"
 

@@ -33,7 +33,7 @@ from typing import Any
 from claims import ENOUGH_SEEDS, KEYS, Claim, Figure, Number, Row, UserError, above_random, at, correlation, curve, exponent
 from claims import fact, gain, gradient_norm, higher, improvement, lead, learns, logged, mean, number, per, plateau, reached
 from claims import returns, rises, statistic, sweep, unseen_loss, until_solved, weakest, within, without_worst
-from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, status, tables, text
+from report import ROOT, checked, compact, draw_figures, read_json, rounded, save, saved_path, status, tables, text
 
 # isort: on
 
@@ -766,7 +766,7 @@ def finished_run(name: str, index: int, seed: int, preset: str, data_dir: Path, 
 def finished_command(command: str, folder: Path, seed: int, preset: str, data_dir: Path, jobs: int, words: str) -> Path:
     """The folder once its command has finished."""
     note = folder.with_suffix(".txt")
-    if folder.exists() and note.exists() and note.read_text() != command:
+    if folder.exists() and not (note.exists() and note.read_text() == command):
         raise UserError(f"{folder} was made by another command, which is in {note.name}; delete the folder to run anew.")
     if (folder / "results.json").exists():
         return folder
@@ -775,7 +775,8 @@ def finished_command(command: str, folder: Path, seed: int, preset: str, data_di
     note.write_text(command)
     line = command_line(command, folder, seed, preset, data_dir)
     if (folder / "checkpoint.pt").exists():
-        line = [*line[:2], "--resume", str(folder)]
+        data = ["--data-dir", str(data_dir)] if "--data-dir" in line else []
+        line = [*line[:2], "--resume", str(folder), *data]
     execute(line, folder, words, jobs)
     return folder
 
@@ -803,9 +804,9 @@ def execute(line: list[str], folder: Path, words: str, jobs: int = 1) -> None:
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
         with open(log, "w") as file:
             code = subprocess.run(line, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
-    if "pytest" in line:
+    if "pytest" in line and code in (0, 1):  # all passed, or some failed
         row = dict(zip(KEYS, ("pytest", "test", "none", "passed", 1, float(code == 0), 0.0, 1), strict=False))
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps({"device": "CPU", "seconds": {}, "results": [row]}))
     elif code or not (folder / "results.json").exists():
         reason = "above" if jobs == 1 else f"in {log}"
@@ -845,12 +846,15 @@ def run_entry(name: str, preset: str, num_seeds: int, data_dir: Path) -> None:
     row = ROWS[name]
     seeds = {}
     commands = row.commands(preset)
+    plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), one) for label, one in commands.items()}
+    plain = {label: re.sub(r"\{(\w+)\.(\d+)\}", r"runs/reproduce/\1-\2-s0", one) for label, one in plain.items()}
+    saved = read_json(path) if (path := saved_path(name, preset)).exists() else None
+    if isinstance(saved, dict) and saved.get("commands") == plain and len(saved["seeds"]) > len(seeds_of(row, num_seeds)):
+        raise UserError(f"{len(saved['seeds'])} seeds are saved; take as many --seeds, or delete {path}.")
     for seed in seeds_of(row, num_seeds):
         folders = [finished_run(name, index, seed, preset, data_dir) for index in range(len(commands))]
         runs = dict(zip(commands, map(read_run, folders), strict=True))
         seeds[str(seed)] = compact(name, row, preset, runs)
-    plain = {label: re.sub(SAME_RUN, lambda m: command_of(*m.groups(), preset), one) for label, one in commands.items()}
-    plain = {label: re.sub(r"\{(\w+)\.(\d+)\}", r"runs/reproduce/\1-\2-s0", one) for label, one in plain.items()}
     torch = version("torch").partition("+")[0]
     claims = [claim.words for claim in row.claims_at(preset)]
     entry = {"row": name, "preset": preset, "commands": plain, "claims": claims, "torch": torch, "seeds": seeds}
@@ -864,17 +868,25 @@ def command_of(name: str, index: int | str, preset: str) -> str:
     return list(ROWS[name].commands(preset).values())[int(index)]
 
 
+def cell(text: str | None) -> float | None:
+    """A number of metrics.csv; None where a line lacks the column or is damaged."""
+    try:
+        return rounded(float(text))
+    except (TypeError, ValueError):
+        return None
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """results.json, and as curves the columns of metrics.csv at up to 40 steps."""
+    """results.json, and as curves the columns of metrics.csv at up to 40 steps and the last one."""
     results = read_json(folder / "results.json")
+    if not isinstance(results, dict) or not {"results", "seconds", "device"} <= results.keys():
+        raise UserError(f"{folder / 'results.json'} is damaged; delete it to run anew.")
     if (folder / "metrics.csv").exists():
-        with open(folder / "metrics.csv", newline="") as file:
+        with open(folder / "metrics.csv", newline="", errors="replace") as file:
             lines = list(csv.DictReader(file))
-        lines = lines[:: -(-len(lines) // 40) or 1]
-        results["curves"] = {
-            name: [rounded(float(line[name])) if line[name] else None for line in lines]  # not every line has all columns
-            for name in (lines[0] if lines else ())
-        }
+        every = -(-len(lines) // 40) or 1
+        lines = lines[: len(lines) - 1 : every] + lines[-1:]
+        results["curves"] = {name: [cell(line[name]) for line in lines] for name in (lines[0] if lines else ()) if name}
     return results
 
 
@@ -906,6 +918,7 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="only redraw the figures, from saved rows")
     parser.add_argument("--list", action="store_true", help="show all entries")
     args = parser.parse_args()
+    args.data_dir = args.data_dir.absolute()  # scripts run in the repository's folder
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
         raise UserError(f"there is no entry {unknown[0]}; --list shows all.")
@@ -943,7 +956,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"reproduce.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\nreproduce.py: stopped; the same command continues from here.")

@@ -797,6 +797,8 @@ REFUSED = {
     "--mode test --checkpoint {done}/checkpoint.pt --learner lstm": "checkpoint.pt has no 'models lstm'",
     "--mode test --checkpoint {done}/checkpoint.pt --learner maml": "checkpoint.pt has no 'settings maml'",
     "--mode test --checkpoint {done}/checkpoint.pt --width 32": "checkpoint.pt has no 'models transformer' of the kind and size",
+    "--mode test --checkpoint {done}/checkpoint.pt --heads 4 --key-size 2": "keeps its flags; leave out --heads",
+    "--mode test --checkpoint {done}/checkpoint.pt --meta-steps 9": "keeps its flags; leave out --meta-steps",
     "--dataset wine --test-datasets digits": "No learner fits any of the test datasets",
     "--classes 1 2": "--classes has to be from 2 on",
     "--meta-sgd": "are for maml",

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 
 import claims
@@ -362,6 +363,44 @@ def test_a_run_of_another_command_is_not_used(fake):
         run()
 
 
+def test_a_run_whose_command_is_not_known_is_not_used(fake):
+    run()
+    (fake / "runs" / "reproduce" / "V1-0-s0.txt").unlink()
+    with pytest.raises(UserError, match="another command"):
+        run()
+
+
+def test_rows_of_more_seeds_are_not_overwritten(fake):
+    run(seeds=3)
+    with pytest.raises(UserError, match="3 seeds are saved"):
+        run(seeds=1)
+    assert len(json.loads(report.saved_path("V1", "laptop").read_text())["seeds"]) == 3
+    reproduce.ROWS["V1"] = reproduce.ROWS["V1"]._replace(laptop="fake.py --flag 2")
+    shutil.rmtree(fake / "runs")
+    run(seeds=1)
+    assert len(json.loads(report.saved_path("V1", "laptop").read_text())["seeds"]) == 1
+
+
+def test_a_test_that_cannot_start_has_no_verdict(fake):
+    reproduce.ROWS["V1"] = Row("Theorem", "holds", "pytest missing.py", [at("pytest", "test") > 0.5], enough_seeds=1)
+    with pytest.raises(UserError, match="exit code 4"):
+        run()
+    assert not report.saved_path("V1", "laptop").exists()
+
+
+def test_curves_end_with_the_last_line_and_damaged_cells_are_missing(fake):
+    run()
+    folder = fake / "runs" / "reproduce" / "V1-0-s0"
+    assert reproduce.read_run(folder)["curves"]["step"] == [*range(0, 99, 3), 99]
+    with open(folder / "metrics.csv", "ab") as file:
+        file.write(b"100,\xff\n")
+    curves = reproduce.read_run(folder)["curves"]
+    assert curves["step"][-1] == 100 and curves["loss"][-1] is None
+    (folder / "results.json").write_text("null")
+    with pytest.raises(UserError, match="damaged"):
+        reproduce.read_run(folder)
+
+
 def test_an_entry_uses_runs_of_others_with_the_same_seed(fake):
     run("V2", seeds=3)
     assert len(calls(fake)) == 6  # of each seed one of V1 and one of V2
@@ -465,7 +504,11 @@ def test_a_mistake_of_the_user_is_one_sentence(fake, monkeypatch, flags, sentenc
 
 def test_damaged_rows_and_pages_without_markers_are_refused(fake):
     run()
-    for content, sentence in (("{", "damaged"), ('{"commands": {}, "seeds": {}}', "of another version")):
+    saved = json.loads(report.saved_path("V1", "laptop").read_text())
+    short = saved | {"seeds": {"0": [saved["seeds"]["0"][0] | {"results": [["a", "t"]]}]}}
+    others = [json.dumps(x) for x in ([], None, saved | {"seeds": []}, saved | {"claims": None}, short)]
+    contents = [("{", "damaged"), *((text, "of another version") for text in ('{"commands": {}, "seeds": {}}', *others))]
+    for content, sentence in contents:
         report.saved_path("V1", "laptop").write_text(content)
         with pytest.raises(UserError, match=sentence):
             report.tables(reproduce.ROWS)

@@ -300,7 +300,9 @@ def test_metrics_of_a_resumed_run(tmp_path):
         log.write(step, {"loss": step / 10, "accuracy": 0.5})
     with open(tmp_path / "metrics.csv", "ab") as file:
         file.write(b"\n\0\0\0\n\xff\xfe,1\n4,0.1")
+    before = (tmp_path / "metrics.csv").read_bytes()
     log = MetricsLog(tmp_path, 3)
+    assert (tmp_path / "metrics.csv").read_bytes() == before  # until the run goes on
     log.write(3, {"accuracy": 0.25})
     lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     assert [line[0] for line in lines] == ["step", "0", "1", "2", "3"]
@@ -310,6 +312,14 @@ def test_metrics_of_a_resumed_run(tmp_path):
     (tmp_path / "metrics.csv").write_text(text.replace("step,", "sXep,", 1))  # without its header it starts again
     MetricsLog(tmp_path, 4).write(4, {"loss": 0.5})
     assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == ["step", "4"]
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_dropped_and_seconds_continue(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,seconds,loss\n0,50.0,0.25\n1,100.0,0.25\n2,150.0,0.12")
+    log = MetricsLog(tmp_path, 3)
+    log.write(3, {"loss": 0.5})
+    lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["step", "0", "1", "3"] and 100 <= float(lines[-1][1]) < 150
 
 
 def test_what_is_no_number_in_metrics_is_skipped(tmp_path):
@@ -400,6 +410,8 @@ def test_a_meta_test_that_was_cut_off_continues_under_the_same_name(finished, tm
     assert command(tmp_path, flags, launcher=killed("meta_test.pt", 3)).returncode == -signal.SIGKILL
     parts = checkpoints.read(tmp_path / "cut" / "meta_test.pt")
     assert len(parts) == 4  # three of them, and what they are of
+    last = list(parts)[-1]
+    checkpoints.write(tmp_path / "cut" / "meta_test.pt", parts | {last: 3})  # is measured again
     assert command(tmp_path, flags).returncode == 0
     assert rows(tmp_path / "cut") == rows(finished)
 
