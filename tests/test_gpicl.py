@@ -765,7 +765,7 @@ def test_features_are_kept(brightness, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "untrained on digits test" in done.stderr and "untrained on digits train" in done.stderr
     kept = sorted((tmp_path / "data" / "features").iterdir())
-    assert [path.name.rsplit("-", 1)[0] for path in kept] == ["untrained-digits-test", "untrained-digits-train"]
+    assert [path.name.rsplit("-", 1)[0] for path in kept] == [f"untrained-digits-{split}" for split in ("test", "train", "validation")]
     again = command(tmp_path, f"{flags} two", tiny="")
     assert again.returncode == 0 and "untrained on digits" not in again.stderr
     intact = kept[0].read_bytes()
