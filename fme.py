@@ -764,8 +764,10 @@ class Run:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
-        if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
+        if "results.json" in files:
+            raise UserError(f"{folder} holds a finished run, which cannot be made longer; test it, or choose another --run-name.")
+        if new and ("checkpoint.pt" in files or (files and "args.json" not in files)):
+            raise UserError(f"{folder} holds a run that was stopped; --resume it, or choose another --run-name.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)
@@ -1000,7 +1002,7 @@ def main() -> None:
         draw_adaptation(run.folder / "adaptation.png", after_swap)
     until_solved = {job: executions_until_solved(args, job, result["history"]) for job, result in evolution.results.items()}
     compared = {"achieved": differences(args, achieved), "until_solved": differences(args, until_solved)}
-    for what, others in compared.items():
+    for what, others in compared.items() if len(achieved) > 1 else ():
         run.info(f"\n{what.replace('_', ' ')}, medians over populations: {args.learner}, the other, difference, 95 % interval")
         for job, facts in others.items():
             run.info(f"{job:40}" + "".join(f"{number:10.3f}" for number in facts.values()))

@@ -831,7 +831,8 @@ class InContextLearner(Learner):
     def predict(self, params: Params, state: Context, x: Tensor) -> tuple[Context, Tensor]:
         """Eq. 5.1. Keeps what `learn` would continue from."""
         if isinstance(self.model, Transformer) and state.examples == self.args.sequence_length:
-            raise ValueError(f"This Transformer has {self.args.sequence_length} positions, and all of them are used.")
+            most = self.args.sequence_length - 1
+            raise ValueError(f"This Transformer learns from at most {most} examples, and all its positions are used; reset it.")
         x = x[0, :, None] @ state.projection
         logits, after = self.model(x, pad(state.label, self.num_classes)[:, None], state.before)
         return state._replace(after=after), logits[None, :, 0, : state.label.shape[1]]
@@ -948,8 +949,10 @@ class Run:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
-        if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
+        if "results.json" in files:
+            raise UserError(f"{folder} holds a finished run, which cannot be made longer; test it, or choose another --run-name.")
+        if new and ("checkpoint.pt" in files or (files and "args.json" not in files)):
+            raise UserError(f"{folder} holds a run that was stopped; --resume it, or choose another --run-name.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)

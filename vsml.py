@@ -968,8 +968,10 @@ class Run:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         new = not self.args.resume
-        if "results.json" in files or (new and ("checkpoint.pt" in files or (files and "args.json" not in files))):
-            raise UserError(f"{folder} holds a run: --resume it if it was stopped, test it, or choose another --run-name.")
+        if "results.json" in files:
+            raise UserError(f"{folder} holds a finished run, which cannot be made longer; test it, or choose another --run-name.")
+        if new and ("checkpoint.pt" in files or (files and "args.json" not in files)):
+            raise UserError(f"{folder} holds a run that was stopped; --resume it, or choose another --run-name.")
         if new:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)

@@ -85,10 +85,11 @@ def read_cache(path: Path, **parts: type) -> dict[str, Any]:
 
 
 def named(name: str | Path, method: str) -> Path:
-    """The file of a checkpoint. "pretrained" is the one that is shipped for a method."""
+    """The file of a checkpoint. "pretrained" is the one that is shipped for a method; in a run's
+    folder it is checkpoint.pt."""
     if str(name) == "pretrained":
         return Path(__file__).parent / "pretrained" / f"{method}.pt"
-    return Path(name)
+    return Path(name, "checkpoint.pt") if Path(name).is_dir() else Path(name)
 
 
 def export(source: Path, target: Path, **flags: Any) -> None:

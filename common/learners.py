@@ -111,8 +111,8 @@ class Classifier:
     labels). seed: decides the initial states.
 
     Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
-    several, one after the other, or (s, t, a) for s independent learners side by side. The first
-    `learn` decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
+    several, one after the other and best in random order, or (s, t, a) for s independent learners
+    side by side; images are flattened. The first `learn` decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
     """
 
     def __init__(
@@ -144,7 +144,9 @@ class Classifier:
         y = y.long().view((1,) * (2 - y.ndim) + y.shape)
         if y.shape != x.shape[:2] or y.min() < 0:
             s, t = x.shape[:2]
-            raise ValueError(f"There has to be a label from 0 on for each of {s} x {t} examples.")
+            raise ValueError(
+                f"There has to be a label from 0 on for each of {s} x {t} examples; flatten images."
+            )
         num_classes = self.num_classes or max(2, int(y.max()) + 1)
         if y.max() >= num_classes:
             raise ValueError(f"A label is {y.max()}; give num_classes to load, now {num_classes}.")

@@ -10,12 +10,13 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from claims import KEYS, Figure, Outcome, Row, Seed, UserError, weakest
+from claims import KEYS, VERDICTS, Figure, Outcome, Row, Seed, UserError, weakest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".github" / "results"
@@ -158,14 +159,22 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def status_table(rows: dict[str, Row]) -> str:
-    """README: all entries."""
+    """README: how many entries have which verdict, and all entries."""
     lines = []
+    verdicts: Counter[str] = Counter()
     for name, row in rows.items():
         verdict, numbers = status(name, row)
+        verdicts[verdict if verdict in VERDICTS[:3] else "without a verdict"] += 1
         anchor = "earlier-runs" if verdict == "earlier run" else name.lower()
         link = f"[`{name}`](.github/results/{SCRIPTS[name[0]]}.md#{anchor})"
         lines.append([row.figure, link, verdict, numbers, row.claim])
-    return table(["figure", "`reproduce.py`", "verdict", "here", "thesis"], lines)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items(), key=order_of_verdicts))
+    summary = f"Of {len(rows)} entries: {counts}."
+    return f"{summary}\n\n" + table(["figure", "`reproduce.py`", "verdict", "here", "thesis"], lines)
+
+
+def order_of_verdicts(item: tuple[str, int]) -> int:
+    return VERDICTS.index(item[0]) if item[0] in VERDICTS else len(VERDICTS)
 
 
 def page_text(script: str, rows: dict[str, Row]) -> str:

@@ -655,7 +655,7 @@ def test_a_trained_learner_from_python(finished):
     fresh = load()
     fresh.learn(x[:, :6], y[:, :6])
     torch.testing.assert_close(fresh.predict(x[:, 6:7]), whole[:, 6:7])
-    with pytest.raises(ValueError, match="has 12 positions"):
+    with pytest.raises(ValueError, match="from at most 11 examples"):
         both.predict(x[:, :1])
     both.reset()
     torch.testing.assert_close(both.predict(x[:, :1]), whole[:, :1])
@@ -699,7 +699,7 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
         for use in (learner.predict, lambda x: learner.learn(x, 1)):
             with pytest.raises(ValueError, match="Inputs have to be"):
                 use(wrong)
-    with pytest.raises(ValueError, match="has 12 positions"):
+    with pytest.raises(ValueError, match="from at most 11 examples"):
         learner.learn(x.repeat(12, 1), [0] * 12)
     torch.testing.assert_close(learner.predict(x), before)
     learner.learner.model.head.bias.data.fill_(math.inf)  # as after an overflow

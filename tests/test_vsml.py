@@ -1070,7 +1070,7 @@ REFUSED = {
     "--mode test --checkpoint {tmp}/sizes.pt": "sizes.pt has no 'thetas rnn'",
     "--mode test --checkpoint {done}/checkpoint.pt --state-size 8": "checkpoint.pt has no 'thetas vsml' of the kind and size .* use the flags of the run",
     "--checkpoint {done}/checkpoint.pt": "need each other, and exclude --resume",
-    "--resume {done}": "holds a run: --resume it if it was stopped",
+    "--resume {done}": "holds a finished run, which cannot be made longer; test it",
     "--resume {tmp}": "There is no checkpoint",
     "--resume {tmp}/foreign_run": "is a checkpoint of fme.py, not of vsml.py",
     "--run-name {done}": "is not a name",
