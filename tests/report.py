@@ -32,6 +32,7 @@ STRIP = {
     "GLA": ("L4", "hidden_goal:8", True, "gla_goals.png", (900, 265, 1200, 520)),
     "FME": ("F1", "bandit", False, "fme_self_modifications.png", (0, 0, 502, 358)),
 }
+NOT_IN_STRIP = ("gla, g = 1", "one-task", "ad", "dpt", "cloning", "teacher")  # where there are too many lines
 
 
 # ==================================================================================================
@@ -356,7 +357,8 @@ def draw_strip(rows: dict[str, Row]) -> None:
         metric = drawn[0]["metric"]
         curves: dict[str, dict[int, list[float]]] = {}
         for row in drawn:
-            if row["metric"] == metric and "%" not in row["learner"]:  # of meta-training
+            hidden = "%" in row["learner"] or row["learner"] in NOT_IN_STRIP  # %: of meta-training
+            if row["metric"] == metric and not hidden:
                 curve = curves.setdefault(row["learner"], {})
                 curve.setdefault(row["step"], []).append(row["mean"])
 
