@@ -708,7 +708,7 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
             use(x)
     fresh = gpicl.InContextLearner.load(finished[0] / "checkpoint.pt")
     for wrong in ([0, 11], [0] * 13):
-        with pytest.raises(ValueError, match="has 10 classes|has 12 positions"):
+        with pytest.raises(ValueError, match="has 10 classes|at most 11 examples"):
             fresh.learn(torch.randn(len(wrong), 4), wrong)
     fresh.learn(torch.randn(2, 5), [0, 2])  # other sizes than those refused
     assert fresh.predict(torch.randn(5)).shape == (3,)
