@@ -590,7 +590,7 @@ GPICL = {
     "G10": Row("Fig. D.7", "longer sequences end at higher accuracy",
         sweep(f"{PLAIN} digits", sequence_length=[20, 40, 80]),
         per({"laptop": [("digits", 20, 40), ("digits", 40, 80)], "thesis": [("mnist", 50, 100), ("mnist", 100, 200)]},
-            lambda one: [reached(one[0], "task", f"sequence_length {one[2]}") > 0.2,  # it learns
+            lambda one: [reached(one[0], "task", f"sequence_length {one[1]}") > 0.2,  # it learns
                          reached(one[0], "task", f"sequence_length {one[1]}")
                          < reached(one[0], "task", f"sequence_length {one[2]}")]),
         sweep(f"{PLAIN} mnist --bias 0", sequence_length=[50, 100, 200])),
