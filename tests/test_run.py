@@ -284,6 +284,12 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
         checkpoints.read(path)
 
 
+def test_a_checkpoint_is_named_by_its_file_its_run_or_as_the_shipped_one(tmp_path):
+    assert checkpoints.named(tmp_path, "vsml") == tmp_path / "checkpoint.pt"
+    assert checkpoints.named(tmp_path / "other.pt", "vsml") == tmp_path / "other.pt"
+    assert checkpoints.named("pretrained", "vsml").is_file()
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     checkpoints.write(path, {"step": 1})
