@@ -20,7 +20,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
 
-    objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
+    objective = metagenrl.LearnedObjective.load("pretrained")                           # or "runs/NAME/checkpoint.pt"
     objective(actions, policy(obs), rewards, values, next_values, times).backward()    # trains your policy
 
 The laptop preset was chosen in its environments of meta-training and in pendulum, reacher and continuous_cartpole, which are
@@ -134,7 +134,7 @@ class Args:
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
-    """The checkpoint.pt to meta-test."""
+    """The checkpoint.pt to meta-test, or "pretrained"."""
     resume: str | None = None
     """A run folder to continue in, exactly where the run stopped."""
     run_dir: str = "runs"
@@ -191,7 +191,9 @@ class Args:
     critic_lr: Positive = 1e-3
     """lambda_1, Adam (Table A.3)."""
     policy_lr: Positive = 1e-3
-    """lambda_2, Adam, of agents that an objective trains (Table A.3)."""
+    """lambda_2, Adam, of agents in meta-training (Table A.3)."""
+    test_policy_lr: Positive = 1e-3
+    """Likewise of agents that an objective trains in a meta-test, or in EPG (Table A.3)."""
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
@@ -202,6 +204,8 @@ class Args:
     """Divide the critic's value in Eq. 2.6 by its deviation over the batch: environments weigh alike (not in the thesis)."""
     objective_lr: Positive = 1e-3
     """lambda_4, Adam (Table A.3)."""
+    objective_lr_decay: bool = False
+    """Let it fall to zero linearly (not in the thesis)."""
     max_grad_norm: Positive = 1.0
     """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
     gamma: Share = 0.99
@@ -267,9 +271,10 @@ LAPTOP = dict(
     buffer_size=20_000,
     compile=False,  # it would take longer than the run
     critic_lr=3e-3,  # few steps
-    policy_lr=3e-4,  # small networks saturate before critics are accurate
     tau=0.02,  # likewise
-    reinforce_lr=3e-3,  # searched in `envs`, as TD3's and PPO's (results page)
+    policy_lr=3e-4,  # policies saturate if they are fast before the objective is meta-trained
+    test_policy_lr=3e-3,  # searched in `envs` (results page)
+    reinforce_lr=3e-3,  # likewise, as TD3's and PPO's
     ppo=PPOArgs(num_steps=400, lr=3e-3),
     epg=EPGArgs(generations=10, pairs=8, life_steps=6_000),  # three minutes
     rl2=RL2Args(trial_steps=1_000_000),  # five times what MetaGenRL's agents have
@@ -277,11 +282,12 @@ LAPTOP = dict(
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
     objective_lr=3e-3,  # few steps
+    objective_lr_decay=True,  # else agents depend on when meta-training ends
     exploration_noise=(0.05, 0.1, 0.2, 0.4),
     random_steps=2_000,
     frozen_steps=2_000,  # until the critics have learned something
     anneal_steps=3_200,
-    reset_every=1_600,
+    reset_every=2_500,  # an agent lives as long as in the meta-test
     checkpoint_every=500,
     log_every=20,
     test_seeds=5,
@@ -532,6 +538,7 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
             group.note("reward", group.rewards)
         if policies:
             alpha.grad = es.all_reduce_mean(grads) * run.world
+            optimizer.param_groups[0]["lr"] = args.objective_lr * (1 - args.objective_lr_decay * step / iterations)
             optimizer.step()
         keep_history(history, alpha, step, iterations)
         if now % args.log_every == 0:
@@ -661,7 +668,7 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
     an agent's training by it, in one environment after the other. Agents act with their policies from the first step on: the
     fitness of a short training that began with random actions would not depend on the objective. All of a generation have the
     same random numbers. Changes alpha (1, d) in place, and history (k, 1, d) to what it was after each part in PROGRESS."""
-    args = replace(args, random_steps=0)
+    args = replace(args, random_steps=0, policy_lr=args.test_policy_lr)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.epg.pairs, sigma=args.epg.sigma, seed=args.seed, rank_shaping=True)
     for generation in run.steps(args.epg.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
@@ -751,7 +758,7 @@ def test_in_env(
     number = test_envs(args).index(name)
     key = 1009 * args.seed + number
     rates = {"td3": args.td3_lr, "reinforce-off": args.reinforce_lr}
-    args = replace(args, policy_lr=rates.get(learners[0], args.policy_lr))
+    args = replace(args, policy_lr=rates.get(learners[0], args.test_policy_lr))
     if learners == ["rl2"]:
         curve, resets = returns_of_rl2(args, rl2, name, key), [0]
     else:
@@ -818,7 +825,7 @@ STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") 
 class LearnedObjective:
     """A meta-trained objective for the policies of your own agents, a differentiable loss.
 
-        objective = metagenrl.LearnedObjective.load("runs/NAME/checkpoint.pt")
+        objective = metagenrl.LearnedObjective.load("pretrained")
         loss = objective(actions, policy(obs), rewards, values, next_values, times, mask, terminated)
         loss.backward()
 
@@ -836,9 +843,9 @@ class LearnedObjective:
         self.nets = make_nets(args, 1, 1)
 
     @staticmethod
-    def load(checkpoint: str | Path, index: int = 0, device: torch.device | str = "cpu") -> "LearnedObjective":
-        """checkpoint: a checkpoint.pt of this script with a meta-trained objective; index: which of --objectives. Raises
-        CheckpointError or UserError for another file, and IndexError."""
+    def load(checkpoint: str | Path = "pretrained", index: int = 0, device: torch.device | str = "cpu") -> "LearnedObjective":
+        """checkpoint: "pretrained", or a checkpoint.pt of this script with a meta-trained objective; index: which of
+        --objectives. Raises CheckpointError or UserError for another file, and IndexError."""
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
             args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None

@@ -46,17 +46,19 @@ RUNS = ROOT / "runs" / "reproduce"
 UNSEEN = {"laptop": ["pendulum", "reacher"], "thesis": ["Hopper-v4"]}
 FRESH = {"laptop": ["acrobot_swing_up", "mountain_car_climb"], "thesis": []}  # nothing was chosen in them
 KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["HalfCheetah-v4", "LunarLanderContinuous-v3"]}
-FOUR = "metagenrl.py --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car --baselines --no-test-seen"
+LONGER = "metagenrl.py --env-steps 60000 --compile"  # five times the preset's steps of an agent
+UNSEEN_ONLY = f"{LONGER} --baselines --no-test-seen"
+FOUR = f"{UNSEEN_ONLY} --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car"
 AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress"
 RL2 = "metagenrl.py --learner rl2 --baselines"
 EPG = "metagenrl.py --learner epg --baselines"
-INPUTS = "metagenrl.py --baselines --no-test-seen --inputs reward"
+INPUTS = f"{UNSEEN_ONLY} --inputs reward"
 CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v3"
 BODIES = {"cheetah": CHEETAH, "hopper": HOPPER, "lunar": LUNAR, "walker": "Walker2d-v4", "ant": "Ant-v4"}
 UNSEEN_LUNAR = ("hopper, lunar", "hopper", "lunar")  # of Table A.1, beside "cheetah, hopper"
 MORE_BODIES = ("lunar, hopper, walker, ant", "cheetah, lunar, walker, ant", "cheetah, hopper, walker, ant")
 POINTS = {"laptop": range(0, 10_001, 500), "thesis": range(0, 1_000_001, 50_000)}  # environment steps of a meta-test
-STAGES = {"laptop": ("20 %", "40 %"), "thesis": ("5 %", "14 %")}  # Figure 2.4: hardly any progress, and uneven progress
+STAGES = ("5 %", "14 %")  # Figure 2.4: hardly any progress, and uneven progress
 HALF = {"laptop": 5_000, "thesis": 500_000}  # of the steps of a meta-test
 FOUR_INPUTS = {"laptop": "four inputs", "thesis": ""}  # the run with the thesis' inputs: the laptop preset has a fifth one
 
@@ -109,7 +111,7 @@ def meta_training_figure(preset: str, name: str, runs: dict[str, str], *columns:
 
 METAGENRL = {
     "M1": Row("Table 2.1, A.1", "unseen Hopper: 2363, PPO 1894, TD3 2718",
-        {"": "metagenrl.py --progress", "on-policy": f"{AGAIN} --no-test-seen --baselines ppo reinforce-on",
+        {"": f"{LONGER} --progress", "on-policy": f"{AGAIN} --no-test-seen --baselines ppo reinforce-on",
          "fresh": f"{AGAIN} --no-test-seen --test-envs {' '.join(FRESH['laptop'])} "
                   "--baselines untrained td3 reinforce-off ppo reinforce-on"},
         lambda preset: [*per(UNSEEN, lambda env: above_rules(env, "", "on-policy"))(preset),
@@ -127,12 +129,12 @@ METAGENRL = {
         {"": "M1.0", "rl2": RL2, "epg": EPG}),
     "M3": Row("Fig. 2.4", "later objectives train faster and more evenly", "M1.0",
         lambda preset: [claim for env in UNSEEN[preset] for claim in (
-            at("metagenrl", env) > at(f"metagenrl, {STAGES[preset][0]}", env),
-            at(f"metagenrl, {STAGES[preset][1]}", env) > at(f"metagenrl, {STAGES[preset][0]}", env),
-            at("metagenrl", env, HALF[preset]) > at(f"metagenrl, {STAGES[preset][1]}", env, HALF[preset]),
-            at("metagenrl", env, field="std") < at(f"metagenrl, {STAGES[preset][1]}", env, field="std"))],
+            at("metagenrl", env) > at(f"metagenrl, {STAGES[0]}", env),
+            at(f"metagenrl, {STAGES[1]}", env) > at(f"metagenrl, {STAGES[0]}", env),
+            at("metagenrl", env, HALF[preset]) > at(f"metagenrl, {STAGES[1]}", env, HALF[preset]),
+            at("metagenrl", env, field="std") < at(f"metagenrl, {STAGES[1]}", env, field="std"))],
         figures=lambda preset: [returns_figure(preset, "metagenrl_stages", UNSEEN[preset], [
-            *(f"metagenrl, {part} %" for part in ((20, 40, 60, 80) if preset == "laptop" else (5, 14, 20, 40, 60, 80))),
+            *(f"metagenrl, {part} %" for part in (5, 14, 20, 40, 60, 80)),
             "metagenrl"])]),
     "M4": Row("Fig. 2.5", "works without t or V_{t+1}, not without values",
         {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
@@ -146,14 +148,14 @@ METAGENRL = {
         figures=lambda preset: [meta_training_figure(preset, "metagenrl_inputs", {
             "all inputs": "", **{name: name for name in ("no time", "no next value", "no values")}}, "reward")]),
     "M5": Row("Fig. 2.6", "3 inner steps vary more than 1, 5 harm",
-        {"": "M1.0", **sweep("metagenrl.py --baselines --no-test-seen", inner_steps=[3, 5])},
+        {"": "M1.0", **sweep(UNSEEN_ONLY, inner_steps=[3, 5])},
         per(UNSEEN | {"thesis": [HOPPER, CHEETAH]}, lambda env: [
             gain(env) > 0, at("metagenrl", env) > at("metagenrl", env, run="inner_steps 5"),
             at("metagenrl", env, field="std") < at("metagenrl", env, run="inner_steps 3", field="std")]),
         {"": "M1.0", **sweep(f"metagenrl.py --baselines --no-test-seen --test-envs {HOPPER} {CHEETAH}", inner_steps=[3, 5])}),
     "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
         {"each": f"{AGAIN} --no-test-seen --baselines --each --test-seeds 12",
-         "late": "metagenrl.py --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
+         "late": f"{LONGER} --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
             at("metagenrl", envs[1], run="late") < mean("metagenrl, 40 to 80 %, late", [
@@ -161,10 +163,8 @@ METAGENRL = {
         {"each": f"metagenrl.py --envs {LUNAR} --test-envs --progress --each --test-seeds 12 --baselines untrained",
          "late": "M6.0"}),
     "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
-        {"": "M1.0", "2 agents": "metagenrl.py --population 2 --baselines --no-test-seen",
-         "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32",
-         "4 agents": "metagenrl.py --population 4 --baselines --no-test-seen",
-         "8 agents": "metagenrl.py --population 8 --baselines --no-test-seen"},
+        {"": "M1.0", "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32",
+         **{f"{count} agents": f"{UNSEEN_ONLY} --population {count}" for count in (2, 4, 8)}},
         lambda preset: [
             *(logged(f"{env}_reward", f"{count} agents") < logged(f"{env}_reward", "")
               for env in KNOWN[preset] for count in (2, 4, 8)),

@@ -405,6 +405,15 @@ def test_the_objective_takes_over_once_policies_are_trained():
     assert metagenrl.share_of_objective(args, 15, cpu) is None
 
 
+def test_the_rate_of_objectives_falls_to_zero(monkeypatch):
+    args = replace(ARGS, env_steps=16, num_envs=2, policy_frequency=2, objective_lr=0.08, objective_lr_decay=True)
+    alpha, rates, step = metagenrl.make_nets(args, 1, 1).init_objective(1, DRAWS), [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: (rates.append(adam.param_groups[0]["lr"]), step(adam)))
+    with torch.no_grad():
+        metagenrl.meta_train(args, [group(args)], alpha, alpha.repeat(6, 1, 1), Sick([]))
+    assert rates == pytest.approx([0.07, 0.05, 0.03, 0.01])  # a step of objectives for every second one of critics
+
+
 def test_functions_of_several_environments_are_all_compiled():
     """torch.compile counts what is compiled of all `partial`s together, and would leave others uncompiled without a word."""
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
@@ -555,7 +564,7 @@ def test_an_evolved_objective_that_breaks_its_agents_is_the_worst(monkeypatch):
 @pytest.mark.parametrize(("learner", "rate"), [("td3", 2e-3), ("reinforce-off", 5e-4), ("untrained", 1e-4)])
 def test_every_learner_has_a_rate_of_its_own(learner, rate):
     """The first step of Adam moves parameters by the rate."""
-    args = replace(ARGS, td3_lr=2e-3, reinforce_lr=5e-4, policy_lr=1e-4, test_envs=("pendulum",), test_seeds=2, episodes=1)
+    args = replace(ARGS, td3_lr=2e-3, reinforce_lr=5e-4, test_policy_lr=1e-4, test_envs=("pendulum",), test_seeds=2, episodes=1)
     args, moved, run = replace(args, test_steps=8, evaluations=4, baselines=(learner,)), [], Sick([])
     run.compiles = False
 
@@ -665,8 +674,8 @@ CHEETAH, HOPPER, LUNAR = "HalfCheetah-v4", "Hopper-v4", "LunarLanderContinuous-v
 THESIS = dict(  # tables A.2 and A.3, sections 2.5, A.2.2 and A.2.3, but where a comment says so
     learner="metagenrl", envs=(LUNAR, CHEETAH), env_steps=600_000, test_steps=1_000_000, population=20, num_envs=1,
     hidden=350, objective_units=32, objective_filters=32, inputs=("reward", "value", "next_value", "time"), bound=1000,
-    length=20, max_grad_norm=1, critic_lr=1e-3, policy_lr=1e-3, td3_lr=1e-3, reinforce_lr=1e-3, inner_lr=1e-3,
-    objective_lr=1e-3,
+    length=20, max_grad_norm=1, critic_lr=1e-3, policy_lr=1e-3, test_policy_lr=1e-3,
+    td3_lr=1e-3, reinforce_lr=1e-3, inner_lr=1e-3, objective_lr=1e-3, objective_lr_decay=False,
     policy_noise=0.2, noise_clip=0.5, tau=0.005, gamma=0.99, batch_size=100, random_steps=10_000, exploration_noise=(0.1,),
     anneal_steps=10_000, policy_frequency=2, inner_steps=1, inner_normalized=False, value_scaled=False, frozen_steps=0,
     reset_every=0, objectives=1,
@@ -770,6 +779,15 @@ def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     metrics = [[line.split(",") for line in (path / "metrics.csv").read_text().splitlines()] for path in (folder, finished[0])]
     without_seconds = [[[step, *values] for step, _, *values in lines] for lines in metrics]
     assert without_seconds[0] == without_seconds[1]
+
+
+def test_the_shipped_objective_trains_agents_where_it_was_not_meta_trained(tmp_path):
+    """-52.9 and -80.7 when it was measured; -70 to -90 without learning."""
+    flags = "--mode test --checkpoint pretrained --test-envs reacher --no-test-seen --baselines untrained --run-name shipped"
+    done = command(tmp_path, f"{flags} --test-steps 5000 --test-seeds 4 --evaluations 1", tiny="")
+    assert done.returncode == 0, done.stderr
+    ends = {row["learner"]: row["mean"] for row in rows(tmp_path / "shipped") if row["step"] == 5000}
+    assert ends["metagenrl"] > -65 and ends["metagenrl"] > ends["untrained"] + 10
 
 
 def test_environments_of_gymnasium_resume_in_the_same_numbers_too(tmp_path):
