@@ -16,7 +16,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), meta_train_rl2, evolve (EPG)
     Figures 2.3 to 2.6     -> meta_test (2.5a: metrics.csv of meta_train)
 
-    python metagenrl.py                                           # small agents, small tasks: 5 minutes
+    python metagenrl.py                                           # small agents, small tasks: 11 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
 
@@ -258,7 +258,7 @@ class Args:
 LAPTOP = dict(
     envs=("point_mass", "cart_swing_up"),  # they need no processes of their own
     test_envs=("pendulum", "reacher"),
-    env_steps=12_000,  # what minutes allow
+    env_steps=60_000,  # what minutes allow
     test_steps=10_000,
     num_envs=4,  # environments cost less than updates
     population=16,
@@ -269,7 +269,7 @@ LAPTOP = dict(
     length=10,
     batch_size=10,
     buffer_size=20_000,
-    compile=False,  # it would take longer than the run
+    compile=False,  # it takes longer than it saves, the first time
     critic_lr=3e-3,  # few steps
     tau=0.02,  # likewise
     policy_lr=3e-4,  # policies saturate if they are fast before the objective is meta-trained
@@ -277,7 +277,7 @@ LAPTOP = dict(
     reinforce_lr=3e-3,  # likewise, as TD3's and PPO's
     ppo=PPOArgs(num_steps=400, lr=3e-3),
     epg=EPGArgs(generations=10, pairs=8, life_steps=6_000),  # three minutes
-    rl2=RL2Args(trial_steps=1_000_000),  # five times what MetaGenRL's agents have
+    rl2=RL2Args(trial_steps=1_000_000),  # as many as MetaGenRL's agents have together
     inner_lr=0.02,  # of a gradient of length one
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments

@@ -46,8 +46,7 @@ RUNS = ROOT / "runs" / "reproduce"
 UNSEEN = {"laptop": ["pendulum", "reacher"], "thesis": ["Hopper-v4"]}
 FRESH = {"laptop": ["acrobot_swing_up", "mountain_car_climb"], "thesis": []}  # nothing was chosen in them
 KNOWN = {"laptop": ["point_mass", "cart_swing_up"], "thesis": ["HalfCheetah-v4", "LunarLanderContinuous-v3"]}
-LONGER = "metagenrl.py --env-steps 60000 --compile"  # five times the preset's steps of an agent
-UNSEEN_ONLY = f"{LONGER} --baselines --no-test-seen"
+UNSEEN_ONLY = "metagenrl.py --compile --baselines --no-test-seen"
 FOUR = f"{UNSEEN_ONLY} --envs point_mass cart_swing_up continuous_cartpole continuous_mountain_car"
 AGAIN = "metagenrl.py --mode test --checkpoint {M1.0}/checkpoint.pt --no-progress"
 RL2 = "metagenrl.py --learner rl2 --baselines"
@@ -111,7 +110,7 @@ def meta_training_figure(preset: str, name: str, runs: dict[str, str], *columns:
 
 METAGENRL = {
     "M1": Row("Table 2.1, A.1", "unseen Hopper: 2363, PPO 1894, TD3 2718",
-        {"": f"{LONGER} --progress", "on-policy": f"{AGAIN} --no-test-seen --baselines ppo reinforce-on",
+        {"": "metagenrl.py --compile --progress", "on-policy": f"{AGAIN} --no-test-seen --baselines ppo reinforce-on",
          "fresh": f"{AGAIN} --no-test-seen --test-envs {' '.join(FRESH['laptop'])} "
                   "--baselines untrained td3 reinforce-off ppo reinforce-on"},
         lambda preset: [*per(UNSEEN, lambda env: above_rules(env, "", "on-policy"))(preset),
@@ -155,7 +154,8 @@ METAGENRL = {
         {"": "M1.0", **sweep(f"metagenrl.py --baselines --no-test-seen --test-envs {HOPPER} {CHEETAH}", inner_steps=[3, 5])}),
     "M6": Row("Fig. A.4, A.5", "few stuck agents make the variance",
         {"each": f"{AGAIN} --no-test-seen --baselines --each --test-seeds 12",
-         "late": f"{LONGER} --envs point_mass --test-envs --population 8 --progress --baselines untrained --reset-every 0"},
+         "late": "metagenrl.py --compile --envs point_mass --test-envs --population 8 --progress --baselines untrained "
+                 "--reset-every 0"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
             at("metagenrl", envs[1], run="late") < mean("metagenrl, 40 to 80 %, late", [
