@@ -16,7 +16,7 @@ Generalization in Meta Reinforcement Learning using Learned Objectives" (2020). 
     Section A.2.3          -> grad_critic (DDPG, TD3), train_on_policy (PPO), meta_train_rl2, evolve (EPG)
     Figures 2.3 to 2.6     -> meta_test (2.5a: metrics.csv of meta_train)
 
-    python metagenrl.py                                           # small agents, small tasks: 11 minutes
+    python metagenrl.py                                           # small agents, small tasks: 8 minutes
     python metagenrl.py --envs LunarLanderContinuous HalfCheetah-v4 --test-envs Hopper-v4
     python metagenrl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs continuous_cartpole
 
