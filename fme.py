@@ -763,12 +763,11 @@ class Run:
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
-        new = not self.args.resume
         if "results.json" in files:
             raise UserError(f"{folder} holds a finished run, which cannot be made longer; test it, or choose another --run-name.")
-        if new and ("checkpoint.pt" in files or (files and "args.json" not in files)):
+        if not self.args.resume and ("checkpoint.pt" in files or (files and "args.json" not in files)):
             raise UserError(f"{folder} holds a run that was stopped; --resume it, or choose another --run-name.")
-        if new:
+        if not self.args.resume:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)
         self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
@@ -782,8 +781,7 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
-        steps = range(self.first, total)
-        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        self.bar = tqdm(range(self.first, total), "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:

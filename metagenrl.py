@@ -193,7 +193,7 @@ class Args:
     policy_lr: Positive = 1e-3
     """lambda_2, Adam, of agents in meta-training (Table A.3)."""
     test_policy_lr: Positive = 1e-3
-    """Likewise of agents that an objective trains in a meta-test, or in EPG (Table A.3)."""
+    """Adam, of agents that an objective trains in a meta-test, or in EPG (Table A.3: lambda_2, for both)."""
     inner_lr: Positive = 1e-3
     """lambda_3, the step of Eq. 2.6, on the sum over a batch (Table A.3)."""
     inner_steps: Size = 1
@@ -282,7 +282,7 @@ LAPTOP = dict(
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
     objective_lr=3e-3,  # few steps
-    objective_lr_decay=True,  # else agents depend on when meta-training ends
+    objective_lr_decay=True,  # else the objective changes much until the end
     exploration_noise=(0.05, 0.1, 0.2, 0.4),
     random_steps=2_000,
     frozen_steps=2_000,  # until the critics have learned something
@@ -988,12 +988,11 @@ class Run:
     def write_first(self, folder: Path) -> None:
         """args.json and empty logs of a new run, or the logs of a resumed one up to its checkpoint."""
         files = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
-        new = not self.args.resume
         if "results.json" in files:
             raise UserError(f"{folder} holds a finished run, which cannot be made longer; test it, or choose another --run-name.")
-        if new and ("checkpoint.pt" in files or (files and "args.json" not in files)):
+        if not self.args.resume and ("checkpoint.pt" in files or (files and "args.json" not in files)):
             raise UserError(f"{folder} holds a run that was stopped; --resume it, or choose another --run-name.")
-        if new:
+        if not self.args.resume:
             checkpoints.write(folder / "args.json", to_json(asdict(self.args)))
         self.metrics = MetricsLog(folder, self.first, asdict(self.args) if self.args.track else None)
         self.info(f"{METHOD}: preset {self.args.preset}, device {self.args.device}, run folder {folder}")
@@ -1007,8 +1006,7 @@ class Run:
             checkpoints.set_rng_state(self.checkpoint["rng"], self.folder / "checkpoint.pt")
         else:
             self.save(0, keep)
-        steps = range(self.first, total)
-        self.bar = tqdm(steps, "meta-train", initial=self.first, total=total, disable=self.rank > 0)
+        self.bar = tqdm(range(self.first, total), "meta-train", initial=self.first, total=total, disable=self.rank > 0)
         for step in self.bar:
             yield step
             if (step + 1) % self.args.checkpoint_every == 0 or step + 1 == total:

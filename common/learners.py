@@ -112,7 +112,8 @@ class Classifier:
 
     Inputs are arrays or tensors of finite numbers, z-normalised, (a,) for one example, (t, a) for
     several, one after the other and best in random order, or (s, t, a) for s independent learners
-    side by side; images are flattened. The first `learn` decides a and s. Raises ValueError for other shapes, and for labels outside the classes.
+    side by side; images are flattened. The first `learn` decides a and s. Raises ValueError for
+    other shapes, and for labels outside the classes.
     """
 
     def __init__(

@@ -36,11 +36,12 @@ class UserError(Exception):
 
 class Seed:
     """The runs of one meta-training seed: the contents of results.json by the label of the command.
-    Notes what is used."""
+    Notes what is used: keys of rows without the learner, and `read` with it."""
 
     def __init__(self, runs: dict[str, dict[str, Any]]):
         self.runs = runs
         self.used = set()
+        self.read = set()
 
     def row(
         self,
@@ -66,7 +67,9 @@ class Seed:
             raise LookupError(f"no row of {learner} on {task}")
 
         row = rows[-1 if step is None else 0]
-        self.used.add((run, *(row[key] for key in KEYS[1:5])))
+        key = [row[key] for key in KEYS[:5]]
+        self.used.add((run, *key[1:]))
+        self.read.add((run, *key))
         return row
 
     def fact(self, run: str, name: str) -> Any:

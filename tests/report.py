@@ -52,24 +52,26 @@ def save(name: str, preset: str, entry: dict[str, Any]) -> None:
 def compact(
     name: str, row: Row, preset: str, runs: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What is saved of a seed's runs: where a claim uses a row, those of all learners; of
-    metrics.csv the columns that are read; for the README's figure whole curves."""
-    seed = Seed(runs)
+    """What is saved of a seed's runs: where a claim uses a row, those of all learners; the rows of
+    figures; of metrics.csv the columns that are read; for the README's figure whole curves."""
+    seed, drawn = Seed(runs), Seed(runs)
     for claim in row.claims_at(preset):
-        claim.check([seed])  # notes in seed.used what it reads
+        claim.check([seed])  # notes in `seed` what it reads
     for figure in row.figures(preset):
-        figure.points(seed)
+        figure.points(drawn)
 
     short = []
     for label, results in runs.items():
-        used = {key[1:] for key in seed.used if key[0] == label}
         first = label == next(iter(runs))
-        drawn = [task for entry, task, *_ in STRIP.values() if first and entry == name]
+        strip = [task for entry, task, *_ in STRIP.values() if first and entry == name]
         rows = []
         for one in results["results"]:
-            if tuple(one[key] for key in KEYS[1:5]) in used or one["task"] in drawn:
+            key = (label, *(one[key] for key in KEYS[:5]))
+            kept = (label, *key[2:]) in seed.used or key in drawn.read
+            if kept or (one["task"] in strip and in_strip(one["learner"])):
                 rows.append([rounded(one[key]) for key in KEYS if key in one])
 
+        used = {key[1:] for key in seed.used | drawn.used if key[0] == label}
         facts = {key[0]: results[key[0]] for key in used if len(key) == 1}
         columns = sorted(key[1] for key in used if len(key) == 2)
         if columns:
@@ -78,6 +80,11 @@ def compact(
         device = {"device": results["device"], "seconds": seconds}
         short.append(device | {"facts": facts, "results": rows})
     return short
+
+
+def in_strip(learner: str) -> bool:
+    """Whether the README's figure has a line of this learner."""
+    return "%" not in learner and learner not in NOT_IN_STRIP  # %: of meta-training
 
 
 def rounded(value: Any) -> Any:
@@ -357,8 +364,7 @@ def draw_strip(rows: dict[str, Row]) -> None:
         metric = drawn[0]["metric"]
         curves: dict[str, dict[int, list[float]]] = {}
         for row in drawn:
-            hidden = "%" in row["learner"] or row["learner"] in NOT_IN_STRIP  # %: of meta-training
-            if row["metric"] == metric and not hidden:
+            if row["metric"] == metric and in_strip(row["learner"]):
                 curve = curves.setdefault(row["learner"], {})
                 curve.setdefault(row["step"], []).append(row["mean"])
 
