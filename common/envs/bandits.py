@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, State, never
+from common.envs.base import Simulation, State, never
 
 
-class Bandit(Env):
+class Bandit(Simulation):
     """Two arms, of which the first pays 1 and the other 0 (thesis, section 7.4).
 
     The best policy gets 1 per step. state: good (p,), the arm that pays.
@@ -117,7 +117,7 @@ class DependentBandit(IndependentBandit):
         return {"chances": torch.stack([chance, 1 - chance], -1)}
 
 
-class ContextualBandit(Env):
+class ContextualBandit(Simulation):
     """As many contexts as arms. Each pull has a context that is drawn anew and observed as a
     one-hot vector.
 

@@ -1,12 +1,13 @@
 """The interface of every environment, and what all of them share: time limit and auto-reset.
 
-An environment describes one step of one episode in `reset_env`, `get_obs` and `step_env`, named as
-in gymnax. `Env.reset` and `Env.step` are what a training loop calls.
+`Env.reset` and `Env.step` are what a training loop calls. A `Simulation` describes one step of one
+episode in `reset_env`, `get_obs` and `step_env`, named as in gymnax, from which these two are made.
 
 Axes: p environments in parallel, a observations, b actions or action dimensions.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,12 @@ class Step(NamedTuple):
     final_obs: Tensor  # (p, a), of the state that the action led to, also where an episode ended
 
 
-class Env:
+class Env(ABC):
     """Interface of every environment.
 
     `reset` starts new lifetimes and `step` takes one step, with a new episode wherever one ended.
     With `next_step_reset` the new episode begins a step later, as with gymnasium's next-step
     autoreset: that step ignores its action, pays 0 and returns the first observation.
-    A subclass defines reset_env, get_obs and step_env, or reset and step themselves.
     """
 
     obs_size = 0
@@ -74,21 +74,46 @@ class Env:
         something is drawn once per lifetime and outlasts its episodes."""
         return self.num_draws
 
+    @abstractmethod
+    def reset(self, draws: Tensor) -> tuple[State, Tensor]:
+        """The first state and observations (p, a) of new lifetimes. draws (p, lifetime_draws)."""
+
+    @abstractmethod
+    def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
+        """One step, and the first state of a new episode where one ended.
+        action (p,) int64 or (p, b); draws (p, num_draws)."""
+
+    def expected_rewards(self, state: State) -> Tensor | None:
+        """The expected reward (p, b) of each action, for bandits; else None."""
+        return None
+
+    def speed(self, reward: Tensor, action: Tensor) -> Tensor | None:
+        """For bodies the speed (...) in the rewarded direction, in steps with rewards (...) and actions
+        (..., b); else None."""
+        return None
+
+    def close(self) -> None:
+        """End the processes and threads of the environment, if it has any."""
+
+
+class Simulation(Env):
+    """Environments of which a subclass says how an episode starts and what one step of it does: time
+    limits and new episodes are the same for all."""
+
+    @abstractmethod
     def reset_env(self, draws: Tensor) -> State:
         """The first state of an episode. draws (p, reset_draws)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_obs(self, state: State) -> Tensor:
         """The observations (p, a) of a state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_env(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Tensor, Tensor]:
         """The next state, the reward (p,) and whether the episode terminated (p,).
         action (p,) int64 or (p, b); draws (p, step_draws)."""
-        raise NotImplementedError
 
     def reset(self, draws: Tensor) -> tuple[State, Tensor]:
-        """The first state and observations (p, a) of new lifetimes. draws (p, lifetime_draws)."""
         state = self.reset_env(draws[:, : self.reset_draws])
         state["steps"] = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
         if self.next_step_reset:
@@ -96,8 +121,6 @@ class Env:
         return state, self.get_obs(state)
 
     def step(self, state: State, action: Tensor, draws: Tensor) -> tuple[State, Step]:
-        """One step, and the first state of a new episode where one ended.
-        action (p,) int64 or (p, b); draws (p, num_draws)."""
         moved, reward, terminated = self.step_env(state, action, draws[:, self.reset_draws :])
         moved["steps"] = state["steps"] + 1
 
@@ -124,18 +147,6 @@ class Env:
         fresh, _ = self.reset(draws)
         masks = {name: ended.view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
         return {name: torch.where(masks[name], fresh[name], state[name]) for name in state}
-
-    def expected_rewards(self, state: State) -> Tensor | None:
-        """The expected reward (p, b) of each action, for bandits; else None."""
-        return None
-
-    def speed(self, reward: Tensor, action: Tensor) -> Tensor | None:
-        """For bodies the speed (...) in the rewarded direction, in steps with rewards (...) and actions
-        (..., b); else None."""
-        return None
-
-    def close(self) -> None:
-        """End the processes and threads of the environment, if it has any."""
 
 
 def never(reward: Tensor) -> Tensor:

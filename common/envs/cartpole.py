@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, State, never
+from common.envs.base import Simulation, State, never
 
 
-class CartPole(Env):
+class CartPole(Simulation):
     """gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983). Actions: push left, push right.
 
     Observations: position in m, velocity in m/s, angle in rad, angular velocity in rad/s. Reward: 1

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, State, never
+from common.envs.base import Simulation, State, never
 
 
-class Pendulum(Env):
+class Pendulum(Simulation):
     """gymnasium's Pendulum-v1: swing up and balance. One continuous action, the torque in units of
     2 N m.
 
@@ -57,7 +57,7 @@ class Pendulum(Env):
         return {"angle": angle, "speed": speed}, reward, never(reward)
 
 
-class Acrobot(Env):
+class Acrobot(Simulation):
     """gymnasium's Acrobot-v1 (Sutton 1996, with the dynamics of the book): two links, of which the
     tip has to swing above a height.
 
@@ -143,7 +143,7 @@ class AcrobotSwingUp(Acrobot):
         return moved, reward, never(reward)
 
 
-class MountainCar(Env):
+class MountainCar(Simulation):
     """gymnasium's MountainCar-v0 (Moore 1990): a car that has to swing up out of a valley.
 
     Actions: accelerate to the left, not at all, to the right. Observations: position, velocity.

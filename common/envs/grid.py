@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, EnvError, State
+from common.envs.base import EnvError, Simulation, State
 
 
-class GridWorld(Env):
+class GridWorld(Simulation):
     """A heart that pays +1 and a trap that pays -1; `swapped`, the heart pays -1 and the trap +1
     (thesis, section 4.5.4). Agent, heart and trap start in different random cells, and reaching
     either ends the episode. The size is that of a side.

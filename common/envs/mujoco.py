@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, EnvError, State, Step, never, normals
+from common.envs.base import Env, EnvError, Simulation, State, Step, never, normals
 
 
 class Gymnasium(Env):
@@ -211,7 +211,7 @@ def registered_id(name: str) -> str:
     return f"{id}-v{max(versions)}" if versions else id
 
 
-class MuJoCo(Env):
+class MuJoCo(Simulation):
     """A model that MuJoCo simulates in batches, on as many threads as there are cores.
 
     state: physics (p, positions and velocities), float64, and nothing else, so it can be saved.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.envs.base import Env, State, never
+from common.envs.base import Simulation, State, never
 
 
-class PointMass(Env):
+class PointMass(Simulation):
     """A point with friction between four walls, which two forces move to a target. 100 steps of
     0.1 s.
 
@@ -48,7 +48,7 @@ class PointMass(Env):
         return {"physics": torch.cat([position, velocity, target], -1)}, reward, never(reward)
 
 
-class Reacher(Env):
+class Reacher(Simulation):
     """An arm in the plane with two links of half a metre, whose tip two torques move to a target.
     The joints have friction, and neither feels the motion of the other. 100 steps of 0.05 s.
 
@@ -95,7 +95,7 @@ class Reacher(Env):
         return {"physics": torch.cat([angles, speeds, target], -1)}, reward, never(reward)
 
 
-class Heading(Env):
+class Heading(Simulation):
     """Motion in a direction that is not observed: a force changes a velocity in the plane, or with
     three `dims` in space, against a drag. No episodes.
 
