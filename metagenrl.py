@@ -28,9 +28,10 @@ therefore validation environments, although agents are not meta-trained there. N
 mountain_car_climb, the test environments of tests/reproduce.py M1.
 
 Axes, everywhere: p agents, s sub-trajectories in a batch, t time, e copies of an environment that an agent acts in, a
-observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. Agents of one environment form
-a group; in it, every network of every agent is one row of a matrix, and all agents take a step at once. Replay buffers and
-batches are in common/agents.py, networks in common/networks.py, PPO and RL^2 in common/policy_gradients.py.
+observations, b action dimensions, n hidden units, d all parameters of a network, m objectives. phi are policies, theta critics
+(two for each agent), psi value functions of on-policy rules, alpha objectives. Agents of one environment form a group; in it,
+every network of every agent is one row of a matrix, and all agents take a step at once. Replay buffers and batches are in
+common/agents.py, networks in common/networks.py, PPO and RL^2 in common/policy_gradients.py.
 """
 
 import math
@@ -110,11 +111,11 @@ class RL2Args:
     units: Size = 64
     """Units of the LSTM (A.2.3)."""
     lr: Positive = 3e-3
-    """Adam's learning rate at first; it falls linearly to zero (not in the thesis)."""
+    """Adam's learning rate at first; it falls linearly to zero (A.2.3: rllib's, which had 5e-5)."""
     epochs: Count = 10
-    """Passes over the trials of an update (not in the thesis)."""
+    """Passes over the trials of an update (rllib: 30)."""
     num_minibatches: Size = 4
-    """Parts that these trials are in; each is a step of PPO (not in the thesis)."""
+    """Parts that these trials are in; each is a step of PPO (rllib: of 128 steps)."""
     sizes: tuple[Size, Size] | None = None
     """Observations and action dimensions (default: as the environments need); fewer are padded with zeros (A.2.3)."""
 
@@ -144,7 +145,7 @@ class Args:
     track: bool = False
     """Log to Weights & Biases too (pip install "cleanmeta[track]")."""
     checkpoint_every: Count = 20_000
-    """Iterations between checkpoints. They hold the replay buffers; environments of gymnasium are reset at each."""
+    """Meta-steps between checkpoints. They hold the replay buffers; environments of gymnasium are reset at each."""
 
     learner: Name = "metagenrl"
     """What trains agents at meta-test time. Meta-learned: metagenrl, epg, rl2. untrained: the objective before meta-training;
@@ -159,7 +160,7 @@ class Args:
     test_seen: bool = True
     """Meta-test in --envs too."""
     env_steps: Count = 600_000
-    """Steps of each agent in its environment, meta-training (section 2.5)."""
+    """Steps of each agent in its environment, meta-training (section 2.5; Table A.3's 1 M are a meta-test's)."""
     test_steps: Count = 1_000_000
     """Steps of each agent, meta-test (section 2.5)."""
     num_envs: Size = 1
@@ -176,7 +177,7 @@ class Args:
     objective_units: Size = 32
     """Units of the objective's LSTM (Table A.2)."""
     objective_filters: Annotated[int, (2, 2**14)] = 32
-    """Units of the objective's other layers, which are 3 deep (Table A.2)."""
+    """Units of its other networks, 3 deep: of actions (Table A.2), of the other inputs, of outputs (both the authors')."""
     inputs: tuple[Input, ...] = ("reward", "value", "next_value", "time")
     """The objective's inputs beside both actions (section 2.3.2; fewer: Figure 2.5). gain: next_value minus value."""
     bound: Positive = 1000.0
@@ -219,7 +220,7 @@ class Args:
     policy_frequency: Count = 2
     """Updates of the critic for each one of policy and objective (A.2.2)."""
     exploration_noise: tuple[PositiveOrZero, ...] = (0.1,)
-    """Standard deviation of noise on actions taken (Table A.3). Several: one for each of --num-envs (not in the thesis)."""
+    """Standard deviation of noise on actions taken (Table A.3). Several: one for each copy, in turn (not in the thesis)."""
     random_steps: CountOrZero = 10_000
     """Steps of an agent that are random, at first (Table A.3)."""
     frozen_steps: CountOrZero = 0
@@ -230,8 +231,6 @@ class Args:
     """Steps after which another quarter of the agents is reset, so that some are fresh; 0: never (not in the thesis)."""
     gae_lambda: Share = 0.97
     """reinforce-off, reinforce-on, ppo, rl2: lambda of generalised advantages (Spinning Up's; not in the thesis)."""
-    normalized_advantages: bool = True
-    """reinforce-off: advantages of mean zero and deviation one over a batch, as in Spinning Up (not in the thesis)."""
     reinforce_lr: Positive = 1e-3
     """reinforce-off: Adam's learning rate for the policy (Table A.3)."""
     td3_lr: Positive = 1e-3
@@ -252,7 +251,7 @@ class Args:
     each: bool = False
     """Draw a thin line for each agent beside their mean, and keep its returns in results.json (Figure A.5)."""
     log_every: Count = 100
-    """Iterations that a line of metrics.csv is the mean of."""
+    """Meta-steps, each one step of every copy, that a line of metrics.csv is the mean of."""
 
 
 LAPTOP = dict(
@@ -282,7 +281,7 @@ LAPTOP = dict(
     inner_normalized=True,  # the objective's scale is free
     value_scaled=True,  # returns differ tenfold between environments
     objective_lr=3e-3,  # few steps
-    objective_lr_decay=True,  # else the objective changes much until the end
+    objective_lr_decay=True,  # no worse than without it (results page)
     exploration_noise=(0.05, 0.1, 0.2, 0.4),
     random_steps=2_000,
     frozen_steps=2_000,  # until the critics have learned something
@@ -528,11 +527,11 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
             group.step_async()
         for group in groups:  # for e, phi, theta, B in P: all agents of an environment as one batch
             group.step_wait(step)
-            own = alpha[group.which]
-            learn(args, group, grad_objective, own, now, share)
+            alphas = alpha[group.which]
+            learn(args, group, grad_objective, alphas, now, share)
             if policies:
                 batch = group.sample(now, args.inner_steps + 1)
-                g, loss = group.meta_gradient(own, group.state, batch)
+                g, loss = group.meta_gradient(alphas, group.state, batch)
                 grads.index_add_(0, group.which, g)  # the sum over agents
                 group.note("meta_loss", loss)
             group.note("reward", group.rewards)
@@ -555,7 +554,7 @@ def share_of_objective(args: Args, now: int, device: torch.device) -> Tensor | N
 
 
 def keep_history(history: Tensor, alpha: Tensor, step: int, steps: int) -> None:
-    """Set what the objectives (m, d) are after the parts of meta-training that are not over, history (k, m, d)."""
+    """history[k] (m, d) follows the objectives until the k-th part in PROGRESS of meta-training is over."""
     for k, part in enumerate(PROGRESS):
         if 100 * step < part * steps:
             history[k] = alpha
@@ -632,12 +631,11 @@ def reset_some(args: Args, groups: list[Group], step: int) -> None:
 # ======================================================================================================================
 def grad_reinforce(args: Args, nets: Nets, _: Tensor, state: State, batch: Batch) -> Tensor:
     """The gradient of minus Eq. 2.3 on replayed data, which biases it: REINFORCE with generalised advantages (Schulman et al.
-    2015) within sub-trajectories, as if the policy were Gaussian with the deviation of exploration."""
+    2015) within sub-trajectories, standardised as in Spinning Up, as if the policy were Gaussian with the deviation of
+    exploration."""
     value, next_value = values(nets, state, batch)
     delta = batch.mask * (batch.reward + args.gamma * next_value - value)
-    advantage = discounted(delta, torch.full_like(delta, args.gamma * args.gae_lambda))
-    if args.normalized_advantages:
-        advantage = standardized(advantage, batch.mask)
+    advantage = standardized(discounted(delta, torch.full_like(delta, args.gamma * args.gae_lambda)), batch.mask)
     std = sum(args.exploration_noise) / len(args.exploration_noise)
 
     def loss(phi: Tensor) -> Tensor:
@@ -676,7 +674,7 @@ def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
 
         def evaluate(population: Tensor, _: Tensor) -> Tensor:
             torch.manual_seed(1_000_003 * args.seed + generation)  # noqa: B023 (called at once)
-            own = torch.zeros(len(population), dtype=torch.int64)
+            own = torch.zeros(len(population), dtype=torch.int64)  # all are agent 0: of equal networks and random numbers
             group = Group(args, name, own[:1], args.epg.life_steps, run.device, fuser(run), own)  # noqa: B023
             rewards = [group.rewards for _ in train_agents(args, group, grad_objective, population)]
             group.env.close()
@@ -813,7 +811,7 @@ LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained object
 LABELS |= {"rl2": "RL²", "reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
 STYLES = {"metagenrl": "C0", "epg": "C2", "untrained": "0.6", "td3": "k"}
 STYLES |= {"rl2": "C5", "ppo": "C4", "reinforce-off": "C1", "reinforce-on": "C3"}
-PROGRESS = {5: "#e8f6e4", 14: "#d2edcc"}  # per cent of meta-training
+PROGRESS = {5: "#e8f6e4", 14: "#d2edcc"}  # per cent of meta-training: colour of its line
 PROGRESS |= {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}
 LABELS |= {f"{name}, {part} %": f"{LABELS[name]} after {part} %" for name in ("metagenrl", "epg") for part in PROGRESS}
 STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") for part in PROGRESS}
@@ -831,10 +829,10 @@ class LearnedObjective:
 
     actions and policy_actions are (s, t, b), in [-1, 1]: s sub-trajectories of t steps, of any action size, the actions taken
     and those of the policy now, through which the gradient flows. The others are (s, t): rewards; the critic's values of
-    policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 for steps
-    before the end of an episode (default: all); terminated, 1 where the next state is terminal, so that its value is not used
-    (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it should hold a hundred
-    steps or more. A whole agent is under "Use it" in .github/results/metagenrl.md.
+    policy actions in this state and in the next one; times, the step in the episode over its time limit; mask, 1 up to and with
+    the step that ends an episode and 0 behind it (default: all 1); terminated, 1 where the next state is terminal, so that its
+    value is not used (default: nowhere). Raises ValueError for other shapes. Inputs are standardised over the batch, so it
+    should hold a hundred steps or more. A whole agent is under "Use it" in .github/results/metagenrl.md.
     """
 
     def __init__(self, args: Args, alpha: Tensor):
@@ -1103,6 +1101,13 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--rl2.trials has to be a multiple of {parts}, --rl2.num-minibatches times processes.")
     if min(args.env_steps, args.test_steps, args.epg.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --epg.life-steps and --reset-every have to be at least --num-envs.")
+    trained = {"env_steps": args.mode == "train" and args.learner == "metagenrl", "test_steps": learners - {"rl2", *ON_POLICY}}
+    for flag in (flag for flag, used in trained.items() if used):
+        if args.frozen_steps >= getattr(args, flag):
+            words = f"{args.frozen_steps}, during which policies are not trained"
+            raise UserError(f"--{flag.replace('_', '-')} has to be more than --frozen-steps, {words}.")
+    if args.num_envs % len(args.exploration_noise):
+        raise UserError("--num-envs has to be a multiple of how many values --exploration-noise has.")
 
     if args.evaluations > args.test_steps // args.num_envs:
         raise UserError("--evaluations has to be at most --test-steps divided by --num-envs.")

@@ -156,21 +156,24 @@ class Outcome(NamedTuple):
     error: float
     seeds: int
     verdict: str
+    of_baseline: bool = False
 
 
 class Claim(NamedTuple):
-    """left > right (sign 1) or left < right (sign -1)."""
+    """left > right (sign 1) or left < right (sign -1). of_baseline: it is about baselines alone, for
+    example that they learn."""
 
     left: Number
     right: Number
     sign: int
+    of_baseline: bool = False
 
     @property
     def words(self) -> str:
         return f"{self.left.words} {'>' if self.sign > 0 else '<'} {self.right.words}"
 
     def not_run(self) -> Outcome:
-        return Outcome(self.words, math.nan, math.nan, math.nan, math.nan, 0, "not run")
+        return Outcome(self.words, *[math.nan] * 4, 0, "not run", self.of_baseline)
 
     def check(self, seeds: list[Seed], enough: int = ENOUGH_SEEDS) -> Outcome:
         try:
@@ -182,7 +185,9 @@ class Claim(NamedTuple):
         difference, error, verdict = judge(differences, enough)
         left = statistics.fmean(left)
         right = statistics.fmean(right)
-        return Outcome(self.words, left, right, difference, error, len(seeds), verdict)
+        return Outcome(
+            self.words, left, right, difference, error, len(seeds), verdict, self.of_baseline
+        )
 
 
 def higher(

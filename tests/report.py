@@ -132,7 +132,7 @@ def checked(
 # ==================================================================================================
 def status(name: str, row: Row) -> tuple[str, str]:
     """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that
-    decides, and how many of its claims are reproduced."""
+    decides, one about the method if there is one, and how many of its claims are reproduced."""
     for preset in ("thesis", "laptop"):
         if entry := checked(name, row, preset):
             saved, _, outcomes = entry
@@ -142,7 +142,7 @@ def status(name: str, row: Row) -> tuple[str, str]:
 
     verdict = weakest(outcomes)
     of_verdict = [outcome for outcome in outcomes if outcome.verdict == verdict]
-    deciding = min(of_verdict or outcomes, key=margin)
+    deciding = min(of_verdict or outcomes, key=lambda one: (one.of_baseline, margin(one)))
     reproduced = sum(outcome.verdict == "reproduced" for outcome in outcomes)
     numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({reproduced}/{len(outcomes)})"
     if is_test(saved["commands"]):
@@ -222,6 +222,7 @@ def section(name: str, row: Row, preset: str) -> str:
         for label, command in saved["commands"].items()
     )
     commands = commands.replace("python pytest", "python -m pytest")
+    commands = re.sub(r"(runs/reproduce/\S+?-s)\d+/", r"\1SEED/", commands)
     if is_test(saved["commands"]):
         return "\n\n".join([head, f"A test, run with torch {saved['torch']}.", commands])
 

@@ -592,7 +592,6 @@ def test_advantages_of_reinforce_are_normalised():
     with torch.no_grad():
         ours = metagenrl.grad_reinforce(args, nets, None, zero, batch)
         theirs = metagenrl.grad_reinforce(args, nets, None, zero, batch._replace(reward=10 * batch.reward + 1))
-    assert metagenrl.Args().normalized_advantages
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -616,7 +615,7 @@ def test_ppo_has_the_networks_of_spinning_ups_benchmarks():
 
 def test_reinforce_is_the_gradient_of_equation_2_3():
     nets, _, state, batch = setting(p=2)
-    args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9, normalized_advantages=False)
+    args = replace(ARGS, exploration_noise=(0.5,), gae_lambda=0.9)
     value, next_value = (x.detach() for x in metagenrl.values(nets, state, batch))
     phi = state["phi"].clone().requires_grad_()
     policy = torch.distributions.Normal(nets.act(phi, batch.obs), 0.5)
@@ -624,11 +623,14 @@ def test_reinforce_is_the_gradient_of_equation_2_3():
     total = 0
     for p in range(2):
         inside = batch.mask[p].nonzero().tolist()
+        advantages = []
         for s, t in inside:
             steps = [k for r, k in inside if r == s and k >= t]
             deltas = [batch.reward[p, s, k] + 0.99 * next_value[p, s, k] - value[p, s, k] for k in steps]
-            advantage = sum((0.99 * 0.9) ** (k - t) * delta for k, delta in zip(steps, deltas, strict=True))
-            total = total - log_policy[p, s, t] * advantage / len(inside)
+            advantages.append(sum((0.99 * 0.9) ** (k - t) * delta for k, delta in zip(steps, deltas, strict=True)))
+        advantages = torch.stack(advantages)
+        advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-5)
+        total = total - sum(log_policy[p, s, t] * one for (s, t), one in zip(inside, advantages, strict=True)) / len(inside)
     with torch.no_grad():
         ours = metagenrl.grad_reinforce(args, nets, None, state, batch)
     torch.testing.assert_close(ours, torch.autograd.grad(total, phi)[0])
@@ -929,6 +931,9 @@ REFUSED = {
     "--population 5": "--population 5 cannot be distributed",
     "--objective-filters 3": "--objective-filters has to be even",
     "--env-steps 3": "at least --num-envs",
+    "--frozen-steps 96": "--env-steps has to be more than --frozen-steps",
+    "--frozen-steps 40": "--test-steps has to be more than --frozen-steps",
+    "--exploration-noise 0.1 0.2 0.3": "--num-envs has to be a multiple",
     "--reset-every 3": "at least --num-envs",
     "--evaluations 11": "--evaluations has to be at most",
     "--baselines ppo --ppo.num-steps 44": "--ppo.num-steps has to be at most",

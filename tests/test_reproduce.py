@@ -446,6 +446,18 @@ def test_saved_rows_hold_what_claims_use_and_make_the_tables(fake, monkeypatch, 
     assert all(path.read_text() == text for path, text in report.tables(reproduce.ROWS).items())
 
 
+def test_the_table_shows_a_claim_about_the_method_rather_than_one_about_baselines(fake):
+    method, baseline = at("a", "t") > 3, at("b", "t") > 9
+    reproduce.ROWS["V1"] = row = Row("Fig. 1", "grows", "fake.py", [method, baseline._replace(of_baseline=True)])
+    results = [[learner, "t", "none", "m", 1, 2.0, 0.0, 1] for learner in "ab"]
+    runs = {seed: [{"device": "CPU", "seconds": 0, "facts": {}, "results": results}] for seed in "012"}
+    commands = {"": "fake.py --checkpoint runs/reproduce/V1-0-s0/checkpoint.pt"}
+    entry = {"commands": commands, "claims": [method.words, baseline.words], "torch": "2", "seeds": runs}
+    report.save("V1", "laptop", entry)
+    assert report.status("V1", row) == ("not reproduced", "2 vs 3 (0/2)")
+    assert "runs/reproduce/V1-0-sSEED/checkpoint.pt" in report.section("V1", row, "laptop")
+
+
 @pytest.mark.parametrize("code, verdict, cell", [(0.0, "not reproduced", "test fails"), (1.0, "reproduced", "test passes")])
 def test_a_claim_that_is_a_test_has_words_instead_of_numbers(fake, code, verdict, cell):
     passed = at("pytest", "test") > 0.5
