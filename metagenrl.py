@@ -273,8 +273,9 @@ LAPTOP = dict(
     tau=0.02,  # likewise
     policy_lr=3e-4,  # policies saturate if they are fast before the objective is meta-trained
     test_policy_lr=3e-3,  # searched in `envs` (results page)
-    reinforce_lr=3e-3,  # likewise, as TD3's and PPO's
-    ppo=PPOArgs(num_steps=400, lr=3e-3),
+    reinforce_lr=3e-3,  # likewise
+    td3_lr=1e-2,  # likewise
+    ppo=PPOArgs(num_steps=400, lr=3e-3),  # likewise, also for on-policy REINFORCE
     epg=EPGArgs(generations=10, pairs=8, life_steps=6_000),  # three minutes
     rl2=RL2Args(trial_steps=1_000_000),  # as many as MetaGenRL's agents have together
     inner_lr=0.02,  # of a gradient of length one
