@@ -669,7 +669,7 @@ def elsewhere(envs: list[str], run: str) -> list[Claim]:
 
 GLA = {
     "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
-        {"one goal": ONE_GOAL, "goals": "L4.0"},
+        {"one goal": ONE_GOAL, "goals": "gla.py --gaps 8 1 --baselines no-reward uniform"},
         lambda preset: [
             improves(GOALS[1], "one goal"),
             *ordered(GOALS[1], "one goal", ["gla, g = 1", "gla, g = 2", "gla, g = 4", "gla"]),
