@@ -163,8 +163,9 @@ METAGENRL = {
                  "--no-objective-lr-decay"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
-            at("metagenrl", envs[1], run="late") < mean("metagenrl, 60 and 80 %, late", [
-                at(f"metagenrl, {part} %", envs[1], run="late") for part in (60, 80)])]),
+            mean("metagenrl from 40 % on, late", [at(name, envs[1], run="late") for name in (
+                *(f"metagenrl, {part} %" for part in (40, 60, 80)), "metagenrl")])
+            < at("metagenrl, 14 %", envs[1], run="late")]),
         {"each": f"metagenrl.py --envs {LUNAR} --test-envs --progress --each --test-seeds 12 --baselines untrained",
          "late": "M6.0"}),
     "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
@@ -342,14 +343,15 @@ def control_claims(env: str, rnn: str) -> list[Claim]:
 
 
 SYMLA = {
-    "S1": Row("Fig. 4.3", "regret 1.70, in-context RNN 1.86",
+    "S1": Row("Fig. 4.3", "mean regret of 25 pairs: 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
-        [PAIRS["symla"] < PAIRS["rnn"] + 0.2, PAIRS["symla"] < 1.86 + 0.2, PAIRS["rnn"] < 1.86 + 0.63],
+        [PAIRS["symla"] < PAIRS["rnn"] + 0.2, PAIRS["symla"] < 1.7 + 0.36,  # not above the RNN; a fifth above the thesis'
+         (PAIRS["rnn"] < 1.86 + 0.63)._replace(of_baseline=True)],  # .63: the largest difference of a pair in Figure 4.3
         figures=lambda preset: [regret_figure("symla_five", FIVE, FIVE, FIGURE_4_3)]),
     "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
         [UNSEEN_ARMS["symla"] < 17, mean("symla, the same arms", [at("symla", arms, run=arms) for arms in ARMS]) < 14,
-         UNSEEN_ARMS["symla"] < UNSEEN_ARMS["uniform"], FROM["2 arms"] > FROM["many"]],
+         FROM["2 arms"] > FROM["many"]],  # the thesis has 15.4 and 12.3 of the first two
         figures=lambda preset: [regret_figure("symla_arms", ARMS, ARMS, FIGURE_4_4)]),
     "S3": Row("Fig. 4.5", "shuffled: SymLA keeps its return, RNN fails",
         {"start": "symla.py --envs contextual_bandit:2 contextual_bandit:3 grid_world:2 --baselines uniform --meta-steps 750",
@@ -362,21 +364,24 @@ SYMLA = {
         {env: f"symla.py --envs {env}" for env in CONTROL["thesis"]}),
     "S4": Row("Fig. 4.6", "rewards swapped: SymLA relearns, RNN fails",
         {"contexts": "symla.py --envs contextual_bandit:2 contextual_bandit:3 --baselines uniform --meta-steps 500",
-         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
-                  "--rnn-inputs 27",  # as many as 3 x 3 cells need
-         "grid": "symla.py --envs grid_world:3 --init {S4.1}/checkpoint.pt --baselines rnn uniform --meta-steps 400 "
-                 "--lifetime-steps 500"},
-        per({"laptop": ["grid_world:3"], "thesis": ["grid_world"]}, lambda env: [
-            *higher("symla", ["uniform"], [env, f"swapped_{env}"], None, "grid"),
-            *higher("rnn", ["uniform"], [env], None, "grid"),
-            *(improvement("symla", task, "grid") > 0 for task in (env, f"swapped_{env}")),
-            *higher("uniform", ["rnn"], [f"swapped_{env}"], None, "grid")]),
+         "2 x 2": "symla.py --envs grid_world:2 --init {S4.0}/checkpoint.pt --baselines uniform --meta-steps 400",
+         "grid": "symla.py --envs grid_world:3 --init {S4.1}/checkpoint.pt --baselines uniform --meta-steps 400 "
+                 "--lifetime-steps 500",
+         "rnn": "symla.py --learner rnn --envs grid_world:3 --baselines uniform --meta-steps 1300 --lifetime-steps 500"},
+        per({"laptop": [("grid_world:3", "rnn")], "thesis": [("grid_world", "grid")]}, lambda one: [
+            *higher("symla", ["uniform"], [one[0], f"swapped_{one[0]}"], None, "grid"),
+            *higher("rnn", ["uniform"], one[:1], None, one[1]),
+            *(improvement("symla", task, "grid") > 0 for task in (one[0], f"swapped_{one[0]}")),
+            improvement("symla", one[0], "grid") > improvement("rnn", one[0], one[1]),  # the RNN knows what pays from the start
+            *higher("uniform", ["rnn"], [f"swapped_{one[0]}"], None, one[1])]),
         {"grid": "symla.py --envs grid_world --baselines rnn uniform"}),
     "S5": Row("Fig. 4.7", "grid world to CartPole: only SymLA transfers",
         f"symla.py --envs {' '.join(DENSE['laptop'])} --normalize-rewards --meta-steps 600 --obs-gain 1 "
         "--test-steps 2000",  # four episodes of the cartpole that does not end
         lambda preset: [*(claim for who in ("symla", "rnn") for claim in higher(who, ["uniform"], DENSE[preset])),
                         *higher("symla", ["uniform", "rnn"], ["projected_balance_cartpole"]),
+                        *(improvement("symla", "projected_balance_cartpole", "") > least
+                          for least in (0, improvement("uniform", "projected_balance_cartpole", ""))),
                         above_random("rnn", "projected_balance_cartpole", "")
                         < above_random("symla", "projected_balance_cartpole", "") * 0.5],
         "symla.py --envs projected_dense_grid_world"),
