@@ -697,6 +697,8 @@ def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
     settings |= {name: getattr(args.rl2, name) for name in ("trial_steps", "epochs", "num_minibatches", "lr")}
     settings |= {"clip_coef": args.ppo.clip_coef, "rank": run.rank, "world": run.world}
     policy_gradients.meta_train(net, all_envs, run.steps, run.log, **settings)
+    for _, env in all_envs:
+        env.close()
 
 
 def returns_of_rl2(args: Args, net: RL2, name: str, key: int) -> list[tuple[int, Tensor]]:
@@ -739,7 +741,8 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
 
     if run.rank > 0:
         return rows
-    known = {row["task"]: "meta-trained in" if row["novelty"] == "none" else "never seen" for row in rows}
+    words = {"none": "meta-trained in", "task": "a variant of one seen", "domain": "never seen"}
+    known = {row["task"]: words[row["novelty"]] for row in rows}
     names = {"labels": LABELS, "titles": {task: f"{task} ({text})" for task, text in known.items()}}
     plot(rows, run.folder / "returns.png", xlabel="environment steps of an agent", ylabel="return", styles=STYLES, **names)
     return rows
@@ -774,11 +777,10 @@ def test_in_env(
         resets = group.of_all(group.state["diverged"]).int().view(len(learners), -1).sum(1).tolist()
 
     rows = []
-    novelty = "none" if name in args.envs else "domain"
     for index, learner in enumerate(learners):
         for step, values in curve:
             of_learner = values.chunk(len(learners))[index]
-            row = result_row(learner, name, novelty, "return", step, of_learner)
+            row = result_row(learner, name, envs.novelty(name, args.envs), "return", step, of_learner)
             row |= {"agents_reset": resets[index]} if resets[index] else {}  # agents that were not finite
             rows.append(row | {"values": of_learner.tolist()} if args.each else row)
     return rows
@@ -812,8 +814,7 @@ LABELS = {"metagenrl": "MetaGenRL", "epg": "EPG", "untrained": "untrained object
 LABELS |= {"rl2": "RL²", "reinforce-off": "off-policy REINFORCE", "reinforce-on": "on-policy REINFORCE"}
 STYLES = {"metagenrl": "C0", "epg": "C2", "untrained": "0.6", "td3": "k"}
 STYLES |= {"rl2": "C5", "ppo": "C4", "reinforce-off": "C1", "reinforce-on": "C3"}
-PROGRESS = {5: "#e8f6e4", 14: "#d2edcc"}  # per cent of meta-training: colour of its line
-PROGRESS |= {20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}
+PROGRESS = {5: "#e8f6e4", 14: "#d2edcc", 20: "#b2e0ac", 40: "#8ace88", 60: "#5bb86a", 80: "#339c52"}  # per cent: colour
 LABELS |= {f"{name}, {part} %": f"{LABELS[name]} after {part} %" for name in ("metagenrl", "epg") for part in PROGRESS}
 STYLES |= {f"{name}, {part} %": PROGRESS[part] for name in ("metagenrl", "epg") for part in PROGRESS}
 
@@ -843,38 +844,33 @@ class LearnedObjective:
 
     @staticmethod
     def load(checkpoint: str | Path = "pretrained", index: int = 0, device: torch.device | str = "cpu") -> "LearnedObjective":
-        """checkpoint: "pretrained", or a checkpoint.pt of this script with a meta-trained objective; index: which of
+        """checkpoint: "pretrained", or a checkpoint.pt of this script with a meta-learned objective; index: which of
         --objectives. Raises CheckpointError or UserError for another file, and IndexError."""
         saved = checkpoints.read(checkpoints.named(checkpoint, METHOD), method=str, args=dict, state=dict)
         try:
-            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD else None
+            args = from_dict(Args, saved["args"]) if saved["method"] == METHOD and saved["step"] else None
             alpha = saved["state"]["['alpha']"]
         except (TypeError, KeyError):
             args = alpha = None
-        size = (args.objectives, sum(make_nets(args, 1, 1).objective_sizes)) if args else None
+        learned = args and args.learner in ("metagenrl", "epg")
+        size = (args.objectives, sum(make_nets(args, 1, 1).objective_sizes)) if learned else None
         if not isinstance(alpha, Tensor) or (alpha.shape, alpha.dtype) != (size, torch.float32):
-            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with an objective.")
+            raise UserError(f"{checkpoint} is not a checkpoint of this {METHOD}.py with a meta-learned objective.")
         return LearnedObjective(args, alpha[index].to(device))
 
     def __call__(
-        self,
-        actions: Tensor,
-        policy_actions: Tensor,
-        rewards: Tensor,
-        values: Tensor,
-        next_values: Tensor,
-        times: Tensor,
-        mask: Tensor | None = None,
-        terminated: Tensor | None = None,
-    ) -> Tensor:
+        self, actions: Tensor, policy_actions: Tensor, rewards: Tensor, values: Tensor, next_values: Tensor, times: Tensor,
+        mask: Tensor | None = None, terminated: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The mean of the objective over steps, ()."""
         mask = torch.ones_like(rewards) if mask is None else mask
         terminated = torch.zeros_like(rewards) if terminated is None else terminated
         scalars = rewards, values, next_values, times, mask, terminated
-        if actions.ndim != 3 or policy_actions.shape != actions.shape or any(x.shape != actions.shape[:2] for x in scalars):
+        same = policy_actions.shape == actions.shape and all(x.shape == actions.shape[:2] for x in scalars)
+        if actions.ndim != 3 or not actions.numel() or not same:
             raise ValueError("Actions have to be (s, t, b), and all other inputs (s, t).")
-        actions, policy_actions = actions[None], policy_actions[None]
-        rewards, values, next_values, times, mask, terminated = (x[None].float() for x in scalars)
+        actions, policy_actions = actions[None].detach().float(), policy_actions[None].float()
+        rewards, values, next_values, times, mask, terminated = (x[None].detach().float() for x in scalars)
         zeros = torch.zeros_like(actions[..., :1])
         batch = Batch(zeros, actions, rewards, terminated, times, zeros, mask)
         losses = objective(self.args, self.nets, self.alpha[None], batch, policy_actions, values, next_values)
@@ -1084,13 +1080,15 @@ def fuser(run: "Run") -> Callable:
 def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     """Args with the sizes of RL^2 that its environments need. Refuses what cannot work, before anything is written."""
     learners = {args.learner, *args.baselines}
-    for flag in ("learner", "inputs", "envs") if args.mode == "test" else ():
+    for flag in ("learner", "inputs", "envs", "objectives") if args.mode == "test" else ():
         if getattr(args, flag) != checkpoint["args"].get(flag):
             raise UserError(f"A checkpoint keeps its --{flag}; leave it out.")
     for flag in ("envs", "inputs", "exploration_noise"):
         if not getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')} needs at least one value.")
 
+    if len(set(args.envs)) < len(args.envs):
+        raise UserError("--envs names an environment twice; leave one out.")
     agents = args.population // len(args.envs)
     if args.population % len(args.envs):
         raise UserError(f"--population {args.population} cannot be distributed equally over {len(args.envs)} environments.")
@@ -1102,11 +1100,12 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--rl2.trials has to be a multiple of {parts}, --rl2.num-minibatches times processes.")
     if min(args.env_steps, args.test_steps, args.epg.life_steps, args.reset_every or args.num_envs) < args.num_envs:
         raise UserError("--env-steps, --test-steps, --epg.life-steps and --reset-every have to be at least --num-envs.")
-    trained = {"env_steps": args.mode == "train" and args.learner == "metagenrl", "test_steps": learners - {"rl2", *ON_POLICY}}
-    for flag in (flag for flag, used in trained.items() if used):
-        if args.frozen_steps >= getattr(args, flag):
-            words = f"{args.frozen_steps}, during which policies are not trained"
-            raise UserError(f"--{flag.replace('_', '-')} has to be more than --frozen-steps, {words}.")
+    lives = {"--test-steps": args.test_steps} if learners - {"rl2", *ON_POLICY} else {}
+    if args.mode == "train" and args.learner == "metagenrl":
+        lives |= {"--env-steps": args.env_steps, "four times --reset-every": 4 * args.reset_every or math.inf}
+    lives |= {"--epg.life-steps": args.epg.life_steps} if args.mode == "train" and args.learner == "epg" else {}
+    if short := [name for name, steps in lives.items() if steps <= args.frozen_steps]:
+        raise UserError(f"--frozen-steps, in which policies are not trained, has to be less than {short[0]}.")
     if args.num_envs % len(args.exploration_noise):
         raise UserError("--num-envs has to be a multiple of how many values --exploration-noise has.")
 
@@ -1138,7 +1137,7 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         return args
     sizes = args.rl2.sizes or (inputs, outputs)
     if sizes[0] < inputs or sizes[1] < outputs:
-        raise UserError(f"RL^2 needs at least --rl2.sizes {inputs} {outputs} in these environments.")
+        raise UserError(f"RL^2 needs at least --rl2.sizes {inputs} {outputs} for these environments, from meta-training on.")
     return replace(args, rl2=replace(args.rl2, sizes=sizes))
 
 
@@ -1180,7 +1179,9 @@ def main() -> None:
     objectives["untrained"] = untrained
     if args.progress:
         first = 100 * args.frozen_steps / args.env_steps if args.learner == "metagenrl" else 0
-        parts = [(f"{args.learner}, {part} %", i) for i, part in enumerate(PROGRESS) if part > first]
+        total = args.env_steps // args.num_envs if args.learner == "metagenrl" else args.epg.generations
+        last = 100 * checkpoint["step"] / total if args.mode == "test" else 100  # of a run that was stopped
+        parts = [(f"{args.learner}, {part} %", i) for i, part in enumerate(PROGRESS) if first < part <= last]
         objectives |= {name: history[i] for name, i in parts}
     rows = meta_test(args, objectives, rl2, run)
     if run.rank > 0:

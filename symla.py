@@ -21,8 +21,8 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     agent = symla.SymLA.load("pretrained", num_actions=2)         # learns bandits, whose observation is [1.0]
     action = agent.act(obs, reward, done)                         # at each step of an environment; 0 and False at first
 
-The laptop preset was chosen on two-armed bandits, and elsewhere on upright_cartpole, shuffled too, and on grid_world:2, which are
-therefore validation environments. There the in-context RNN has SymLA's sigma and rate, which were not searched for it.
+The laptop preset was chosen on two-armed bandits, and elsewhere on upright_cartpole, shuffled too, and on grid_world:2: these
+are validation environments. There the in-context RNN has SymLA's sigma and rate, which were not searched for it.
 
 Axes, everywhere: p population, e environments in parallel, a observations, b actions, n hidden state, m message, t time, d all
 parameters. For an environment, p and e are one axis.

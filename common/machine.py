@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def run_as_script(main: Callable[[], None], script: str, user_errors: tuple[type
     """main(), with one sentence and exit code 1 for a user's mistake, a full disk, Ctrl-C and
     SIGTERM. script: its file's name."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(os, "register_at_fork"):  # environments' processes end at SIGTERM without a word
+        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
     try:
         main()
     except user_errors as error:

@@ -3,6 +3,7 @@ best reward is known."""
 
 import math
 import os
+import re
 import shutil
 
 import conftest
@@ -653,10 +654,20 @@ def test_actions_of_gymnasium_are_rescaled_to_their_box(dtype):
     np.testing.assert_allclose(taken, [[0, 6], [10, 2], middle, [10, 2]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bound", [np.inf, 3.4e38, np.finfo(np.float32).max])
-def test_actions_without_bounds_are_refused(bound):
+WHOLE = np.iinfo(np.int64)
+UNBOUNDED = [gymnasium.spaces.Box(-bound, bound, (1,)) for bound in (np.inf, 3.4e38, np.finfo(np.float32).max)]
+UNBOUNDED += [gymnasium.spaces.Box(WHOLE.min, WHOLE.max, (1,), np.int64), gymnasium.spaces.Box(-1, 1, (0,))]
+
+
+@pytest.mark.parametrize("space", UNBOUNDED)
+def test_actions_without_bounds_or_dimensions_are_refused(space):
     with pytest.raises(envs.EnvError, match="neither one choice nor a bounded vector"):
-        envs.make("Recorder-v0", 1, actions=gymnasium.spaces.Box(-bound, bound, (1,)))
+        envs.make("Recorder-v0", 1, actions=space)
+
+
+def test_no_observations_are_refused():
+    with pytest.raises(envs.EnvError, match="Recorder-v0 has no observations"):
+        envs.make("Recorder-v0", 1, obs=gymnasium.spaces.Box(-1, 1, (0,)))
 
 
 def test_images_are_refused():
@@ -693,13 +704,13 @@ class Broken(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-1, 1, (2,))
     action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, fault):
-        self.fault = fault
+    def __init__(self, fault, error=KeyError):
+        self.fault, self.error = fault, error
         self.fail("init")
 
     def fail(self, where):
         if where == self.fault:
-            raise KeyError("no\nlicence")
+            raise self.error("no\nlicence")
 
     def reset(self, *, seed=None, options=None):
         self.fail("reset")
@@ -707,17 +718,55 @@ class Broken(gymnasium.Env):
 
     def step(self, action):
         self.fail("step")
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    def close(self):
+        self.fail("close")
 
 
 gymnasium.register("Broken-v0", Broken, disable_env_checker=True)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
 @pytest.mark.parametrize("fault", ["init", "reset", "step"])
-def test_a_gymnasium_environment_that_raises_is_a_sentence(fault):
-    with pytest.raises(envs.EnvError, match=r"Broken-v0.* 'no.*licence'[^\n]*$"):
-        env = envs.make("Broken-v0", 1, fault=fault)
+def test_a_gymnasium_environment_that_raises_is_a_sentence(fault, error, parallel):
+    """In a process of its own too, where the place is not known, and an exit ends the process."""
+    with pytest.raises(envs.EnvError, match=r"^[^\n]*Broken-v0[^\n]*$") as raised:
+        env = envs.make("Broken-v0", 1, parallel=parallel, fault=fault, error=error)
         state, _ = env.reset(torch.zeros(1, 1))
         env.step(state, torch.zeros(1, dtype=torch.int64), torch.zeros(1, env.num_draws))
+    if fault != "init" and not parallel:
+        assert re.search(r"in \S*test_envs.py, line \d+: \W*no.*licence", str(raised.value))
+    if fault != "init" and parallel:
+        assert "in a process of its own, whose traceback is above" in str(raised.value)
+
+
+def test_an_environment_that_cannot_be_closed_does_no_harm():
+    env = envs.make("Broken-v0", 1, fault="close")
+    env.reset(torch.zeros(1, 1))
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "name, seen, kind",
+    [
+        ("pendulum", ["reacher", "pendulum"], "none"),
+        ("scaled_pendulum", ["pendulum"], "none"),
+        ("HalfCheetah-v4", ["half_cheetah"], "none"),
+        ("half_cheetah:180", ["half_cheetah:0"], "task"),
+        ("shuffled_CartPole-v1", ["CartPole-v1"], "task"),
+        ("pendulum:Mine-v0", ["pendulum"], "domain"),
+        ("reacher", ["pendulum", "point_mass"], "domain"),
+    ],
+)
+def test_how_new_an_environment_is(name, seen, kind):
+    assert envs.novelty(name, seen) == kind
+
+
+def test_a_module_of_the_user_may_have_the_name_of_an_environment():
+    with pytest.raises(envs.EnvError, match=r"The module of pendulum:Mine-v0 cannot be imported"):
+        envs.make("pendulum:Mine-v0", 1)
 
 
 def test_a_module_that_raises_is_a_sentence(tmp_path, monkeypatch):

@@ -783,6 +783,14 @@ def test_kill_and_resume_end_in_the_same_numbers(finished, tmp_path):
     assert without_seconds[0] == without_seconds[1]
 
 
+def test_of_a_run_that_was_stopped_only_parts_that_were_reached_are_tested(tmp_path):
+    """Killed after 10 of 24 meta-steps: 40 % were reached, and the objective after 60 and 80 % does not exist."""
+    assert command(tmp_path, "--run-name cut --baselines", launcher=killed(nth=2)).returncode == -signal.SIGKILL
+    done = command(tmp_path, f"--mode test --checkpoint {tmp_path / 'cut'} --progress --run-name test", tiny="")
+    assert done.returncode == 0, done.stderr
+    assert {row["learner"] for row in rows(tmp_path / "test")} == {"metagenrl", "metagenrl, 40 %"}
+
+
 def test_the_shipped_objective_trains_agents_where_it_was_not_meta_trained(tmp_path):
     """-52.9 and -80.7 when it was measured; -70 to -90 without learning."""
     flags = "--mode test --checkpoint pretrained --test-envs reacher --no-test-seen --baselines untrained --run-name shipped"
@@ -888,13 +896,23 @@ def test_an_objective_from_python(finished, tmp_path):
         lower = learned(taken, lower, rewards, values, next_values, times, mask, ended)
     assert lower < loss
 
+    other, value = policy.detach().requires_grad_(), values.clone().requires_grad_()
+    learned(taken.double(), other, rewards, value, next_values, times, mask, ended).backward()
+    assert value.grad is None and torch.equal(other.grad, policy.grad)
+
     with pytest.raises(ValueError, match="Actions have to be"):
         learned(taken, policy, rewards[:, :5], values, next_values, times)
+    with pytest.raises(ValueError, match="Actions have to be"):
+        learned(*(x[:, :0] for x in (taken, policy, rewards, values, next_values, times)))
     old, other = torch.load(path, weights_only=True), tmp_path / "old.pt"
     alpha = old["state"]["['alpha']"]
     for part in (alpha[:, :-8], alpha.double(), [1.0]):  # of other networks, of another type
         metagenrl.checkpoints.write(other, old | {"state": {"['alpha']": part}})
         with pytest.raises(metagenrl.UserError, match="not a checkpoint of this"):
+            metagenrl.LearnedObjective.load(other)
+    for part in ({"step": 0}, {"args": old["args"] | {"learner": "td3"}}):  # nothing was meta-learned
+        metagenrl.checkpoints.write(other, old | part)
+        with pytest.raises(metagenrl.UserError, match="with a meta-learned objective"):
             metagenrl.LearnedObjective.load(other)
     with pytest.raises(IndexError):
         metagenrl.LearnedObjective.load(path, index=99)
@@ -931,8 +949,11 @@ REFUSED = {
     "--population 5": "--population 5 cannot be distributed",
     "--objective-filters 3": "--objective-filters has to be even",
     "--env-steps 3": "at least --num-envs",
-    "--frozen-steps 96": "--env-steps has to be more than --frozen-steps",
-    "--frozen-steps 40": "--test-steps has to be more than --frozen-steps",
+    "--frozen-steps 40": "--frozen-steps, in which policies are not trained, has to be less than --test-steps",
+    "--env-steps 20": "--frozen-steps, in which policies are not trained, has to be less than --env-steps",
+    "--reset-every 4": "has to be less than four times --reset-every",
+    "--learner epg --epg.pairs 1 --epg.life-steps 20": "has to be less than --epg.life-steps",
+    "--envs pendulum pendulum": "--envs names an environment twice",
     "--exploration-noise 0.1 0.2 0.3": "--num-envs has to be a multiple",
     "--reset-every 3": "at least --num-envs",
     "--evaluations 11": "--evaluations has to be at most",
@@ -951,7 +972,7 @@ REFUSED = {
     f"{CHECKPOINT} --learner epg": "keeps its --learner",
     f"{CHECKPOINT} --inputs reward": "keeps its --inputs",
     f"{CHECKPOINT} --objective-units 7": "checkpoint.pt has no 'alpha'",
-    f"{CHECKPOINT} --objectives 3": "checkpoint.pt has no 'alpha'",
+    f"{CHECKPOINT} --objectives 3": "A checkpoint keeps its --objectives",
 }
 
 

@@ -28,6 +28,7 @@ Axes: p environments in parallel, a observations, b actions or action dimensions
 """
 
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch
 
 from common.envs.base import Env, EnvError, State, Step
 
-__all__ = ["ENVS", "Env", "EnvError", "State", "Step", "base_name", "make"]
+__all__ = ["ENVS", "Env", "EnvError", "State", "Step", "base_name", "make", "novelty"]
 
 ENVS = {  # name: module and class, imported when the name is asked for
     "bandit": "bandits:Bandit",
@@ -70,6 +71,7 @@ ENVS = {  # name: module and class, imported when the name is asked for
     "dm_cartpole": "mujoco:DMCartPole",
     "dm_cartpole_swing_up": "mujoco:DMCartPole",
 }
+OF_A_MODULE = re.compile(r":[A-Z]|:.*-v\d+$")  # module:Name-v0
 SAME = {"HalfCheetah-v4": "half_cheetah", "HalfCheetah-v5": "half_cheetah"}  # gymnasium's name and ours
 VARIANTS: dict[str, dict[str, Any]] = {  # options of the names that share a class
     "easy_bandit": {"better": 0.9},
@@ -122,7 +124,7 @@ def make(
         if not env.obs_size:
             raise EnvError(f"There is nothing to be {wrapper} in {inner}: it has no observations.")
         env = load(WRAPPERS[wrapper])(env)
-    elif base in ENVS:
+    elif base in ENVS and not OF_A_MODULE.search(name):
         env_class = load(ENVS[base])
         if colon:
             options["size"] = checked_size(name, env_class.min_size)
@@ -157,7 +159,15 @@ def base_name(name: str) -> str:
     if wrapper in WRAPPERS:
         return base_name(inner)
     base = name.partition(":")[0]
-    return base if base in ENVS else name
+    return base if base in ENVS and not OF_A_MODULE.search(name) else name
+
+
+def novelty(name: str, seen: Iterable[str]) -> str:
+    """What an environment is after meta-training in `seen`: none, the same, by whatever name; task, one
+    of another size or wrapper; domain, another one."""
+    name, *seen = (SAME.get(one, one).removeprefix("scaled_") for one in (name, *seen))
+    related = base_name(name) in map(base_name, seen)
+    return "none" if name in seen else "task" if related else "domain"
 
 
 def checked_size(name: str, least: int | None) -> int:

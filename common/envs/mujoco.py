@@ -5,8 +5,10 @@ Axes: p environments in parallel, a observations, b action dimensions.
 
 import math
 import os
+import re
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -61,7 +63,7 @@ class Gymnasium(Env):
                 **options,
             )
             self.envs = self.make_envs(self.num_envs)
-        except Exception as error:  # an environment of the user's own can raise anything
+        except (Exception, SystemExit) as error:  # an environment of the user's own can raise anything
             message = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, gym.error.UnregisteredEnv):
                 message += " An environment of your own is named package.module:Name-v0."
@@ -85,6 +87,8 @@ class Gymnasium(Env):
                 "choose another environment."
             )
         self.obs_size = math.prod(space.shape)
+        if not self.obs_size:
+            raise EnvError(f"{self.name} has no observations; choose another environment.")
         self.obs_scale = (1.0,) * self.obs_size
 
     def read_action_space(self, space: Any) -> None:
@@ -107,7 +111,8 @@ class Gymnasium(Env):
             )
 
     def close(self) -> None:
-        self.envs.close()
+        with suppress(Exception):  # nothing is lost if an environment cannot be closed
+            self.envs.close()
 
     def gym_action(self, action: Tensor) -> np.ndarray:
         """Actions as gymnasium takes them: choices from their first number on, vectors between
@@ -127,12 +132,15 @@ class Gymnasium(Env):
         """What gymnasium returns. Raises EnvError, which says where the environment raised what."""
         try:
             return function(*args, **options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            message = " ".join(str(error).split())
+            where = f" in {place.filename}, line {place.lineno}"
+            if re.search(r"[/\\](gymnasium|multiprocessing)[/\\]", place.filename):
+                where = " in a process of its own, whose traceback is above"
+            message = " ".join(str(error).split()) or "no message"
             raise EnvError(
-                f"{self.name} raised {type(error).__name__} in {place.filename}, line "
-                f"{place.lineno}: {message}; correct it, or choose another environment."
+                f"{self.name} raised {type(error).__name__}{where}: {message}; correct it, or "
+                "choose another environment."
             ) from error
 
     def check_finite(self, what: str, values: Tensor) -> None:
@@ -186,9 +194,10 @@ class Gymnasium(Env):
 
 
 def is_bounded(space: Any) -> bool:
-    """Whether a Box has bounds. The largest numbers of a type are no bounds."""
+    """Whether a Box has dimensions, and bounds. The largest numbers of a type are no bounds."""
     width = space.high.astype(np.float64) - space.low.astype(np.float64)
-    return bool((width < np.finfo(np.float32).max).all())
+    widest = 2.0**52 if space.dtype.kind in "iu" else np.finfo(np.float32).max
+    return bool(width.size and (width < widest).all())
 
 
 def registered_id(name: str) -> str:
