@@ -729,32 +729,35 @@ def fme(env: str, flags: str = "") -> dict[str, str]:
     return {"": command, ACTION: f"{command} --inputs obs reward action"}
 
 
-def sooner(other: str, env: str) -> Claim:
+def sooner(other: str, env: str, run: str = "") -> Claim:
     """FME's executions until a solution are fewer."""
-    return lead(other, env, what="until_solved") < 0
+    return lead(other, env, run=run, what="until_solved") < 0
 
 
 FME = {
     "F1": Row("Fig. 7.3 left", "solved after about 40, like hill climbing",
         fme("bandit", " --populations 64 --num-parallel 1 --roots 1 --lifetime lineage --executions 200"),  # Algorithm 12
-        [until_solved("fme", "bandit") < 80, at("fme", "bandit") > 0.95,
-         *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05), sooner("random_search", "bandit"),
-         at("fme", "bandit", run=ACTION) > 0.95],
+        [until_solved("fme", "bandit") < 80, until_solved("fme", "bandit") < until_solved("hill_climbing", "bandit") * 2,
+         at("fme", "bandit") > 0.95, *within(at("fme", "bandit"), at("hill_climbing", "bandit"), 0.05)],
         fme("bandit")),
     "F2": Row("Fig. 7.3 right", "100 steps, faster than hill climbing", fme("cartpole", " --populations 16"),
-        [at("fme", "cartpole") > 95, lead("fme_frozen", "cartpole") > 0,
-         *(sooner(other, "cartpole") for other in ("hill_climbing", "random_search")),
-         *(lead(other, "cartpole") > 0 for other in ("hill_climbing", "hill_climbing_matched", "random_search")),
-         lead("hill_climbing", "cartpole", run=ACTION) > 0,
-         at("fme", "cartpole", metric="child_better") > at("fme", "cartpole", 0, metric="child_better"),
-         at("fme", "cartpole", metric="child_better") > at("hill_climbing", "cartpole", metric="child_better")],
+        [at("fme", "cartpole") > 95, sooner("hill_climbing", "cartpole"), lead("hill_climbing", "cartpole") > 0],
         fme("cartpole")),
     "F3": Row("Fig. 7.4", "adapts only with the reward as input", fme("swapping_bandit", " --populations 16"),
-        [at("fme", "swapping_bandit") > 0.75,
-         *(lead(other, "swapping_bandit") > 0 for other in ("no_reward", "fme_frozen", "random_search")),
-         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05),
-         lead("fme_frozen", "swapping_bandit", run=ACTION) > 0],
+        [at("fme", "swapping_bandit") > 0.75,  # weights that do not change have .666 at most
+         *(lead(other, "swapping_bandit") > 0 for other in ("no_reward", "fme_frozen")),
+         *within(at("no_reward", "swapping_bandit"), 0.5, 0.05)],
         fme("swapping_bandit")),
+    "F4": Row("not in the thesis", "is it self-modification? Controls of F1 to F3",
+        {f"{name}{end}": f"{row}.{index}" for row, name in (("F1", "bandit"), ("F2", "cartpole"), ("F3", "swapping"))
+         for index, end in enumerate(("", f" {ACTION}"))},
+        [*(sooner("random_search", env, env) for env in ("bandit", "cartpole")),
+         *(lead(other, "cartpole", run="cartpole") > 0 for other in ("fme_frozen", "hill_climbing_matched", "random_search")),
+         lead("random_search", "swapping_bandit", run="swapping") > 0,
+         at("fme", "bandit", run=f"bandit {ACTION}") > 0.95, lead("hill_climbing", "cartpole", run=f"cartpole {ACTION}") > 0,
+         lead("fme_frozen", "swapping_bandit", run=f"swapping {ACTION}") > 0,
+         at("fme", "cartpole", run="cartpole", metric="child_better")
+         > at("fme", "cartpole", 0, "cartpole", metric="child_better")], needs="F1 to F3 first"),
 }
 ROWS = METAGENRL | VSML | SYMLA | GPICL | GLA | FME
 # fmt: on
