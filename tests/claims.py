@@ -427,7 +427,8 @@ def lead(
 class Figure(NamedTuple):
     """A figure over the runs of an entry: in each panel lines of points (x, y), or with `matrix` a
     heat-map with a row for each line and a column for each x. y, and x where it is a Number, are
-    numbers of each seed. each_seed: a thin line for each seed beside the mean."""
+    numbers of each seed. each_seed: a thin line for each seed beside the mean. limits: the numbers at
+    both ends of the colours of all heat-maps (default: each one's own)."""
 
     name: str
     xlabel: str
@@ -437,6 +438,7 @@ class Figure(NamedTuple):
     yscale: str = "linear"
     matrix: bool = False
     each_seed: bool = False
+    limits: tuple[float | None, float | None] = (None, None)
 
     def points(self, seed: Seed) -> list[tuple[str, str, float | str, float]]:
         """(panel, line, x, y) of one seed, without those whose rows are missing."""

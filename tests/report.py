@@ -323,7 +323,7 @@ def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]])
         cells: dict[str, dict[tuple[str, str], float]] = {}
         for (panel, line, x), ys in values.items():
             cells.setdefault(panel, {})[line, str(x)] = statistics.fmean(ys)
-        figures.matrix(cells, path, figure.ylabel)
+        figures.matrix(cells, path, figure.ylabel, limits=figure.limits)
         return
 
     rows = []
