@@ -1011,7 +1011,7 @@ class Gpu:
 FEWER_TO_COMPILE = {
     "fme": "--envs bandit --baselines hill_climbing",
     "metagenrl": "--envs point_mass --test-envs point_mass --population 2 --env-steps 48"
-    " --test-steps 20 --evaluations 1 --baselines untrained",
+    " --test-steps 24 --evaluations 1 --baselines untrained",
 }
 
 

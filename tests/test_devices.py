@@ -143,7 +143,7 @@ MORE = {
     test_fme: "--envs swapping_bandit",
     test_gla: "--baselines one-task no-reward ad dpt cloning teacher ppo uniform",
     test_gpicl: "--statistics",
-    test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 20 --evaluations 1 --baselines td3",
+    test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 24 --evaluations 1 --baselines td3",
     test_symla: "",
     test_vsml: "--baselines rnn sgd --test-datasets digits",
 }
