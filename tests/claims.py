@@ -374,7 +374,7 @@ def curve(column: str, run: str) -> list[tuple[Number, Number]]:
 
 
 def returns(learner: str, env: str, steps: Iterable[int], run: str = "") -> list[tuple[int, Number]]:
-    """MetaGenRL: the curve of a meta-test, without steps that have no row."""
+    """MetaGenRL and GLA: the curve of a meta-test, without steps that have no row."""
 
     def of(step: int, seed: Seed) -> float:
         row = seed.row(learner, env, step, run, None, None)

@@ -680,6 +680,18 @@ def elsewhere(envs: list[str], run: str) -> list[Claim]:
         *higher("gla", ["no-reward", "uniform"], [env], run=run))]
 
 
+def gaps_figure() -> Figure:
+    """Figure 6.3: reward within a lifetime, by the gap: of one goal in the plain grid world, and of an unseen goal."""
+    gaps = {"g = 8": "gla", **{f"g = {gap}": f"gla, g = {gap}" for gap in (4, 2, 1, 0)}, "g = 8, no rewards": "no-reward"}
+    one, unseen = f"{GOALS[1]}, the only goal", f"{GOALS[1]}, one of two unseen"
+    steps = range(4, 129, 4)
+    panels = {one: {line: returns(learner, GOALS[1], steps, "one goal") for line, learner in gaps.items()}}
+    panels[unseen] = {line: returns(gaps[line], GOALS[1], steps, "goals") for line in ("g = 8", "g = 1", "g = 8, no rewards")}
+    panels[unseen]["g = 0"] = returns("gla", GOALS[1], steps, "last policy")
+    panels[unseen]["g = 0, no rewards"] = returns("no-reward", GOALS[1], steps, "last policy")
+    return Figure("gla_gaps", "environment steps", "reward per step", panels, xscale="linear")
+
+
 GLA = {
     "L1": Row("Fig. 6.3", "rises in context, faster with larger gaps",
         {"one goal": ONE_GOAL, "goals": "gla.py --gaps 8 1 --baselines no-reward uniform",
@@ -692,7 +704,8 @@ GLA = {
                 *ordered(goal, "goals", ["gla, g = 1", "gla"]), *(one for run in ("goals", "last policy") for one in (
                     improves(goal, run), *higher("gla", ["no-reward"], [goal], run=run))))),
             *(on_a_body("ant", "ant") if preset == "thesis" else [])],
-        {"one goal": f"{ONE_GOAL} --preset laptop", "ant": f"gla.py --envs ant {ONE_BODY} --test-seeds 64"}),
+        {"one goal": f"{ONE_GOAL} --preset laptop", "ant": f"gla.py --envs ant {ONE_BODY} --test-seeds 64"},
+        figures=lambda preset: [gaps_figure()] * (preset == "laptop")),
     "L2": Row("Fig. 6.4", "both directions only if meta-trained on both",
         {"headings": f"gla.py --envs heading:0 heading:180 --batch 12 {TWO_WAYS.replace('--gaps 60', '--gaps 8')}"},
         per({"laptop": [("heading:0", "heading:180", "headings")], "thesis": [("ant:0", "ant:180", "ant")]},
