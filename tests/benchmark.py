@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -135,12 +136,9 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        parent = os.getppid()
         (self.options.signals / f"{name}.ready").touch()
-        while not (self.options.signals / f"{name}.go").exists():
-            time.sleep(0.02)
-            if os.getppid() != parent:
-                sys.exit("the benchmark is gone")
+        if not sys.stdin.readline():  # Job.go
+            sys.exit("the benchmark is gone")
 
     def kernels(self, what: str, work: Callable[[], object]) -> None:
         """What the GPU did in one call: how many kernels, how long all of them took, and which took
@@ -731,7 +729,7 @@ class Job(subprocess.Popen):
         env = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": compilers}
         env |= {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "5"}
         with open(self.log, "wb") as file:
-            pipes = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            pipes = dict(stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
             own = dict(cwd=folder, env=os.environ | env, start_new_session=True)
             super().__init__([str(word) for word in command], **pipes, **own)
 
@@ -740,6 +738,16 @@ class Job(subprocess.Popen):
         if code is not None and self.ended is None:
             self.ended = time.time()
         return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        super().wait(timeout)
+        return self.poll()
+
+    def go(self) -> None:
+        """Let it measure: it waits in Bench.ready."""
+        with suppress(BrokenPipeError):
+            self.stdin.write(b"go\n")
+            self.stdin.flush()
 
     def signal(self, number: int) -> None:
         if self.poll() is None:
@@ -761,12 +769,16 @@ class Job(subprocess.Popen):
 
 def wait(jobs: list[Job], until: float) -> None:
     """Until all have ended; those that have not are ended at that time."""
-    while any([job.poll() is None for job in jobs]) and time.time() < until:
-        time.sleep(0.05)
-    for job in jobs:
-        if job.poll() is None:
+
+    def one(job: Job) -> None:
+        try:
+            job.wait(max(0, until - time.time()))
+        except subprocess.TimeoutExpired:
             job.late = True
             job.end()
+
+    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+        list(pool.map(one, jobs))
 
 
 class Gpu:
@@ -915,10 +927,10 @@ class Gpu:
                 try:
                     for job in others:
                         job.signal(signal.SIGSTOP)
-                    time.sleep(0.3)  # until the GPU has done what they sent
+                    time.sleep(0.3)  # the GPU does what they sent, which no other process can wait for
                     for name in ready:
                         job = waiting.pop(name)
-                        (self.work / f"{name}.go").touch()
+                        job.go()
                         start = time.time()
                         wait([job], min(start + 60, max(until, start + 5)))
                         self.report(3, job, measuring=time.time() - start)
@@ -943,7 +955,8 @@ class Gpu:
         one."""
         checkpoint, metrics = (self.work / name / x for x in ("checkpoint.pt", "metrics.csv"))
         while job.poll() is None and time.time() < until:
-            time.sleep(0.2)
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(0.2)
             if self.toy and checkpoint.exists() and checkpoint.stat().st_mtime > job.started:
                 break
         if job.poll() is None:
