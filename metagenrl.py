@@ -662,32 +662,36 @@ def train_on_policy(args: Args, group: Group, ppo: bool) -> Iterator[int]:
         yield now
 
 
+def losses_of_lives(args: Args, group: Group, seed: int, alpha: Tensor, _: Any) -> Tensor:
+    """Minus the mean reward (p,) of the last fifth of agents' training by objectives alpha (p, d)."""
+    torch.manual_seed(seed)
+    group.begin()
+    rewards = [group.rewards for _ in train_agents(args, group, grad_objective, alpha)]
+    mean = torch.stack(rewards[-len(rewards) // 5 :]).mean(0)
+    broken = ~(group.state["phi"].isfinite().all(-1) & mean.isfinite())
+    return -torch.where(broken, -1e9, mean)
+
+
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
-    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the mean reward of the last fifth of
-    an agent's training by it, in one environment after the other. Agents act with their policies from the first step on: the
-    fitness of a short training that began with random actions would not depend on the objective. All of a generation have the
-    same random numbers. Changes alpha (1, d) in place, and history (k, 1, d) to what it was after each part in PROGRESS."""
+    """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the rewards at the end of an agent's
+    training by it, in one environment after the other. Agents act with their policies from the first step on: the fitness of a
+    short training that began with random actions would not depend on the objective. All of a generation have the same networks
+    and random numbers. Changes alpha (1, d) in place, and history (k, 1, d) to what it was after each part in PROGRESS."""
     args = replace(args, random_steps=0, policy_lr=args.test_policy_lr)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.epg.pairs, sigma=args.epg.sigma, seed=args.seed, rank_shaping=True)
+    own = torch.zeros(2 * args.epg.pairs // run.world, dtype=torch.int64)  # all are agent 0
+    groups = [Group(args, name, own[:1], args.epg.life_steps, run.device, fuser(run), own) for name in args.envs]
     for generation in run.steps(args.epg.generations, {"alpha": alpha, "history": history, "adam": optimizer}):
-        name = args.envs[generation % len(args.envs)]
-
-        def evaluate(population: Tensor, _: Tensor) -> Tensor:
-            torch.manual_seed(1_000_003 * args.seed + generation)  # noqa: B023 (called at once)
-            own = torch.zeros(len(population), dtype=torch.int64)  # all are agent 0: of equal networks and random numbers
-            group = Group(args, name, own[:1], args.epg.life_steps, run.device, fuser(run), own)  # noqa: B023
-            rewards = [group.rewards for _ in train_agents(args, group, grad_objective, population)]
-            group.env.close()
-            mean = torch.stack(rewards[-len(rewards) // 5 :]).mean(0)
-            broken = ~(group.state["phi"].isfinite().all(-1) & mean.isfinite())
-            return -torch.where(broken, -1e9, mean)
-
+        group = groups[generation % len(groups)]
+        evaluate = partial(losses_of_lives, args, group, 1_000_003 * args.seed + generation)
         grads, losses = es.gradient(alpha[0], evaluate, generation=generation, **settings)
         alpha.grad = grads[None]
         optimizer.step()
         keep_history(history, alpha, generation, args.epg.generations)
         run.log(generation, {"reward": -losses.mean()})
+    for group in groups:
+        group.env.close()
 
 
 def meta_train_rl2(args: Args, net: RL2, run: "Run") -> None:
@@ -1086,7 +1090,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
     for flag in ("envs", "inputs", "exploration_noise"):
         if not getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')} needs at least one value.")
-
     if len(set(args.envs)) < len(args.envs):
         raise UserError("--envs names an environment twice; leave one out.")
     agents = args.population // len(args.envs)
@@ -1108,7 +1111,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError(f"--frozen-steps, in which policies are not trained, has to be less than {short[0]}.")
     if args.num_envs % len(args.exploration_noise):
         raise UserError("--num-envs has to be a multiple of how many values --exploration-noise has.")
-
     if args.evaluations > args.test_steps // args.num_envs:
         raise UserError("--evaluations has to be at most --test-steps divided by --num-envs.")
     longest = min(args.buffer_size, args.test_steps) // args.num_envs
@@ -1116,7 +1118,6 @@ def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:
         raise UserError("--ppo.num-steps has to be at most --buffer-size and --test-steps.")
     if args.objective_filters % 2:
         raise UserError("--objective-filters has to be even: half of the units are squares.")
-
     if "reinforce-off" in learners and not sum(args.exploration_noise):
         raise UserError("reinforce-off needs a --exploration-noise above 0.")
     if not test_envs(args):

@@ -96,17 +96,23 @@ class Agents:
         self.sharded = dist.is_initialized() and len(own) < total
         self.external = not env.resumable
         self.pool = ThreadPoolExecutor(1) if self.external else None
-        width = 2 * env.obs_size + env.action_size + 4
-        self.state = {"buffer": torch.zeros(len(own), self.copies, capacity, width, device=env.device)}
-        for name in ("age", "first_step", "diverged"):
-            self.state[name] = torch.zeros(len(own), dtype=torch.int64, device=env.device)
+        self.capacity = capacity
         self.metrics = metrics
         self.deviations = deviations
-        for name in metrics:
-            self.state[f"{name}_sum"] = torch.zeros(len(own), device=env.device)
-            self.state[f"{name}_count"] = torch.zeros_like(self.state["age"])
+        self.begin()
+
+    def begin(self) -> None:
+        """Initial parameters, empty buffers and new episodes for all agents."""
+        p, device = len(self.own), self.device
         initial = self.initial()
         self.parameters = tuple(initial)
+        width = 2 * self.env.obs_size + self.env.action_size + 4
+        self.state = {"buffer": torch.zeros(p, self.copies, self.capacity, width, device=device)}
+        for name in ("age", "first_step", "diverged"):
+            self.state[name] = torch.zeros(p, dtype=torch.int64, device=device)
+        for name in self.metrics:
+            self.state[f"{name}_sum"] = torch.zeros(p, device=device)
+            self.state[f"{name}_count"] = torch.zeros_like(self.state["age"])
         self.state |= initial
         self.reset_envs(0)
 

@@ -126,7 +126,7 @@ METAGENRL = {
             preset, "metagenrl_unseen", {KNOWN[preset][-1]: "meta-trained in"} | dict.fromkeys(UNSEEN[preset], CALLED[preset]),
             ["metagenrl", "untrained", "reinforce-off", "td3"])]),
     "M2": Row("Table 2.1", "RL² only where meta-trained; EPG fails",
-        {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": f"{EPG} --epg.generations 280"},
+        {"": "M1.0", "rl2": f"{RL2} --rl2.trial-steps 5000000", "epg": f"{EPG} --compile --epg.generations 280"},
         lambda preset: [*(claim for env in KNOWN[preset] for claim in (
                 gain(env) > 0, gain(env, "rl2", "rl2") > gain(env) * 0.8, gain(env, "epg", "epg") < gain(env) * 0.2)),
             *(gain(env, other, other) < gain(env) * 0.2 for env in UNSEEN[preset] for other in ("rl2", "epg"))],
