@@ -131,7 +131,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors are."""
     compile: bool = True
-    """Fuse updates with torch.compile (needs a C++ compiler on a CPU)."""
+    """Fuse updates with torch.compile (needs a C++ compiler on a CPU), also in a meta-test of more than 10,000 updates."""
     mode: Literal["train", "test"] = "train"
     """train: meta-train, then meta-test; test: only meta-test a --checkpoint."""
     checkpoint: str | None = None
@@ -742,7 +742,6 @@ def meta_test(args: Args, objectives: dict[str, Tensor], rl2: RL2 | None, run: "
         rows += run.once(f"{name}, {learners[0]}", measure)
         bar.update(1 - bar.n % 1)
     bar.close()
-
     if run.rank > 0:
         return rows
     words = {"none": "meta-trained in", "task": "a variant of one seen", "domain": "never seen"}
@@ -773,9 +772,10 @@ def test_in_env(
         alpha = torch.cat(alphas or [torch.zeros(agents, 0, device=run.device)])
         torch.manual_seed(args.seed + 1_000_003 * (number + 1))
         torch.compiler.reset()  # the functions of the group before
+        fuse = fuser(run, args.test_steps // args.num_envs)
         which = torch.arange(agents * len(learners))
         own = which[run.rank % len(which) :: run.world]  # of more processes than agents some have the same one
-        group = Group(args, name, which, args.test_steps, run.device, fuser(run), own, on_policy=learners[0] in ON_POLICY)
+        group = Group(args, name, which, args.test_steps, run.device, fuse, own, on_policy=learners[0] in ON_POLICY)
         curve = returns(args, group, learners[0], alpha[group.own], bar, key)
         group.env.close()
         resets = group.of_all(group.state["diverged"]).int().view(len(learners), -1).sum(1).tolist()
@@ -1076,9 +1076,9 @@ def make_env(name: str, count: int, device: torch.device | str = "cpu") -> Env:
     return env
 
 
-def fuser(run: "Run") -> Callable:
-    """What compiles a function, if anything does."""
-    return partial(torch.compile, dynamic=False) if run.compiles else lambda f: f
+def fuser(run: "Run", iterations: float = math.inf) -> Callable:
+    """What compiles a function, if anything does; not for a short training, which ends sooner than compiling."""
+    return partial(torch.compile, dynamic=False) if run.compiles and iterations > 10_000 else lambda f: f
 
 
 def checked(args: Args, checkpoint: dict[str, Any], world: int) -> Args:

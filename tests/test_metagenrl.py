@@ -414,6 +414,15 @@ def test_the_rate_of_objectives_falls_to_zero(monkeypatch):
     assert rates == pytest.approx([0.07, 0.05, 0.03, 0.01])  # a step of objectives for every second one of critics
 
 
+def test_a_short_training_is_not_compiled():
+    run = Sick([])
+    run.compiles = True
+    assert metagenrl.fuser(run, 2_500)(abs) is abs
+    assert metagenrl.fuser(run, 250_000).func is metagenrl.fuser(run).func is torch.compile
+    run.compiles = False
+    assert metagenrl.fuser(run)(abs) is abs
+
+
 def test_functions_of_several_environments_are_all_compiled():
     """torch.compile counts what is compiled of all `partial`s together, and would leave others uncompiled without a word."""
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
