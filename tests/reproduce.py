@@ -850,12 +850,13 @@ def execute(line: list[str], folder: Path, words: str, jobs: int = 1) -> None:
 
 
 def run_side_by_side(names: list[str], preset: str, num_seeds: int, data_dir: Path, jobs: int) -> dict[str, UserError]:
-    """Finish all runs of some entries, several at a time, those first that others start from. Returns the errors by entry."""
+    """Finish all runs of some entries, several at a time, those first that others start from, and commands before seeds: what
+    one compiles, its other seeds find. Returns the errors by entry."""
     runs = [
         (name, index, seed)
         for name in names
-        for index in range(len(ROWS[name].commands(preset)))
         for seed in seeds_of(ROWS[name], num_seeds)
+        for index in range(len(ROWS[name].commands(preset)))
     ]
     runs.sort(key=lambda run: "{" in command_of(run[0], run[1], preset))
     errors = {}
