@@ -565,7 +565,7 @@ def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
     words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
     rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
     if rows:
-        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=STYLES, columns=2, confidence=True)
+        plot(rows, path, xlabel="depth", xscale="log", labels=LABELS, styles=STYLES, columns=2, standard_error=True)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:

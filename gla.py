@@ -773,7 +773,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
         labels=labels,
         titles={task: f"{task} ({words})" for task, words in known.items()},
         styles={"ppo": "k", "teacher": "k--", "uniform": "0.6"},
-        confidence=True,
+        standard_error=True,
         columns=5,
         xscale="log",
     )

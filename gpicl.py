@@ -16,7 +16,7 @@ Kirsch, "Automating AI Research" (2025), chapter 5 and appendix D; Kirsch, Harri
     Appendix D.4   -> common/incontext.py (LSTMs, VSML without and with symmetries)
     Appendix D.5   -> common/incontext.py (online SGD and Adam, MAML), search_rates
 
-    python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 5 minutes
+    python gpicl.py                                          # meta-train on digits, meta-test on unseen data: 4 minutes
     python gpicl.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-datasets mnist fashion_mnist
     python tests/reproduce.py G4                             # the phases of Figure 5.4
 
@@ -357,14 +357,15 @@ def train_tasks(args: Args, dataset: Dataset, num_inputs: int, classes: tuple[in
 
 
 def class_counts(args: Args, dataset: Dataset) -> tuple[int, ...] | None:
-    """Of --classes, at most those of the dataset; None: all of them, as where they are made on the fly."""
+    """--classes, each at most the dataset's number of classes; None, for all, without the flag and for generated datasets."""
     if not args.classes or not len(dataset):
         return None
     return tuple(min(count, dataset.num_classes) for count in args.classes)
 
 
 def biased_tasks(args: Args) -> int:
-    """How many of the K tasks have the fixed permutation: the share of --bias, or half where batches have both kinds later."""
+    """How many of the K tasks have the fixed permutation: the larger of --bias and --bias-end times K; half of them where one
+    of the two is 1 and the other less, so that there are tasks of both kinds."""
     lowest, highest = sorted([args.bias, last_bias(args)])
     if lowest < 1 and highest == 1:
         highest = 0.5
@@ -642,8 +643,8 @@ def test_tasks(args: Args, device: torch.device, num_inputs: int) -> dict[tuple[
 
 
 def seen_ids(args: Args, steps: int, plateau: int, device: torch.device, number: int = 0) -> Tensor:
-    """Ids of at most --test-tasks tasks that were made of dataset `number`, of the last of so many meta-steps, of which those
-    with the fixed permutation are the first of each batch."""
+    """Ids (n,) of at most --test-tasks tasks of dataset `number` that meta-training sampled, from its last meta-steps before
+    `steps`. Those with the fixed permutation come first in each batch."""
     ids = torch.zeros(0, dtype=torch.int64, device=device)
     for step in reversed(range(max(len(args.dataset), steps))):
         if step % len(args.dataset) != number:
@@ -701,7 +702,7 @@ def meta_test(
         some, curve = run.once(f"{task}, {novelty}", measure)
         rows += some
         curves += curve
-    axis = dict(xlabel="example", ylabel="accuracy", ylim=(0, 1.02), labels=LABELS, confidence=True, columns=3)
+    axis = dict(xlabel="example", ylabel="accuracy", ylim=(0, 1.02), labels=LABELS, standard_error=True, columns=3)
     plot(curves, run.folder / "accuracy.png", **axis)
     return rows
 
@@ -806,7 +807,7 @@ class InContextLearner(Learner):
     ) -> Classifier:
         """A trained learner to be used from Python: see Classifier. checkpoint: "pretrained", or a checkpoint.pt of this
         script. Raises CheckpointError or UserError for what is no checkpoint of this script. What it returns raises
-        ValueError for more classes than were meta-trained, and for more examples than a Transformer has positions."""
+        ValueError for more classes than were meta-trained, and for as many examples as a Transformer has positions."""
         path = checkpoints.named(checkpoint, METHOD)
         saved = checkpoints.read(path, method=str, args=dict, state=dict)
         try:
@@ -830,14 +831,14 @@ class InContextLearner(Learner):
 
     def predict(self, params: Params, state: Context, x: Tensor) -> tuple[Context, Tensor]:
         """Eq. 5.1. Keeps what `learn` would continue from."""
-        if isinstance(self.model, Transformer) and state.examples == self.args.sequence_length:
-            most = self.args.sequence_length - 1
-            raise ValueError(f"This Transformer learns from at most {most} examples, and all its positions are used; reset it.")
         x = x[0, :, None] @ state.projection
         logits, after = self.model(x, pad(state.label, self.num_classes)[:, None], state.before)
         return state._replace(after=after), logits[None, :, 0, : state.label.shape[1]]
 
     def learn(self, params: Params, state: Context, error: Tensor, label: Tensor) -> Context:
+        most = self.args.sequence_length - 1  # the last position is for a prediction
+        if isinstance(self.model, Transformer) and state.examples == most:
+            raise ValueError(f"This Transformer learns from at most {most} examples; reset it.")
         return Context(state.projection, label[0], state.after, None, state.examples + 1)
 
 
@@ -847,8 +848,8 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # these name the seen
-KEPT += ("heads", "key_size", "label_scale", "micro_ticks")  # tasks and the learner, which a meta-test cannot change
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # name the seen tasks
+KEPT += ("heads", "key_size", "label_scale", "micro_ticks")  # these the learner; a meta-test cannot change any
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------

@@ -275,9 +275,9 @@ RELEASE = dict(
     logit_slot=1,
     state_init="half",
     rnn_size=128,
-    projected=0.5,  # its configuration rand_proj, for Figures 3.6 and 3.8
+    projected=0.5,  # its configuration rand_proj, for Figures 3.6 to 3.8
 )
-CLONE = dict(  # section 3.3.2; settings without a source are ours, which appendix B.3.1 leaves open
+CLONE = dict(  # section 3.3.2; values without a source are ours, for appendix B.3.1 gives none
     learner="clone",
     baselines=("backprop",),
     dataset=("digits",),  # needs no download

@@ -62,7 +62,8 @@ class Conv(NamedTuple):
 
 
 def layers(num_inputs: int, channels: tuple[int, ...]) -> list[Conv]:
-    """Of these numbers of channels, on square images of one or three. Raises ValueError for others."""
+    """Convolutional layers with these numbers of output channels, for square images with one or three
+    channels. Raises ValueError for other images."""
     known = 1 if math.isqrt(num_inputs) ** 2 == num_inputs else 3
     side = math.isqrt(num_inputs // known)
     if channels and known * side**2 != num_inputs:

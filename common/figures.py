@@ -36,15 +36,14 @@ def plot(
     labels: dict[str, str] | None = None,
     titles: dict[str, str] | None = None,
     styles: dict[str, str] | None = None,
-    confidence: bool = False,
+    standard_error: bool = False,
     columns: int = 4,
     **axis: Any,
 ) -> None:
     """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a
     band around it.
 
-    The band is one standard deviation, or with `confidence` the 95 % confidence interval of the
-    mean. A row's optional "values" are drawn as thin lines, one for each seed. labels, titles: what
+    The band is one standard deviation, or with `standard_error` that of the mean. A row's optional "values" are drawn as thin lines, one for each seed. labels, titles: what
     to write for a line and a panel; styles: matplotlib's color and dashes for a line, such as
     "k--". Further arguments go to matplotlib's axis.set.
     """
@@ -63,7 +62,7 @@ def plot(
             points = [row for row in rows if row[panel] == name and row[line] == of]
             if points:
                 style = (styles or {}).get(of, f"C{number}")
-                handles[plain((labels or {}).get(of, of))] = draw_line(ax, points, x, style, confidence)
+                handles[plain((labels or {}).get(of, of))] = draw_line(ax, points, x, style, standard_error)
         ax.set(title=plain((titles or {}).get(name, name)), xlabel=xlabel, ylabel=ylabel, **axis)
         ax.title.set_fontsize("medium")
         ax.grid(alpha=0.3)
@@ -75,7 +74,7 @@ def plot(
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
 
-    band = "95 % confidence interval of the mean" if confidence else "standard deviation"
+    band = "standard error of the mean" if standard_error else "standard deviation"
     wide = max(map(len, handles)) + 8  # of a label and its line, in characters
     figure.legend(
         handles.values(),
@@ -89,14 +88,14 @@ def plot(
 
 
 def draw_line(
-    ax: Any, points: Sequence[dict[str, Any]], x: str, style: str, confidence: bool
+    ax: Any, points: Sequence[dict[str, Any]], x: str, style: str, standard_error: bool
 ) -> Any:
     """Mean and band of the rows `points`, and their "values" if all have them. Returns the line."""
     xs = np.array([row[x] for row in points])
     mean = np.array([row["mean"] for row in points])
     band = np.array([row["std"] for row in points])
-    if confidence:
-        band = 1.96 * band / np.sqrt([row["seeds"] for row in points])
+    if standard_error:
+        band = band / np.sqrt([row["seeds"] for row in points])
 
     (handle,) = ax.plot(xs, mean, style)
     if len(points) == 1:

@@ -87,7 +87,8 @@ class OuterProductLSTM(Recurrent):
 
 class SubRNNs(nn.Module):
     """A grid of LSTMs with shared weights. The inputs of each are those of its row a and of its column b, and the messages of
-    its row and of its column at the tick before (Eq. 4.9). Messages are averaged. units: n; message_size: m."""
+    its row and of its column: Eq. 4.9 with messages of the last tick, where chapter 4 keeps those of the last example. Messages
+    are averaged. units: n; message_size: m."""
 
     def __init__(self, row_inputs: int, column_inputs: int, units: int, message_size: int, ticks: int):
         super().__init__()

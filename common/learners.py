@@ -290,7 +290,8 @@ class FastWeightMemory(InContextRNN):
 class Hebbian(Learner):
     """Hebbian fast weights (Miconi et al. 2018; thesis, B.3.2): one layer of weights w + alpha *
     fast. A first pass predicts; a second one, which also has error and label as inputs, changes the
-    fast weights by Oja's rule. Sizes are fixed."""
+    fast weights by Oja's rule, whose y is the softmax of its outputs, as in the release. Sizes are
+    fixed."""
 
     def __init__(self, num_inputs: int, num_outputs: int, bound: float = 100.0):
         shape = (num_inputs + 2 * num_outputs, num_outputs)

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from claims import KEYS, VERDICTS, Figure, Outcome, Row, Seed, UserError, weakest
+from claims import ENOUGH_SEEDS, KEYS, VERDICTS, Figure, Outcome, Row, Seed, UserError, weakest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".github" / "results"
@@ -181,6 +181,13 @@ def status_table(rows: dict[str, Row]) -> str:
     return f"{summary}\n\n" + table(["figure", "`reproduce.py`", "verdict", "here", "thesis"], lines)
 
 
+def more_seeds(name: str, row: Row) -> str:
+    """The flag of an entry that was run over more seeds than by default."""
+    entry = checked(name, row, "laptop")
+    seeds = len(entry[1]) if entry else 0
+    return f" --seeds {seeds}" if seeds > ENOUGH_SEEDS else ""
+
+
 def order_of_verdicts(item: tuple[str, int]) -> int:
     return VERDICTS.index(item[0]) if item[0] in VERDICTS else len(VERDICTS)
 
@@ -191,7 +198,7 @@ def page_text(script: str, rows: dict[str, Row]) -> str:
     lines = [
         [
             f'<a id="{name.lower()}"></a>{row.figure}',
-            f"`python tests/reproduce.py {name}`",
+            f"`python tests/reproduce.py {name}{more_seeds(name, row)}`",
             *status(name, row),
             row.claim,
         ]
@@ -311,7 +318,7 @@ def draw_figures(rows: dict[str, Row]) -> None:
 
 
 def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]]) -> None:
-    """Means over seeds and their 95 % confidence intervals."""
+    """Means over seeds and their standard errors."""
     sys.path.insert(0, str(ROOT))
     from common import figures
 
@@ -336,7 +343,7 @@ def draw(figure: Figure, seeds: list[list[tuple[str, str, float | str, float]]])
     styles = {line: f"C{i}o-" for i, line in enumerate(lines)}
     axis = {"xlabel": figure.xlabel, "ylabel": figure.ylabel}
     axis |= {"xscale": figure.xscale, "yscale": figure.yscale}
-    figures.plot(rows, path, styles=styles, columns=3, confidence=True, **axis)
+    figures.plot(rows, path, styles=styles, columns=3, standard_error=True, **axis)
 
 
 def draw_strip(rows: dict[str, Row]) -> None:

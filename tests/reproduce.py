@@ -188,7 +188,8 @@ CLONE = "vsml.py --preset clone --dataset mnist --test-datasets mnist fashion_mn
 CLONED = [("shallow", "mnist", 0.90), ("deep", "mnist", 0.87),
           ("shallow", "fashion_mnist", 0.80), ("deep", "fashion_mnist", 0.76)]
 ROBUST = "vsml.py --dataset mnist --projected 1 --baselines sgd adam --test-datasets mnist --robustness"
-CHANGES = ("5 classes", "at 21 x 21", "at 48 x 48", "projected", "permuted")
+REFERENCE = at("vsml", "mnist", run="reference") - at("sgd", "mnist", run="reference")
+CHANGED = ["mnist", *(f"mnist {change}" for change in ("5 classes", "at 21 x 21", "at 48 x 48", "projected", "permuted"))]
 DATASETS = {"laptop": ["mnist", "fashion_mnist", "digits", "random"],
             "thesis": ["mnist", "fashion_mnist", "kmnist", "emnist", "random"]}
 LEFT_OUT = {"laptop": DATASETS["laptop"][:3], "thesis": DATASETS["thesis"]}
@@ -236,11 +237,10 @@ VSML = {
             at("vsml", task, 1000, "digits") > at("vsml", task, 400, "digits")))],
         "vsml.py --dataset mnist --test-datasets mnist fashion_mnist"),
     "V4": Row("Fig. 3.7", "unseen sizes, classes, projections: no drop",
-        f"{ROBUST} --sizes 7 10 --classes 3 6 --test-seeds 16",
-        [*(at("vsml", f"mnist {change}") - at("sgd", f"mnist {change}") > at("vsml", "mnist") - at("sgd", "mnist") - 0.05
-           for change in CHANGES),
+        {"": f"{ROBUST} --sizes 7 10 --classes 3 6 --test-seeds 16", "reference": "V3.0"},
+        [*(at("vsml", task) - at("sgd", task) > REFERENCE - 0.05 for task in CHANGED),
          *higher("vsml", ["sgd"], ["mnist"], 100), at("vsml", "mnist") > at("sgd", "mnist") - 0.05],
-        f"{ROBUST} --sizes 14 28 32 --classes 3 4 6 7 --test-seeds 32"),
+        {"": f"{ROBUST} --sizes 14 28 32 --classes 3 4 6 7 --test-seeds 32", "reference": "V3.0"}),
     "V5": Row("Fig. 3.8, B.3-B.7", "generalises; RNN, Hebbian, memory do not",
         left_out("laptop", f"--test-seeds 8 {LEARNERS}"),
         lambda preset: [claim for name in LEFT_OUT[preset] for claim in (
@@ -290,7 +290,7 @@ VSML = {
         {"shallow": f"{DEPTH} --test-datasets digits",
          **{f"{depth} hidden": f"{DEPTH} --hidden {'16 ' * depth}--test-datasets digits" for depth in (1, 2, 3)}},
         per({"laptop": ["digits"], "thesis": ["mnist"]}, lambda task: [
-            *(at("vsml", task, run=deeper) < at("vsml", task, run=run)
+            *(at("vsml", task, run=deeper) < at("vsml", task, run=run) * 0.9  # by more than two that guess differ
               for run, deeper in pairwise(("shallow", "1 hidden", "2 hidden", "3 hidden"))),
             at("vsml", task, run="1 hidden") > 0.2]),  # it leaves its plateau
         {"shallow": f"{FULL_DEPTH} --test-datasets mnist",
@@ -347,7 +347,7 @@ SYMLA = {
     "S1": Row("Fig. 4.3", "mean regret of 25 pairs: 1.70, in-context RNN 1.86",
         {env: f"symla.py --envs {env}" for env in FIVE},
         [PAIRS["symla"] < PAIRS["rnn"] + 0.2, PAIRS["symla"] < 1.7 + 0.36,  # not above the RNN; a fifth above the thesis'
-         (PAIRS["rnn"] < 1.86 + 0.63)._replace(of_baseline=True)],  # .63: the largest difference of a pair in Figure 4.3
+         (PAIRS["rnn"] < 1.86 + 0.63)._replace(of_baseline=True)],  # a third above the thesis'
         figures=lambda preset: [regret_figure("symla_five", FIVE, FIGURE_4_3, 8)]),
     "S2": Row("Fig. 4.4", "unseen numbers of arms: 12 to 20",
         {env: f"symla.py --envs {env} --test-envs {' '.join(ARMS)} --baselines thompson uniform" for env in ARMS},
@@ -520,7 +520,8 @@ GPICL = {
         [*(learns(test, "task" if test == name else "domain", f"dataset {name}") > 0.2 for name in BOTH for test in BOTH),
          reached("fashion_mnist", "domain", "dataset mnist")
          > reached("fashion_mnist", "task", "dataset fashion_mnist") - 0.03,
-         reached("mnist", "domain", "dataset fashion_mnist") < reached("mnist", "task", "dataset mnist")],
+         reached("mnist", "task", "dataset mnist") - reached("mnist", "domain", "dataset fashion_mnist")  # the larger gap
+         > reached("fashion_mnist", "task", "dataset fashion_mnist") - reached("fashion_mnist", "domain", "dataset mnist")],
         sweep("gpicl.py --test-datasets mnist fashion_mnist", dataset=BOTH),
         figures=lambda preset: [transfer_figure(preset)]),
     "G3": Row("Table 5.2", "MNIST 73.7 %, SGD 70.3, LSTM 25.4, VSML 79.0",
@@ -546,7 +547,7 @@ GPICL = {
          **{name: f"gpicl.py --learner {name} --baselines --test-datasets {' '.join(TABLE_DATASETS)}"
             for name in ("maml", "lstm", "vsml")}},
         figures=lambda preset: [table_figure(preset)]),
-    "G4": Row("Fig. 5.4, D.1, D.4", "memorises, then identifies, then learns",
+    "G4": Row("Fig. 5.4, D.4", "memorises, then identifies, then learns",
         sweep(f"{SHORT} mnist fashion_mnist --meta-steps 6000", num_tasks=MANY["laptop"]),
         per({"laptop": [("digits", 16, 1024, 16384, 4096)], "thesis": [("mnist", 16, 4096, 2**20, 4096)]}, lambda one: [
             fact(f"num_tasks {one[3]}", "final_loss") < fact(f"num_tasks {one[4]}", "final_loss"),
@@ -561,7 +562,7 @@ GPICL = {
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
-    "G6": Row("Fig. 5.6, 5.7, D.11", "larger batches shorten the plateau, in tasks they lengthen it",
+    "G6": Row("Fig. 5.6, 5.7, D.11", "larger batches shorten the plateau by a power law",
         sweep(f"{SHORT} --meta-steps 4000", batch=list(BATCHES["laptop"]), num_tasks=[1024, 16384]),
         per({"laptop": [(LEAVES["laptop"], "batch 128, num_tasks 16384", "digits", "batch 128, num_tasks 16384")],
              "thesis": [(LEAVES["thesis"], "batch 128, num_tasks 65536", "fashion_mnist", "batch 2048, num_tasks 65536")],
@@ -574,10 +575,10 @@ GPICL = {
         sweep(f"{PLATEAU.replace(' --num-tasks 65536', '')} --bias 0 --chunk 512", batch=list(BATCHES["thesis"]),
               num_tasks=[1024, 65536]),
         figures=lambda preset: [batch_figure(preset)]),
-    "G7": Row("Fig. 5.8", "a biased permutation shortens the plateau",
+    "G7": Row("Fig. 5.8", "no plateau with a biased permutation",
         sweep(f"{SMALL} --bias-end None --test-datasets digits --meta-steps 8000", bias=["0", "0.5", "0.9"]),
         per({"laptop": ["digits"], "thesis": ["fashion_mnist"]}, lambda task: [
-            plateau("bias 0.9") < plateau("bias 0") * 0.5, plateau("bias 0.9") < plateau("bias 0.5"),
+            plateau("bias 0.9") < plateau("bias 0") * 0.1, plateau("bias 0.9") < plateau("bias 0.5"),
             plateau("bias 0.5") < plateau("bias 0"), reached(task, "task", "bias 0.9") > 0.2,
             unseen_loss("end", slice(-5, None), "bias 0.9") > unseen_loss("start", slice(0, 2), "bias 0.9")]),
         sweep(PLATEAU, bias=["0", "0.5", "0.9"])),
@@ -620,12 +621,12 @@ GPICL = {
         {"biased": f"{PLATEAU} --statistics", "plateau": f"{PLATEAU} --bias 0 --statistics"},
         figures=lambda preset: [statistics_figure()]),
     "G12": Row("Fig. D.13", "no grokking",
-        sweep(f"{SHORT} --no-lr-decay --num-tasks 64", weight_decay=DECAYS),
-        per({"laptop": [("digits", [""], [])], "thesis": [("mnist", ["num_tasks 1024, ", "num_tasks 16384, "],
-                                                           ["num_tasks 65536, weight_decay 0.01"])]}, lambda one: [
-            *(claim for run in (f"{tasks}weight_decay {decay}" for tasks in one[1] for decay in DECAYS) for claim in (
-                reached(one[0], "none", run) > 0.8, reached(one[0], "task", run) < 0.2)),  # memorises, and does no more
-            *(reached(one[0], "task", enough) > 0.2 for enough in one[2])]),
+        sweep(f"{SHORT} --no-lr-decay", num_tasks=[64, 1024], weight_decay=DECAYS),
+        per({"laptop": [("digits", 64, 1024, [])], "thesis": [("mnist", 1024, 16384, [65536])]}, lambda one: [
+            claim for decay in (f"weight_decay {decay}" for decay in DECAYS) for claim in (
+                reached(one[0], "none", f"num_tasks {one[1]}, {decay}") > 0.8,  # memorises, and does no more
+                *(reached(one[0], "task", f"num_tasks {few}, {decay}") < 0.2 for few in one[1:3]),
+                *(reached(one[0], "task", f"num_tasks {enough}, {decay}") > 0.2 for enough in one[3] if "0.01" in decay))]),
         sweep(f"{UNIFORM} --meta-optimizer adamw", num_tasks=[2**10, 2**14, 2**16], weight_decay=DECAYS)),
     "G13": Row("not in the thesis", "scikit-learn's classifiers after the same examples",
         "gpicl.py --mode test --checkpoint {G3.0}/checkpoint.pt --baselines logistic neighbors forest --test-seeds 256 "

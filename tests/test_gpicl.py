@@ -700,14 +700,14 @@ def test_a_trained_learner_refuses_what_it_cannot_learn(finished, tmp_path):
             with pytest.raises(ValueError, match="Inputs have to be"):
                 use(wrong)
     with pytest.raises(ValueError, match="from at most 11 examples"):
-        learner.learn(x.repeat(12, 1), [0] * 12)
+        learner.learn(x.repeat(11, 1), [0] * 11)  # the last position is for a prediction
     torch.testing.assert_close(learner.predict(x), before)
     learner.learner.model.head.bias.data.fill_(math.inf)  # as after an overflow
     for use in (learner.predict, lambda x: learner.learn(x, 1)):
         with pytest.raises(ValueError, match="too large"):
             use(x)
     fresh = gpicl.InContextLearner.load(finished[0] / "checkpoint.pt")
-    for wrong in ([0, 11], [0] * 13):
+    for wrong in ([0, 11], [0] * 12):
         with pytest.raises(ValueError, match="has 10 classes|at most 11 examples"):
             fresh.learn(torch.randn(len(wrong), 4), wrong)
     fresh.learn(torch.randn(2, 5), [0, 2])  # other sizes than those refused
