@@ -200,6 +200,30 @@ def test_permutations_keep_the_content(digits):
         assert len(torch.stack([before, after]).unique(dim=1).T) == 10  # one to one
 
 
+def test_permuted_inputs_have_one_order_in_a_task(digits):
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(len(digits), -1, -1, -1)
+    numbered = replace(digits, x=pixels, mean=0.0, std=1 / 255)
+    x, _ = Tasks(numbered, permuted_inputs=1.0).sample(IDS, IDS, 5)
+    x = x.round().long()
+    assert (x == x[:, :1]).all() and (x[:, 0].sort(-1).values == torch.arange(64)).all()
+    assert len(x[:, 0].unique(dim=0)) == 6 and (x[:, 0] != torch.arange(64)).any(1).all()
+    ids = torch.arange(2000)
+    x, _ = Tasks(numbered, permuted_inputs=0.25).sample(ids, ids, 1)
+    assert abs((x[:, 0].round() != torch.arange(64)).any(1).float().mean() - 0.25) < 0.04
+
+
+def test_a_task_has_up_to_a_share_of_its_inputs_blanked(digits):
+    """Always the same ones, to one value; the others stay."""
+    ids = torch.arange(500)
+    noise = replace(digits, x=torch.randint(256, digits.x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    plain, _ = Tasks(noise).sample(ids, ids, 6)
+    x, _ = Tasks(noise, blanked=0.8).sample(ids, ids, 6)
+    blank = (x != plain).any(1)
+    assert abs(blank.float().mean() - 0.4) < 0.03 and blank.float().mean(1).max() < 0.95
+    for one, where in zip(x, blank, strict=True):
+        assert len(one[:, where].unique()) <= 1
+
+
 def test_class_subsets(digits):
     tasks = Tasks(digits, classes=3)
     x, y = tasks.sample(torch.arange(40), torch.arange(40), 300)

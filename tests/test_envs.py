@@ -606,6 +606,16 @@ def test_a_controller_reaches_the_target(name):
     assert first.mean() < -0.5 and step.reward.mean() > -0.1
 
 
+def test_a_time_limit_of_gymnasiums_truncates():
+    gymnasium.register("Short-v0", Recorder, disable_env_checker=True, max_episode_steps=3)
+    env = envs.make("Short-v0", 2)
+    state, _ = env.reset(torch.zeros(2, 1))
+    for number in range(6):
+        state, step = env.step(state, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1))
+        assert step.truncated.tolist() == [number in (2, 5)] * 2 and not step.terminated.any()
+    gymnasium.registry.pop("Short-v0")
+
+
 def test_gymnasiums_environments():
     """Observations, rescaled actions, rewards and ends as gymnasium gives them, and what the last
     step of an episode led to."""
@@ -931,6 +941,17 @@ def test_models_of_gymnasium_leave_no_file_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_ant_ends_too_low_or_too_high():
+    env = envs.make("ant:0", 3, dtype=torch.float64)
+    middle = torch.full((3, env.num_draws), 0.5, dtype=torch.float64)
+    state, _ = env.reset(middle)
+    state["physics"][:, 2] = torch.tensor([0.1, 1.2, 0.7])
+    _, step = env.step(state, torch.zeros(3, 8, dtype=torch.float64), middle)
+    height = step.final_obs[:, 0]
+    assert height.max() > 1 and step.terminated.any()
+    assert torch.equal(step.terminated, (height < 0.2) | (height > 1))
+
+
 def test_the_direction_of_an_ant():
     rewards = {}
     for degrees in (0, 90, 180):
@@ -982,6 +1003,23 @@ def test_deepmind_controls_cartpole(name):
     assert env.step(still, torch.zeros(64, 1, dtype=torch.float64), draws(env, 64))[
         1
     ].truncated.all()
+
+
+def test_the_reward_and_the_rail_of_deepmind_controls_cartpole():
+    """Upright, in the middle, without force, slow: the product of four numbers up to 1."""
+    env = envs.make("dm_cartpole", 4, dtype=torch.float64)
+    state, _ = env.reset(draws(env, 4))
+    physics = [[0, 0, 0, 0], [1, 0.5, 0, 3], [-1.5, 2, 1, -4], [0, 3, 0, 0]]
+    state["physics"] = torch.tensor(physics, dtype=torch.float64)
+    action = torch.tensor([[0], [1], [-0.5], [0.3]], dtype=torch.float64)
+    moved, step = env.step(state, action, draws(env, 4))
+    x, angle, _, spin = moved["physics"].unbind(-1)
+    upright, small = (1 + angle.cos()) / 2, (4 + 1 - action[:, 0] ** 2) / 5
+    centred, slow = ((1 + 0.1 ** ((value / margin) ** 2)) / 2 for value, margin in ((x, 2), (spin, 5)))
+    torch.testing.assert_close(step.reward, upright * small * centred * slow)
+    for _ in range(300):
+        state, step = env.step(state, torch.ones(4, 1, dtype=torch.float64), draws(env, 4))
+    assert (step.obs[:, 0] > 1.7).all() and (step.obs[:, 0] < 1.9).all()
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,17 @@ def test_teachers_learn_and_their_trajectories_are_whole(tmp_path):
     torch.testing.assert_close(trajectories.last_mean[:, -1], trajectories.mean[:, -1], atol=1.0, rtol=0)
 
 
+def test_targets_of_the_last_policy_are_its_in_all_states(tmp_path, monkeypatch):
+    kept, make = [], gla.PPOAgents
+    monkeypatch.setattr(gla, "PPOAgents", lambda *inputs: kept.append(make(*inputs)) or kept[-1])
+    ppo = replace(gla.LAPTOP["teacher"], agents=2, updates=6, lr=1e-1)
+    torch.manual_seed(0)
+    trajectories = gla.collect(ppo, "hidden_goal:8", tmp_path / "x.pt", CPU, lambda updates: None)
+    obs, last = (x.unflatten(0, (2, 6)).flatten(1, 3) for x in (trajectories.steps.obs, trajectories.last_mean))
+    torch.testing.assert_close(last, kept[0].policy(obs).mean)
+    assert (trajectories.last_mean - trajectories.mean)[:, 0].abs().max() > 0.1
+
+
 @pytest.mark.slow
 def test_the_thesis_presets_teacher_learns_continuous_control(tmp_path):
     """A heading within 25 K steps, from a deviation of the actions that falls; with CleanRL's settings for choices it does not."""

@@ -372,6 +372,31 @@ def test_sgd_and_adam_have_the_best_settings_on_the_train_split_of_what_is_teste
     assert [what[4] for what in asked[:2]] == [("sgd",), ("adam", "adamw")]
 
 
+def test_the_rate_of_sgd_is_the_best_of_the_grid():
+    args = replace(ARGS, sequence_length=30)
+    tasks = gpicl.train_tasks(args, load("wine", "train"), 13)
+    setting = gpicl.search_rates(args, tasks, 3, ("sgd",), hidden=(0,))
+    x, y = tasks.sample(*gpicl.batch_ids(replace(args, batch=32), 0, gpicl.last_bias(args), torch.device("cpu")), 30)
+    grid = torch.logspace(-4, math.log10(0.5), 16)
+    learners = [gpicl.make_learner("sgd", args, 13, 3, torch.tensor([0, 0, rate])) for rate in grid]
+    accuracies = torch.stack([gpicl.rollout(learner, x, y, 3)[1].float().mean() for learner in learners])
+    assert setting[2] == grid[accuracies.argmax()] and accuracies.max() > accuracies.min() + 0.1
+
+
+def test_the_optimizer_has_the_epsilon_and_the_weight_decay_of_the_flags():
+    model = torch.nn.Linear(2, 2)
+    for name in ("adam", "adamw"):
+        optimizer = gpicl.make_optimizer(replace(ARGS, meta_optimizer=name, eps=1e-5, weight_decay=0.3), model)
+        assert (optimizer.param_groups[0]["eps"], optimizer.param_groups[0]["weight_decay"]) == (1e-5, 0.3)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_what_is_tested_is_of_the_split_that_was_asked_for(split):
+    args = replace(ARGS, dataset=("digits",), test_datasets=("digits", "wine"), split=split)
+    for tasks in gpicl.test_tasks(args, torch.device("cpu"), 16).values():
+        assert tasks.dataset.split == split
+
+
 def test_images_of_one_shape():
     args = replace(ARGS, channels=3, size=6)
     grey = gpicl.prepare(args, "digits", "test", torch.device("cpu"))

@@ -2,11 +2,13 @@
 letter."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("metagenrl", "vsml", "symla", "gpicl", "gla", "fme")
@@ -39,6 +41,16 @@ def plumbing(path):
 def test_a_script_is_of_a_readable_length(path):
     assert path.read_text().count("\n") <= 1200
     assert plumbing(path).count("\n") <= 175
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_without_flags_a_script_takes_the_laptop_preset_or_with_cuda_the_thesis(path, monkeypatch):
+    script = importlib.import_module(path.stem)
+    monkeypatch.setattr(sys, "argv", [path.name])
+    for cuda, device, preset in ((False, "cpu", "laptop"), (True, "cuda", "thesis")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)  # noqa: B023 (called at once)
+        args, _ = script.parse_args()
+        assert args == script.Args(**script.PRESETS[preset] | dict(preset=preset, device=device))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

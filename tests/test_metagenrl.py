@@ -414,6 +414,32 @@ def test_the_rate_of_objectives_falls_to_zero(monkeypatch):
     assert rates == pytest.approx([0.07, 0.05, 0.03, 0.01])  # a step of objectives for every second one of critics
 
 
+def test_targets_follow_slowly_actions_are_explored_and_long_gradients_clipped():
+    args = replace(ARGS, exploration_noise=(0.3, 0.3), tau=0.2, max_grad_norm=0.5)
+    nets, alpha, state, batch = setting(args=args)
+    with torch.no_grad():
+        new = metagenrl.update_policies(args, nets, metagenrl.grad_objective, alpha, state, batch, None)
+        for name, last in (("phi", new["phi"]), ("theta", state["theta"])):
+            torch.testing.assert_close(new[f"target_{name}"], state[f"target_{name}"].lerp(last, 0.2))
+        state["obs"] = batch.obs[:, :2, 0]
+        noise = 1e-3 * torch.randn(3, 2, 2, generator=DRAWS, dtype=torch.float64)
+        quiet, loud = (metagenrl.act(args, nets, state, x, torch.rand(3, 2, 2)) for x in (torch.zeros_like(noise), noise))
+        torch.testing.assert_close(loud - quiet, noise, rtol=1e-6, atol=1e-12)
+        for g in (torch.tensor([[3.0, 4.0]]), torch.tensor([[0.03, 0.04]])):
+            torch.testing.assert_close(metagenrl.clipped(args, g).norm(), g.norm().clamp(max=0.5), rtol=1e-4, atol=0)
+
+
+def test_the_noise_of_exploration_reaches_the_environment():
+    """Of agents with the same policies, those without noise act alike."""
+    actions = {}
+    for noise in (0.0, 0.3):
+        agents = group(replace(ARGS, exploration_noise=(noise, noise)))
+        agents.state["phi"] = torch.zeros_like(agents.state["phi"])
+        agents.step_async()
+        actions[noise] = agents.pending[1]
+    assert actions[0.0].abs().max() == 0 and 0.1 < actions[0.3].std() < 0.6
+
+
 def test_a_short_training_is_not_compiled():
     run = Sick([])
     run.compiles = True

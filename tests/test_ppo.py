@@ -111,6 +111,38 @@ def test_agents_learn_side_by_side_as_they_would_alone(name):
 
 
 @pytest.mark.parametrize("name", ["hidden_goal:3", "heading:30"])
+def test_a_step_descends_ppos_loss(name):
+    """That of Schulman et al. (2017) with CleanRL's clipped values, by torch.distributions, where ratios are clipped."""
+    ppo = replace(SMALL, agents=1, ent_coef=0.1, max_grad_norm=1e9)
+    env = envs.make(name, 2)
+    torch.manual_seed(0)
+    nets = ActorCritic(ppo, env)
+    obs = torch.randn(1, 8, env.obs_size)
+    policy = nets.policy(obs)
+    action = policy.sample(torch.rand(1, 8, 1), torch.randn(1, 8, nets.b)).detach()
+    advantage, value, target = torch.randn(3, 1, 8)
+    before = (policy.log_prob(action) + 0.5 * torch.randn(1, 8)).detach()
+    if nets.discrete:
+        theirs = torch.distributions.Categorical(logits=policy.mean)
+    else:
+        theirs = torch.distributions.Independent(torch.distributions.Normal(policy.mean, policy.log_std.exp()), 1)
+    ratio = (theirs.log_prob(action) - before).exp()
+    assert ((ratio - 1).abs() > 0.2).sum() > 2
+    normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    of_policy = torch.max(-normalized * ratio, -normalized * ratio.clamp(0.8, 1.2)).mean()
+    new = nets.value(obs)
+    near = value + (new - value).clamp(-0.2, 0.2)
+    of_value = 0.5 * torch.max((new - target) ** 2, (near - target) ** 2).mean()
+    loss = of_policy - 0.1 * theirs.entropy().mean() + 0.5 * of_value
+    grads = torch.autograd.grad(loss, list(nets.params.values()), allow_unused=True)
+    expected = [x.detach() - (0 if g is None else g) for x, g in zip(nets.params.values(), grads, strict=True)]
+    data = obs, action, before, advantage, value, target
+    ppo_step(ppo, nets, torch.optim.SGD(nets.params.values(), 1.0), *data)
+    for x, y in zip(nets.params.values(), expected, strict=True):
+        torch.testing.assert_close(x.detach(), y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hidden_goal:3", "heading:30"])
 def test_rollouts_are_what_the_environment_had(name):
     """In its own units, with the policies that acted; the last update has a rate near zero."""
     agents = make_agents(replace(SMALL, ent_coef=0.01), name)

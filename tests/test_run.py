@@ -11,17 +11,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_type_hints
 
 import pytest
 import torch
 from conftest import ENV, PYTHON, ROOT, killed, rows, run_script
 
-from common import checkpoints, machine
+from common import checkpoints, figures, machine
 from common.checkpoints import CheckpointError
 from common.figures import matrix, plot
 from common.flags import Count, FlagError, Positive, Share, check_ranges, from_dict, ranges
@@ -349,6 +351,28 @@ def test_results_are_valid_json_and_a_table(tmp_path):
     assert min((tmp_path / name).stat().st_size for name in ("lines.png", "map.png")) > 5000
 
 
+def test_lines_are_drawn_where_the_rows_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    values = torch.tensor([1.0, 3.0])
+    points = [(name, step, factor) for factor, name in ((1, "a"), (2, "b")) for step in (1, 5)]
+    plot([result_row(name, "task", "none", "return", step, values * step * factor) for name, step, factor in points], tmp_path / "x.png")
+    (axis,) = [axis for axis in drawn[0].axes if axis.lines]
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 2], [5, 10]], [[1, 4], [5, 20]]]
+
+
+def test_tensorboard_has_the_lines_of_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0)
+    for step in range(3):
+        log.write(step, {"loss": step / 2})
+    log.board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+
+
 # ---- the machine -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("compiler", ["exit 1", None])
 def test_a_compiler_that_is_broken_or_missing(compiler, tmp_path, monkeypatch):
@@ -360,6 +384,11 @@ def test_a_compiler_that_is_broken_or_missing(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not machine.can_compile()
+
+
+def test_a_compiler_that_works():
+    if shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        assert machine.can_compile()
 
 
 def test_a_machine_without_the_module_resource(monkeypatch):
@@ -517,7 +546,7 @@ def test_mistakes_leave_nothing_on_the_disk(finished, complain, tmp_path):
         f"--run-dir {finished / 'args.json'}": "Not a directory",
         "--run-dir /proc/none": "/proc/none: No such file or directory",
         f"--run-name {'n' * 300}": "File name too long",
-        f"--resume {finished}": "",
+        f"--resume {finished}": "holds a finished run",
         f"--resume {finished} --run-name other": "A resumed or tested run keeps its flags",
         "--seed -1": "--seed has to be from 0",
         "--clip -1": "--clip has to be from",

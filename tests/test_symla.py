@@ -222,6 +222,15 @@ def live(name, env, args=ARGS, p=1, steps=30, key=(0,), theta=None, e=6):
     return lifetime_of(learner, envs.make(env, e))(theta, keys_of(e, *key).expand(len(theta), -1, -1), steps)
 
 
+def test_lifetimes_of_a_meta_test_are_no_lifetimes_of_meta_training(monkeypatch):
+    asked, keys = [], symla.lifetime_keys
+    monkeypatch.setattr(symla, "lifetime_keys", lambda *inputs: asked.append(inputs[:3]) or keys(*inputs))
+    run = SimpleNamespace(compiles=False, device=torch.device("cpu"))
+    args = replace(ARGS, test_seeds=4, test_steps=3)
+    symla.measured(args, "uniform", torch.zeros(0), "independent_bandit:2", 5, run)
+    assert asked == [(args.seed, symla.TEST, 5)]
+
+
 def test_the_regret_of_fixed_policies_in_closed_form():
     """Uniform on k independent arms: k/(k+1) - 1/2 a pull. Always the best: none."""
     for arms in (2, 10):

@@ -46,7 +46,7 @@ def some_data(p, s, t, a, b, seed=0):
 
 
 # ---- the mathematics ---------------------------------------------------------------------------------------------------
-def test_theorem_b_1_1():
+def test_the_sparse_matrix_of_theorem_b_1_1():
     """A grid of sub-RNNs (Eq. 3.4) is one RNN with the sparse shared weight matrix of Eq. 3.6 (Eq. 3.5)."""
     size, n = 4, 3
     generator = torch.Generator().manual_seed(0)
@@ -66,6 +66,41 @@ def test_theorem_b_1_1():
         one = torch.tanh(torch.einsum("cdi,cdiabj->abj", one, big))
         torch.testing.assert_close(grid, one)
     assert (big == 0).double().mean() > 0.4  # sparse
+
+
+def test_theorem_b_1_1():
+    """A layer of sub-RNNs is one RNN: torch's LSTM, whose matrix has the shared weights once for each of them, and zeros."""
+    args = replace(ARGS, micro_ticks=1)
+    learner, (a, b, n, m) = vsml.make_vsml(args), (3, 2, args.state_size, args.message_size)
+    params = learner.params(some_theta(args))
+    generator = torch.Generator().manual_seed(0)
+    h, c = torch.randn(2, 1, 1, a, b, n, generator=generator)
+    fwd, bwd = torch.randn(1, 1, a, m, generator=generator), torch.randn(1, 1, b, m, generator=generator)
+    layer, *_ = learner.update(params, 0, vsml.Layer(h, c, fwd, bwd))
+
+    order = [0, 2, 1, 3]  # torch has input, forget, cell, output
+    weight, bias = params["lstm.weight"][0].unflatten(1, (4, n))[:, order], params["lstm.bias"][0].view(4, n)[order]
+    big = torch.zeros((a + b) * m + a * b * n, 4, a, b, n)
+    for i, j in np.ndindex(a, b):
+        own = (a + b) * m + (i * b + j) * n
+        big[i * m : (i + 1) * m, :, i, j] = weight[:m]
+        big[(a + j) * m : (a + j + 1) * m, :, i, j] = weight[m : 2 * m]
+        big[own : own + n, :, i, j] = weight[2 * m :]
+    one = torch.nn.LSTMCell((a + b) * m, a * b * n)
+    one.weight_ih.data, one.weight_hh.data = (x.flatten(1).T for x in big.split([(a + b) * m, a * b * n]))
+    one.bias_ih.data, one.bias_hh.data = bias[:, None, None].expand(4, a, b, n).flatten(), torch.zeros(4 * a * b * n)
+    messages = torch.cat([fwd.flatten(), bwd.flatten()])[None]
+    for ours, theirs in zip((layer.h, layer.c), one(messages, (h.view(1, -1), c.view(1, -1))), strict=True):
+        torch.testing.assert_close(ours.view(1, -1), theirs.detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_splits_are_those_that_were_asked_for(split):
+    """A run meta-trains on train splits alone."""
+    args = replace(ARGS, dataset=("digits",), test_datasets=("digits", "wine"), split=split, robustness=True)
+    run = SimpleNamespace(device=torch.device("cpu"))
+    assert {tasks.dataset.split for tasks in vsml.test_tasks(args, run.device).values()} == {split}
+    assert {tasks.dataset.split for tasks in vsml.train_tasks(args, run)} == {"train"}
 
 
 def test_parameter_count():
@@ -882,7 +917,7 @@ def test_a_population_that_two_processes_cannot_share(tmp_path):
     wrong = command(tmp_path, "--meta-optimizer es --population 3", launcher=TORCHRUN)
     assert wrong.returncode != 0
     assert "--population cannot be shared by 2 processes and all datasets; choose a multiple of 2" in wrong.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("learner", ["hebbian", "fwmemory", "adam2"])
