@@ -172,6 +172,14 @@ def resolved(name, index, preset):
     return resolved(*alias.groups(), preset) if alias else command
 
 
+METRICS = {
+    "vsml": ("accuracy", "cumulative_accuracy", "cross_entropy"),
+    "gpicl": ("accuracy", "cumulative_accuracy", "cross_entropy"),
+    "symla": ("return", "cumulative_regret"),
+    "fme": ("child_better",),
+}  # that claims name
+
+
 class Named(Seed):
     """A seed that has every row that could exist, and refuses the others."""
 
@@ -193,6 +201,9 @@ class Named(Seed):
                 known |= {env for name in args.envs for env in importlib.import_module("symla").beside(name)}
             inherited = "--mode test" in command or "--learner epg" in command
             assert inherited or task in known or re.split("[@ ]", task)[0] in known, f"{task} is not in: {command}"
+            assert metric is None or metric in METRICS[args.__module__], f"there is no {metric} in: {command}"
+            seen = args.__module__ == "gpicl" and task in args.dataset
+            assert novelty is None or novelty in (("none", "task") if seen else ("domain",)), f"{novelty} {task}: {command}"
         return {"mean": len(run) + len(task) + len(learner), "std": 1.0, "step": step or 50, "values": [1.0, 2.0, 4.0]}
 
     def columns(self, run):

@@ -685,6 +685,21 @@ class Silent:
         pass
 
 
+def test_baselines_have_rates_of_their_own():
+    """Adam's first step has the length of the rate."""
+    rates = dict(backprop_lr=2e-3, rnn_lr=3e-3, hebbian_lr=4e-3, fwmemory_lr=5e-3)
+    args = replace(ARGS, meta_optimizer="backprop", meta_steps=1, sequence_length=3, sequences=2, **rates)
+    run = SimpleNamespace(compiles=False, device=torch.device("cpu"))
+    names = ("vsml", "rnn", "hebbian", "fwmemory")
+    learners = {name: vsml.make_learner(name, args, run, (64, 10), "train") for name in names}
+    thetas = {name: learner.init(torch.Generator().manual_seed(0)) for name, learner in learners.items()}
+    first = {name: theta.clone() for name, theta in thetas.items()}
+    tasks = {name: [Tasks(load("digits", "train"))] for name in names}
+    vsml.meta_train(args, learners, thetas, tasks, Silent(), {})
+    for name, rate in zip(names, rates.values(), strict=True):
+        assert (thetas[name] - first[name]).abs().max().item() == pytest.approx(rate, rel=1e-2), name
+
+
 def test_it_learns_to_learn_and_the_error_is_what_it_learns_from():
     """A short meta-training on digits; then accuracy on unseen digits after 50 to 100 examples (chance: 10 %). With the
     error input and the label cut, the same parameters must get nowhere."""
