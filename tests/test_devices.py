@@ -139,13 +139,14 @@ def test_what_a_gpu_would_refuse(pretending):
             refused()
 
 
-MORE = {
-    test_fme: "--envs swapping_bandit",
-    test_gla: "--baselines one-task no-reward ad dpt cloning teacher ppo uniform",
-    test_gpicl: "--statistics",
-    test_metagenrl: "--envs point_mass --population 2 --env-steps 48 --test-steps 24 --evaluations 1 --baselines td3",
+MORE = {  # and as few steps as do
+    test_fme: "--envs swapping_bandit --executions 8 --execution-steps 10 --test-seeds 2",
+    test_gla: "--test-envs heading:30 --meta-steps 2 --test-seeds 2 "
+    "--baselines one-task no-reward ad dpt cloning teacher ppo uniform",
+    test_gpicl: "--statistics --meta-steps 3",
+    test_metagenrl: "--envs point_mass --test-envs --population 2 --env-steps 32 --test-steps 24 --evaluations 1 --baselines td3",
     test_symla: "",
-    test_vsml: "--baselines rnn sgd --test-datasets digits",
+    test_vsml: "--baselines rnn sgd --test-datasets digits --meta-steps 3",
 }
 
 

@@ -663,7 +663,7 @@ def test_a_trained_learner_from_python(finished):
     load = partial(gpicl.InContextLearner.load, finished[0] / "checkpoint.pt", num_classes=10)
     x, y = some_data(s=2, t=12, a=13, c=10)
     both, one = load(), load()
-    for t in range(12):
+    for t in range(11):
         both.predict(x[:, t : t + 1])
         both.learn(x[:, t : t + 1], y[:, t : t + 1])
         one.learn(x[0, t].numpy(), int(y[0, t]))
@@ -680,8 +680,9 @@ def test_a_trained_learner_from_python(finished):
     fresh = load()
     fresh.learn(x[:, :6], y[:, :6])
     torch.testing.assert_close(fresh.predict(x[:, 6:7]), whole[:, 6:7])
+    torch.testing.assert_close(both.predict(x[:, 11:]), whole[:, 11:])
     with pytest.raises(ValueError, match="from at most 11 examples"):
-        both.predict(x[:, :1])
+        both.learn(x[:, :1], y[:, :1])
     both.reset()
     torch.testing.assert_close(both.predict(x[:, :1]), whole[:, :1])
 
