@@ -297,6 +297,6 @@ def mean_returns(
         returns += alive * step.reward
         alive *= 1 - (step.terminated | step.truncated).to(alive.dtype)
         obs = step.obs
-        if not env.resumable and not alive.any():
+        if (alive.device.type == "cpu" or not env.resumable) and not alive.any():  # a GPU would wait
             break
     return returns.unflatten(0, (p, -1)).mean(-1)
