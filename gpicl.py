@@ -848,8 +848,8 @@ class InContextLearner(Learner):
 METHOD = "gpicl"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, DatasetError, FeatureError, FlagError)
 NAMED_AFTER = ("dataset", "learner")  # the flags that name a run's folder
-KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # name the seen tasks
-KEPT += ("heads", "key_size", "label_scale", "micro_ticks")  # these the learner; a meta-test cannot change any
+KEPT = ("preset", "dataset", "seed", "num_tasks", "bias", "bias_end", "classes", "batch", "meta_steps")  # decide the seen tasks
+KEPT += ("heads", "key_size", "label_scale", "micro_ticks")  # and the learner; a meta-test cannot change them
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------

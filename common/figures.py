@@ -43,8 +43,9 @@ def plot(
     """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a
     band around it.
 
-    The band is one standard deviation, or with `standard_error` that of the mean. A row's optional "values" are drawn as thin lines, one for each seed. labels, titles: what
-    to write for a line and a panel; styles: matplotlib's color and dashes for a line, such as
+    The band is one standard deviation, or with `standard_error` that of the mean. A row's optional
+    "values" are drawn as thin lines, one for each seed. labels, titles: what to write for a line and
+    a panel; styles: matplotlib's color and dashes for a line, such as
     "k--". Further arguments go to matplotlib's axis.set.
     """
     panels = list(dict.fromkeys(row[panel] for row in rows))

@@ -562,7 +562,7 @@ GPICL = {
         per({"laptop": [(STATES, "digits")], "thesis": [(FULL_STATES, "mnist")]}, lambda runs: [
             correlation("state_size", *runs) > 0.5, correlation("state_size", *runs) > correlation("parameters", *runs)]),
         FULL_STATES, figures=lambda preset: [state_figure(STATES if preset == "laptop" else FULL_STATES, SET[preset])]),
-    "G6": Row("Fig. 5.6, 5.7, D.11", "larger batches shorten the plateau by a power law",
+    "G6": Row("Fig. 5.6, 5.7, D.11", "larger batches shorten the plateau, in tasks they lengthen it",
         sweep(f"{SHORT} --meta-steps 4000", batch=list(BATCHES["laptop"]), num_tasks=[1024, 16384]),
         per({"laptop": [(LEAVES["laptop"], "batch 128, num_tasks 16384", "digits", "batch 128, num_tasks 16384")],
              "thesis": [(LEAVES["thesis"], "batch 128, num_tasks 65536", "fashion_mnist", "batch 2048, num_tasks 65536")],
