@@ -3,11 +3,17 @@
 import importlib
 import io
 import json
+import multiprocessing.connection
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,24 +28,22 @@ torch.set_num_threads(1)  # threads that wait for a busy core burn the other one
 TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
 
-KILL = """
-import os, runpy, signal, sys
-rename, left = os.replace, {nth}
-def rename_and_die(source, target):
-    global left
-    rename(source, target)
-    left -= str(target).endswith("{ending}")
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = rename_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+class Forked(NamedTuple):
+    """A launcher: copies of this process, in which torch is imported already, as the ranks of torchrun would be. They die (kill
+    -9) right after a file whose name ends in `ending` was written for the nth time."""
+
+    world: int = 1
+    ending: str = "checkpoint.pt"
+    nth: int = 0
 
 
-def killed(ending="checkpoint.pt", nth=1):
+TWO = Forked(world=2)
+
+
+def killed(ending="checkpoint.pt", nth=1, world=1):
     """A launcher: kill -9 right after a file of this name was written for the nth time."""
-    return (*PYTHON, "-c", KILL.format(ending=ending, nth=nth))
+    return Forked(world, ending, nth)
 
 
 KILLED = killed(nth=2)  # the first one is that of step 0
@@ -48,17 +52,22 @@ KILLED = killed(nth=2)  # the first one is that of step 0
 def run_script(name, run_dir, flags, launcher=None):
     """A script's command line, typed in an empty folder without a network.
 
-    With a launcher in a process of its own, as a user does; without one main() is called here, on
-    one thread as there, because importing torch again takes seconds.
+    With the words of a launcher in a process of its own, as a user does; in copies of this one with Forked; without a launcher
+    main() is called here, on one thread as there, because importing torch again takes seconds.
     """
     line = [str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
+    if isinstance(launcher, Forked):
+        return run_forked(launcher, line, run_dir)
     if launcher:
         return subprocess.run([*launcher, *line], cwd=run_dir, env=ENV, capture_output=True, text=True, timeout=300)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    return subprocess.CompletedProcess(line, run_here(line, run_dir, stdout, stderr), stdout.getvalue(), stderr.getvalue())
 
+
+def run_here(line, run_dir, stdout, stderr):
+    """main() of a script. Returns the exit code."""
+    name = Path(line[0]).name
     script = importlib.import_module(name.removesuffix(".py"))
-    code = 0
-    stdout = io.StringIO()
-    stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", line)
         patch.chdir(run_dir)
@@ -67,9 +76,55 @@ def run_script(name, run_dir, flags, launcher=None):
         try:
             machine.run_as_script(script.main, name, (script.UserError, *script.USER_ERRORS))
         except SystemExit as stopped:  # Python prints a text and exits with code 1
-            code = 1
             print(stopped.code, file=stderr)
-    return subprocess.CompletedProcess(line, code, stdout.getvalue(), stderr.getvalue())
+            return 1
+    return 0
+
+
+def run_forked(launcher, line, run_dir):
+    """All ranks; where one fails the others are ended, as torchrun does."""
+    with socket.create_server(("localhost", 0)) as server:
+        shared = {"WORLD_SIZE": str(launcher.world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    fork = multiprocessing.get_context("fork").Process
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        args = launcher, line, run_dir, stdout, stderr, shared
+        ranks = [fork(target=rank_of, args=(*args, rank)) for rank in range(launcher.world)]
+        for process in ranks:
+            process.start()
+        end = time.monotonic() + 300
+        while any(process.is_alive() for process in ranks) and time.monotonic() < end:
+            multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()], 1)
+            if any(process.exitcode for process in ranks):
+                break
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+            process.join()
+        assert any(codes) or None not in codes, "it takes longer than five minutes"
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(line, next(filter(None, codes), 0), stdout.read(), stderr.read())
+
+
+def rank_of(launcher, line, run_dir, stdout, stderr, shared, rank):
+    """A forked process."""
+    if launcher.world > 1:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    rename, left = os.replace, launcher.nth
+
+    def rename_and_die(source, target):
+        nonlocal left
+        rename(source, target)
+        left -= str(target).endswith(launcher.ending)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if left:
+        os.replace = rename_and_die
+    code = run_here(line, run_dir, stdout, stderr)
+    stdout.flush()
+    stderr.flush()
+    os._exit(code)
 
 
 def rows(folder):

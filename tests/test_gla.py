@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, rows, run_script
+from conftest import ROOT, TWO, rows, run_script
 
 import gla
 from common import figures
@@ -619,7 +619,7 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_acts_elsewhere(fin
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = command(tmp_path, "", launcher=TORCHRUN)
+    done = command(tmp_path, "", launcher=TWO)
     assert done.returncode == 0, done.stderr
     (two,) = tmp_path.iterdir()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in (two, finished)]

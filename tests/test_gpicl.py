@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from conftest import PYTHON, ROOT, TWO, killed, rows, run_script
 from sklearn.datasets import load_wine
 from torch import nn
 
@@ -612,7 +612,7 @@ def test_fewer_classes_than_a_test_dataset_has(tmp_path):
 
 def test_two_processes_end_in_the_numbers_of_one(tmp_path):
     assert command(tmp_path, "--baselines --run-name one").returncode == 0
-    two = command(tmp_path, "--baselines --run-name two", launcher=TORCHRUN)
+    two = command(tmp_path, "--baselines --run-name two", launcher=TWO)
     assert two.returncode == 0, two.stderr
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two"))
     for name, value in one["['models']['transformer']"].items():

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 import torch
 import tyro
-from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from conftest import PYTHON, ROOT, TWO, killed, rows, run_script
 
 import metagenrl
 from common import networks
@@ -863,7 +863,7 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_trains_agents_else
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = command(tmp_path, "--run-name two --objectives 2 --progress", launcher=TORCHRUN)
+    done = command(tmp_path, "--run-name two --objectives 2 --progress", launcher=TWO)
     assert done.returncode == 0, done.stderr
     ours, theirs = saved_state(tmp_path / "two"), saved_state(finished[0])
     torch.testing.assert_close(ours["['alpha']"], theirs["['alpha']"], rtol=1e-3, atol=1e-4)
@@ -878,7 +878,7 @@ def test_two_processes_equal_one(finished, tmp_path):
 def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
     """A checkpoint holds the agents of all processes."""
     flags = "--objectives 2 --progress --run-name two"
-    assert command(tmp_path, flags, launcher=(*TORCHRUN, "--no-python", *killed(nth=2))).returncode != 0
+    assert command(tmp_path, flags, launcher=killed(nth=2, world=2)).returncode != 0
     folder = tmp_path / "two"
     assert (folder / "checkpoint.pt").exists() and not (folder / "results.json").exists()
     assert command(tmp_path, f"--resume {folder}", tiny="").returncode == 0

@@ -15,7 +15,7 @@ import pytest
 import reproduce
 import torch
 import tyro
-from conftest import PYTHON, ROOT, TORCHRUN, killed, rows, run_script
+from conftest import PYTHON, ROOT, TWO, killed, rows, run_script
 from torch.utils._pytree import tree_map
 
 import symla
@@ -570,7 +570,7 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path):
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = command(tmp_path, "--run-name two", launcher=TORCHRUN)
+    done = command(tmp_path, "--run-name two", launcher=TWO)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(rows(tmp_path / "two"), rows(finished[0]), strict=True):
         assert ours["mean"] == pytest.approx(theirs["mean"], abs=1e-4)

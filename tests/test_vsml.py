@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, rows, run_script
+from conftest import ENV, KILLED, PYTHON, ROOT, TORCHRUN, TWO, rows, run_script
 from sklearn.datasets import load_wine
 
 import vsml
@@ -919,7 +919,7 @@ def test_meta_test_of_a_checkpoint(finished, tmp_path):
 def test_two_processes_end_in_the_numbers_of_one(optimizer, tmp_path):
     flags = f"--meta-optimizer {optimizer} --persistent 3 --run-name"
     assert command(tmp_path, f"{flags} one").returncode == 0
-    two = command(tmp_path, f"{flags} two", launcher=TORCHRUN)
+    two = command(tmp_path, f"{flags} two", launcher=TWO)
     assert two.returncode == 0, two.stderr
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two"))
     for name in ("vsml", "rnn"):  # Adam blows rounding up where the gradient is zero, as for a bias that all logits share
