@@ -21,7 +21,8 @@ Through Self-Referential Meta Learning" (2022). The layer is adapted from Irie e
     action = agent.act(obs, reward)                               # at each step of your environment
 
 Axes, everywhere: p populations, each on its own, s solutions executed in parallel, n all variables of a network, a inputs of a
-layer, b its outputs, t time, k layers. Where p and s stand as one axis, it is called p.
+layer, b its outputs, c all columns of its weights, b + 2a + 4, d uniform numbers for a step. Where p and s stand as one axis,
+it is called p.
 """
 
 import math
@@ -145,7 +146,7 @@ LAPTOP = dict(
     checkpoint_every=5,  # half a minute
 )
 PRESETS = {"thesis": {}, "laptop": LAPTOP}
-TUNED = {  # where a flag is not given; sigma: the best of four, on another seed (results page)
+TUNED = {  # where a flag is not given; sigma: the best of four on another seed, the last two's with other flags (results page)
     "bandit": dict(executions=200, sigma=3.0),
     "cartpole": dict(executions=3200, sigma=0.1),
     "swapping_bandit": dict(executions=4000, sigma=0.3),
@@ -292,7 +293,8 @@ class Solutions:
     fitness, each with its `bucket_size` most recently used solutions. A bucket is drawn with a probability that grows
     exponentially with its fitness, a solution in it uniformly. ((e^20)^i, read to the letter, would be greedy.)
 
-    Ids grow with time and are -1 in empty slots. used: twice the id of the last child, or at first twice the own id plus 1.
+    Ids grow with time and are -1 in empty slots. used: when a solution was last used, twice the id of its last child; at first
+    twice its own id plus 1, since it is younger than the parent that it was made from.
     """
 
     def __init__(self, args: Args, roots: Tensor):
@@ -340,8 +342,9 @@ class Solutions:
         self.id.scatter_(1, order, torch.where(nth < self.args.bucket_size, self.id.gather(1, order), -1))
 
     def best_slot(self) -> Tensor:
-        """Of the solution of the highest fitness (p, 1)."""
-        return torch.where(self.id >= 0, self.fitness, -torch.inf).argmax(1, keepdim=True)
+        """Of the solution of the highest fitness (p, 1), of equals the newest: a root has its first child's fitness."""
+        fitness = torch.where(self.id >= 0, self.fitness, -torch.inf)
+        return torch.where(fitness == fitness.amax(1, keepdim=True), self.id, -1).argmax(1, keepdim=True)
 
     def at(self, slot: Tensor) -> Tensor:
         """The solutions (p, s, n) in slots (p, s)."""
@@ -456,7 +459,8 @@ class Population:
         draws, phi = draws.transpose(0, 1).flatten(1, 2), phi.flatten(0, 1)
         widths = (n, 1, 1, SwappingBandit.shortest * isinstance(self.env, SwappingBandit))
         outputs = torch.zeros(p * s, sum(widths), device=phi.device)
-        for own in torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank].split(args.chunk):
+        share = torch.arange(p * s, device=phi.device).tensor_split(self.run.world)[self.run.rank]
+        for own in filter(len, share.split(args.chunk)):
             parts = self.runs[frozen](phi[own], draws[:, own])
             outputs[own] = torch.cat([part.view(len(own), -1) for part in parts], -1)
         if dist.is_initialized():
@@ -475,7 +479,8 @@ class Population:
 
     def pairs(self) -> Tensor:
         """Of random solutions (p, test_seeds, 3) the depth, and what they and their parents achieve in fresh executions. (Those
-        that made them would not do: parents were selected by theirs.) Depth 0: no solution whose parent is held."""
+        that made them would not do: parents were selected by theirs.) The depth is how often a solution was modified; 0: no
+        solution whose parent is held."""
         id = self.solutions.id
         parent = self.history["parent"].gather(1, id.clamp(min=0))
         candidate = (id >= 0) & (parent >= 0) & (self.learner != "random_search")
@@ -487,7 +492,8 @@ class Population:
         parent_slot = is_parent.int().argmax(2)
         both = torch.cat([self.solutions.at(slot), self.solutions.at(parent_slot)], 1)
         child, parent = self.achieved(self.execute(both, PAIRS, 1)).chunk(2, 1)
-        depth = self.history["depth"].gather(1, id.gather(1, slot).clamp(min=0)) * known
+        executions = self.history["depth"].gather(1, id.gather(1, slot).clamp(min=0))
+        depth = (executions - int(self.learner in CLIMBERS)) * known  # their roots are executed before they are modified
         return torch.stack([depth.float(), child, parent], -1)
 
 
@@ -561,7 +567,7 @@ def by_depth(learner: str, name: str, pairs: Tensor) -> list[dict[str, Any]]:
 
 
 def draw_improvement(path: Path, rows: list[dict[str, Any]]) -> None:
-    """By depth, the executions in the lineage."""
+    """By depth, the modifications in the lineage."""
     words = {"child_minus_parent": "child minus parent", "child_better": "share of children that are better"}
     rows = [row | {"task": f"{row['task']}: {words[row['metric']]}"} for row in rows if row["metric"] in words]
     if rows:

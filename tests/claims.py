@@ -403,14 +403,6 @@ def gradient_norm(words: str, run: str, choose: Callable[[dict[str, float]], flo
     return Number(f"gradient norm in the plateau, {words}", of)
 
 
-def until_solved(learner: str, env: str, run: str = "") -> Number:
-    """FME: executions until a population's first good one, in the median population."""
-    words = f"{learner}, {env}, {run}, executions until solved".replace(" ,", "")
-    return Number(
-        words, lambda seed: statistics.median(seed.fact(run, "until_solved")[f"{env} {learner}"])
-    )
-
-
 def lead(
     other: str, env: str, end: str = "difference", run: str = "", what: str = "achieved"
 ) -> Number:

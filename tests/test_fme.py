@@ -222,6 +222,24 @@ def test_a_full_bucket_drops_neither_what_was_just_selected_nor_the_best():
     assert sorted(solutions.id[0].tolist())[-3:] == [0, 1, 3]
 
 
+def test_of_equals_the_best_is_the_newest():
+    """So that after the first round it is what a root made of itself, not the root, which has the same fitness."""
+    them = evolved(1)
+    for p in range(2):
+        held = dict(zip(them.solutions.id[p].tolist(), them.solutions.fitness[p].tolist(), strict=True))
+        best = int(them.solutions.id[p, them.solutions.best_slot()[p]])
+        assert best >= 2 and held[best] == max(value for id, value in held.items() if id >= 0)
+
+
+def test_a_process_without_a_network_to_execute(monkeypatch):
+    """Fewer networks than processes: the last process has none, and adds zeros to what the others have."""
+    them = population(num_parallel=2, roots=1)
+    monkeypatch.setattr(RUN, "rank", 7)
+    monkeypatch.setattr(RUN, "world", 8)
+    outcome = them.execute(them.roots, 0)
+    assert outcome.phi.shape == them.roots.shape and not outcome.phi.any() and not outcome.reward.any()
+
+
 def test_solutions_are_drawn_exponentially_by_bucket_and_uniformly_within():
     args = replace(ARGS, buckets=4, bucket_size=50, selection=2.0, executions=100)
     solutions = fme.Solutions(args, torch.zeros(1, 2, 1))
@@ -380,7 +398,7 @@ def test_pairs_are_children_and_their_parents(monkeypatch):
     depth, child, parent = pairs.unbind(-1)
     ids = them.solutions.id
     for p in range(2):
-        expected = [int(them.history["depth"][p, id]) for id in ids[p].tolist() if id >= 6]  # others have no parent held
+        expected = [int(them.history["depth"][p, id]) - 1 for id in ids[p].tolist() if id >= 6]  # others have no parent held
         assert sorted(depth[p].tolist())[-len(expected) :] == sorted(expected)
         assert (depth[p] > 0).sum() == len(expected)
         first = dict(zip(ids[p].tolist(), them.solutions.phi[p, :, 0].tolist(), strict=True))
