@@ -208,7 +208,7 @@ class Args:
     objective_lr_decay: bool = False
     """Let it fall to zero linearly (not in the thesis)."""
     max_grad_norm: Positive = 1.0
-    """Largest norm of gradients (Table A.3); those of ppo and reinforce-on are not clipped, as in Spinning Up."""
+    """Largest norm of gradients (Table A.3), but of the inner step, of epg, and of ppo and reinforce-on (Spinning Up)."""
     gamma: Share = 0.99
     """gamma (Table A.3)."""
     tau: Share = 0.005
@@ -674,9 +674,8 @@ def losses_of_lives(args: Args, group: Group, seed: int, alpha: Tensor, _: Any) 
 
 def evolve(args: Args, alpha: Tensor, history: Tensor, run: "Run") -> None:
     """EPG (Houthooft et al. 2018) with the objective of this file: evolution strategies on the rewards at the end of an agent's
-    training by it, in one environment after the other. Agents act with their policies from the first step on: the fitness of a
-    short training that began with random actions would not depend on the objective. All of a generation have the same networks
-    and random numbers. Changes alpha (1, d) in place, and history (k, 1, d) to what it was after each part in PROGRESS."""
+    training by it, in one environment after the other, without random steps: the fitness of a short training would depend on
+    them alone. All of a generation have the same networks and random numbers. Changes alpha and history as meta_train does."""
     args = replace(args, random_steps=0, policy_lr=args.test_policy_lr)
     optimizer = torch.optim.Adam([alpha], args.objective_lr)
     settings = dict(pairs=args.epg.pairs, sigma=args.epg.sigma, seed=args.seed, rank_shaping=True)
@@ -762,8 +761,9 @@ def test_in_env(
     """Rows of learners whose agents are one batch, in an environment."""
     number = test_envs(args).index(name)
     key = 1009 * args.seed + number
-    rates = {"td3": args.td3_lr, "reinforce-off": args.reinforce_lr}
-    args = replace(args, policy_lr=rates.get(learners[0], args.test_policy_lr))
+    rate = {"td3": args.td3_lr, "reinforce-off": args.reinforce_lr}.get(learners[0], args.test_policy_lr)
+    random_steps = 0 if learners[0] == "epg" else args.random_steps  # as in its evolution
+    args = replace(args, policy_lr=rate, random_steps=random_steps)
     if learners == ["rl2"]:
         curve, resets = returns_of_rl2(args, rl2, name, key), [0]
     else:

@@ -132,7 +132,7 @@ def checked(
 # ==================================================================================================
 def status(name: str, row: Row) -> tuple[str, str]:
     """Verdict of an entry, at the thesis preset if it was run there; both sides of the claim that
-    decides, one about the method if there is one, and how many of its claims are reproduced."""
+    decides, and how many claims are reproduced, of those about the method if there are any."""
     for preset in ("thesis", "laptop"):
         if entry := checked(name, row, preset):
             saved, _, outcomes = entry
@@ -143,8 +143,9 @@ def status(name: str, row: Row) -> tuple[str, str]:
     verdict = weakest(outcomes)
     of_verdict = [outcome for outcome in outcomes if outcome.verdict == verdict]
     deciding = min(of_verdict or outcomes, key=lambda one: (one.of_baseline, margin(one)))
-    reproduced = sum(outcome.verdict == "reproduced" for outcome in outcomes)
-    numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({reproduced}/{len(outcomes)})"
+    counted = [one for one in outcomes if not one.of_baseline] or outcomes
+    reproduced = sum(outcome.verdict == "reproduced" for outcome in counted)
+    numbers = f"{text(deciding.left)} vs {text(deciding.right)} ({reproduced}/{len(counted)})"
     if is_test(saved["commands"]):
         numbers = "test passes" if deciding.left else "test fails"
     return verdict + (" (thesis preset)" if preset == "thesis" else ""), numbers

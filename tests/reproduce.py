@@ -144,7 +144,8 @@ METAGENRL = {
         {"": "M1.0", "no time": f"{INPUTS} value next_value gain", "no next value": f"{INPUTS} value time",
          "no values": f"{INPUTS} time", "four inputs": f"{INPUTS} value next_value time"},
         lambda preset: [claim for env in (UNSEEN | {"thesis": [CHEETAH]})[preset] for claim in (
-            gain(env) > 0, gain(env, FOUR_INPUTS[preset]) > gain(env) * 0.2, gain(env, "no time") > gain(env) * 0.8,
+            gain(env) > 0, gain(env, "no time") > gain(env) * 0.8,
+            *[gain(env, "four inputs") > gain(env) * 0.2] * (preset == "laptop"),
             gain(env, "no next value") > gain(env, FOUR_INPUTS[preset]) * 0.8, gain(env, "no values") < gain(env) * 0.2)] + [
             logged(f"{CHEETAH}_reward", "no time") < logged(f"{CHEETAH}_reward", "")] * (preset == "thesis"),
         {"": "M1.0", **{f"no {what}": f"metagenrl.py --baselines --test-envs --inputs reward {rest}" for what, rest in (
@@ -163,17 +164,17 @@ METAGENRL = {
                  "--no-objective-lr-decay"},
         per({"laptop": [("pendulum", "point_mass")], "thesis": [(LUNAR, LUNAR)]}, lambda envs: [
             without_worst(envs[0], "each") < at("metagenrl", envs[0], run="each", field="std") * 0.5,
-            mean("metagenrl from 40 % on, late", [at(name, envs[1], run="late") for name in (
-                *(f"metagenrl, {part} %" for part in (40, 60, 80)), "metagenrl")])
-            < at("metagenrl, 14 %", envs[1], run="late")]),
+            at("metagenrl", envs[1], run="late") < at("metagenrl, 14 %", envs[1], run="late")]),
         {"each": f"metagenrl.py --envs {LUNAR} --test-envs --progress --each --test-seeds 12 --baselines untrained",
          "late": "M6.0"}),
     "M7": Row("Fig. A.6, A.7", "fewer than 20 agents are unstable",
         {"": "M1.0", "4 environments": FOUR, "4, more agents": f"{FOUR} --population 32",
          **{f"{count} agents": f"{UNSEEN_ONLY} --population {count}" for count in (2, 4, 8)}},
         lambda preset: [
-            *(logged(f"{env}_reward", f"{count} agents") < logged(f"{env}_reward", "")
-              for env in KNOWN[preset] for count in (2, 4, 8)),
+            *(logged(f"{env}_reward", fewer) < logged(f"{env}_reward", more)
+              for env in KNOWN[preset] for fewer, more in pairwise(("2 agents", "4 agents", "8 agents", ""))),
+            *(logged(f"{env}_reward_std", f"{count} agents") > logged(f"{env}_reward_std", "")
+              for env in KNOWN[preset] for count in (4, 8)),
             *(claim for env in UNSEEN[preset] for claim in (
                 *(gain(env, run) < gain(env) * 1.2 for run in ("4 environments", "4, more agents")),
                 gain(env, "4, more agents") > gain(env) * 0.8))],
@@ -776,7 +777,7 @@ FME = {
          lead("fme_frozen", "swapping_bandit") > 0, after_swap("fme", 10) > after_swap("fme", 1),
          (at("no_reward", "swapping_bandit") < 0.55)._replace(of_baseline=True)],  # it cannot know which arm is the good one
         fme("swapping_bandit")),
-    "F4": Row("not in the thesis", "is it self-modification? Controls of F1 to F3, also with the last action as input",
+    "F4": Row("not in the thesis", "is it self-modification? Controls of F1 to F3",
         {f"{name}{end}": f"{row}.{index}" for row, name in (("F1", "bandit"), ("F2", "cartpole"), ("F3", "swapping"))
          for index, end in enumerate(("", f" {ACTION}"))},
         lambda preset: [*(sooner("random_search", env, env) for env in ("bandit", "cartpole")),

@@ -463,7 +463,7 @@ def test_the_table_shows_a_claim_about_the_method_rather_than_one_about_baseline
     commands = {"": "fake.py --checkpoint runs/reproduce/V1-0-s0/checkpoint.pt"}
     entry = {"commands": commands, "claims": [method.words, baseline.words], "torch": "2", "seeds": runs}
     report.save("V1", "laptop", entry)
-    assert report.status("V1", row) == ("not reproduced", "2 vs 3 (0/2)")
+    assert report.status("V1", row) == ("not reproduced", "2 vs 3 (0/1)")
     assert "runs/reproduce/V1-0-sSEED/checkpoint.pt" in report.section("V1", row, "laptop")
 
 
