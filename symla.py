@@ -14,8 +14,8 @@ Kirsch, "Automating AI Research" (2025), chapter 4 and appendix C; Kirsch, Flenn
     Section 4.5, C.1   -> common/envs (the tasks), meta_test (regret, lifetimes)
     Figures 4.3 to 4.7 -> draw_lifetimes, tests/reproduce.py
 
-    python symla.py                                               # bandits with many arms: 5 minutes
-    python symla.py --envs upright_cartpole                       # then with observations and actions shuffled
+    python symla.py                                               # bandits with many arms: 4 minutes
+    python symla.py --envs upright_cartpole --obs-gain 1          # then with observations and actions shuffled
     python symla.py --mode test --checkpoint runs/NAME/checkpoint.pt --test-envs independent_bandit:30
 
     agent = symla.SymLA.load("pretrained", num_actions=2)         # learns bandits, whose observation is [1.0]
@@ -107,7 +107,7 @@ class Args:
     lifetime_steps: Count | None = None
     """L, actions of a lifetime, over as many episodes as fit (C.2.2: 500, bandits 100)."""
     action_repeat: Annotated[int, (1, 1000)] = 1
-    """Environment steps that each action is taken for (not in the thesis)."""
+    """Environment steps that each action is taken for; it earns their mean reward (not in the thesis)."""
     sutton_barto_reward: bool = False
     """CartPole's reward is -1 for a failure instead of 1 per step, and that of MountainCar's goal 0 (not in the thesis).
     Without it lifetimes of a fixed length differ only in how often an episode begins, a step that pays 0."""
@@ -177,11 +177,11 @@ THESIS_OTHERS = dict(
 LAPTOP_BANDITS = dict(
     hidden=16,  # a sixteenth of the time of 64
     lifetime_steps=100,
-    meta_steps=400,  # three minutes
+    meta_steps=400,  # four minutes
     evaluations=32,  # the whole population in a third of a second
     noise_std=0.1,  # what fits fewer parameters and fewer members
     lr=0.05,  # few steps
-    rnn_noise_std=0.2,  # the best of nine settings on validation (see the results page)
+    rnn_noise_std=0.2,  # the best of nine settings on validation, at the edge of those tried (see the results page)
     rnn_lr=0.1,  # likewise
     obs_gain=1.0,
     test_seeds=4_096,

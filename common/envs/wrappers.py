@@ -110,7 +110,8 @@ class Recorded(Wrapper):
 
 
 class Repeated(Wrapper):
-    """Each action is taken for a number of steps, or until the episode ends; rewards are added."""
+    """Each action is taken for a number of steps, or until the episode ends. The reward is the sum of
+    theirs divided by this number, so that it is as large as that of a step."""
 
     def __init__(self, env: Env, times: int):
         super().__init__(env)
@@ -128,7 +129,7 @@ class Repeated(Wrapper):
             moved = {name: select(stopped, moved[name], after[name]) for name in moved}
             step = Step(*(select(stopped, *both) for both in zip(step, more, strict=True)))
             stopped = stopped | step.terminated | step.truncated
-        return moved, step
+        return moved, step._replace(reward=step.reward / self.times)
 
 
 def select(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
