@@ -1,7 +1,8 @@
 """GLA: a Transformer that learns to act in its activations, distilled from the learning of many PPO agents.
 
 PPO agents learn, and their transitions and policies are recorded. A Transformer reads chunks of such a learning history, each
-some updates later than the one before, and predicts the policies: it learns to learn, and as it skips updates, faster than PPO.
+some updates later than the one before, and predicts the policies: it learns to learn, and as it skips updates, faster than the
+PPO that it reads (a tuned PPO is another matter: L4 on its page).
 Random projections of observations and actions make many tasks of few, so that it cannot rely on their meaning.
 
 Kirsch, "Automating AI Research" (2025), chapter 6; Kirsch, Harrison, Freeman, Sohl-Dickstein and Schmidhuber, "Towards
@@ -33,6 +34,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -445,9 +447,9 @@ def subsample(
     student: Student, trajectories: Trajectories, discrete: bool, count: int, own: Tensor
 ) -> tuple[Steps, Policy, Tensor]:
     """Algorithm 10, line 6: chunks from updates k, k + g, k + 2 g, … of as many trajectories, one after the other, with k drawn
-    for each from those at which the largest gap can begin; the policies to be predicted; and whether they are (s, t): the
-    untrained policy is context alone. Of all this the part that is this process' `own`. With gap 0 updates are the first ones,
-    and the policy is the last one in all of them."""
+    for each from those at which the largest gap can begin, and of each update --chunk steps in one copy, from a random one on;
+    the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the part that
+    is this process' `own`. With gap 0 updates are the first ones, and the policy is the last one in all of them."""
     args, gap = student.args, student.gap
     h, u, t = trajectories.steps.reward.shape
     draw = partial(torch.randint, device=trajectories.curve.device)
@@ -634,7 +636,8 @@ def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[st
 
 
 def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
-    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them."""
+    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them, and each
+    writes its own."""
     folder = run.folder / "trajectories"
     folder.mkdir(exist_ok=True)
     names = dict.fromkeys(args.envs)
@@ -645,7 +648,7 @@ def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
         torch.manual_seed(args.seed + 7919 * number)
         collect(args.teacher, name, collection_file(folder, name), run.device, bar.update)
     if run.world > 1:
-        dist.barrier()
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))  # one may take hours longer than another
     return read_trajectories(args, folder, run.device)
 
 
@@ -846,6 +849,8 @@ class Agent:
             raise ValueError(f"Reward and done have to be finite numbers of shape {tuple(obs.shape[:-1])}.")
 
         s = len(several)
+        if not self.student.args.projected and several.shape[1] > (most := self.student.args.obs_size):
+            raise ValueError(f"Observations have {several.shape[1]} numbers, of which there may be {most} without projections.")
         if self.known is None:
             env = SimpleNamespace(obs_size=several.shape[1], **self.actions)
             ids = UNSEEN + self.seed % 2**32 * 2**20 + torch.arange(s, device=self.device)
@@ -896,7 +901,7 @@ def load_agent(
 METHOD = "gla"  # in checkpoints and results; a renamed copy of this file reads them too
 USER_ERRORS = (CheckpointError, EnvError, FlagError)
 NAMED_AFTER = ("learner",)  # the flags that name a run's folder
-KEPT = ("preset",)  # the flags that a meta-test cannot change
+KEPT = ("preset", "envs", "gaps", "auxiliary", "projected", "chunk")  # the flags that a meta-test cannot change
 
 
 # ---- the same text in all six scripts: begin -----------------------------------------------------------------------
@@ -930,7 +935,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
+    free = {"data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk"} - {*KEPT}
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")

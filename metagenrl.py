@@ -921,7 +921,7 @@ def parse_args() -> tuple[Args, dict[str, Any]]:
         raise UserError(f"{path} was written by another version of {METHOD}.py.") from error
     args = replace(tyro.cli(Args, default=base), device=device, preset=(base if typed.preset == "auto" else typed).preset)
 
-    free = ("data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk")
+    free = {"data_dir", "compile", "track", "run_dir", "triton", "graphs", "chunk"} - {*KEPT}
     changed = [flag for flag in vars(args) if flag not in free and getattr(args, flag) != getattr(base, flag)]
     if kept := [flag for flag in changed if args.resume or (args.mode == "test" and flag in KEPT)]:
         raise UserError(f"A resumed or tested run keeps its flags; leave out --{kept[0].replace('_', '-')}.")

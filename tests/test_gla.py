@@ -613,9 +613,12 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_acts_elsewhere(fin
     flags = f"--mode test --checkpoint {finished / 'checkpoint.pt'} --learner gla --baselines one-task no-reward cloning uniform"
     assert command(tmp_path, f"{flags} --run-name test", tiny="").returncode == 0
     assert rows(tmp_path / "test") == [row for row in rows(finished) if row["learner"] not in ("teacher", "ppo")]
-    done = command(tmp_path, f"{flags} --run-name far --envs hidden_goal:0 --test-envs cartpole --test-steps 40", tiny="")
+    done = command(tmp_path, f"{flags} --run-name far --test-envs cartpole --test-steps 40", tiny="")
     assert done.returncode == 0, done.stderr
     assert {row["novelty"] for row in rows(tmp_path / "far") if row["task"] == "cartpole"} == {"domain"}
+    for flag in ("--envs hidden_goal:3", "--gaps 0", "--chunk 2", "--auxiliary gap"):  # the weights were not trained so
+        refused = command(tmp_path, f"--mode test --checkpoint {finished / 'checkpoint.pt'} {flag}", tiny="")
+        assert refused.returncode == 1 and f"keeps its flags; leave out {flag.split()[0]}" in refused.stderr
 
 
 def test_two_processes_equal_one(finished, tmp_path):
@@ -690,6 +693,14 @@ def test_an_agent_acts_in_gymnasiums_environments():
         assert action in (0, 1)
 
 
+def test_an_agent_without_projections_sees_all_numbers(finished):
+    """Those of which there are too many, it does not drop in silence."""
+    agent = gla.GLA.load(finished / "checkpoint.pt", num_actions=2)
+    agent.student = agent.student._replace(args=replace(agent.student.args, projected=False))
+    with pytest.raises(ValueError, match=f"Observations have 99 numbers, of which there may be {agent.student.args.obs_size}"):
+        agent.act(torch.zeros(99))
+
+
 def test_an_agent_needs_actions_and_a_checkpoint(finished, tmp_path):
     path = finished / "checkpoint.pt"
     for kind in ({}, dict(num_actions=99), dict(num_actions=2, action_size=2)):
@@ -724,7 +735,7 @@ REFUSED = {
     "--trajectories {done}/trajectories --teacher.updates 7": "were collected with --teacher.updates 6, not 7",
     "--trajectories {done}/trajectories --envs hidden_goal:3 hidden_goal:5": "hidden_goal-5.pt",
     "--mode test --checkpoint {done}/checkpoint.pt --width 16": "checkpoint.pt has no 'models gla'",
-    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "checkpoint.pt has no 'models gla g 0'",
+    "--mode test --checkpoint {done}/checkpoint.pt --gaps 2 1 0": "A resumed or tested run keeps its flags; leave out --gaps",
 }
 
 

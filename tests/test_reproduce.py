@@ -174,6 +174,7 @@ METRICS = {
     "vsml": ("accuracy", "cumulative_accuracy", "cross_entropy"),
     "gpicl": ("accuracy", "cumulative_accuracy", "cross_entropy"),
     "symla": ("return", "cumulative_regret"),
+    "gla": ("speed",),
     "fme": ("child_better",),
 }  # that claims name
 
