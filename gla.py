@@ -373,44 +373,12 @@ class Trajectories(NamedTuple):
     last_log_std: Tensor  # (p e, u, b)
     curve: Tensor  # (p, u), reward per step of all copies
 
-    def policy(self, last: bool, discrete: bool, index: tuple[Tensor, Tensor, Tensor]) -> Policy:
-        mean, log_std = (self.last_mean, self.last_log_std) if last else (self.mean, self.log_std)
-        mean = mean[index]
-        return Policy(mean, None if discrete else log_std[index[:2]].expand_as(mean))
-
 
 # ======================================================================================================================
 # The inner loop
 # ======================================================================================================================
-class Context:
-    """A history of tokens that grows, and the Transformer's outputs for the last one. Beyond its positions the Transformer
-    drops the older half of its history."""
-
-    def __init__(self, model: GLA):
-        self.model = model
-        self.length = 0
-
-    def append(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """token (s, 1, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
-        if not self.length:
-            self.tokens = token.repeat(1, self.model.context, 1)
-            self.cache = self.model.empty_cache(len(token))
-        if self.length == self.model.context:
-            half = self.length // 2
-            newer = self.tokens[:, self.length - half :].clone()
-            self.tokens[:, :half] = newer
-            self.length = half
-            if half:
-                self.model(newer, self.cache)
-
-        self.tokens[:, self.length] = token[:, 0]
-        outputs = self.model(token, self.cache, self.length)
-        self.length += 1
-        return outputs
-
-
 def next_policy(
-    student: Student, context: Context, projection: Projection, known: Transition, progress: Tensor, discrete: bool
+    student: Student, context: "Context", projection: Projection, known: Transition, progress: Tensor, discrete: bool
 ) -> Policy:
     """pi_theta of Eq. 6.1 after one more transition (s, 1, ...). progress (s, 1). Distributions of native actions (s, b)."""
     token = tokens(projection, known, student.eta(progress), student.masked)
@@ -450,26 +418,35 @@ def subsample(
     for each from those at which the largest gap can begin, and of each update --chunk steps in one copy, from a random one on;
     the policies to be predicted; and whether they are (s, t): the untrained policy is context alone. Of all this the part that
     is this process' `own`. With gap 0 updates are the first ones, and the policy is the last one in all of them."""
-    args, gap = student.args, student.gap
-    h, u, t = trajectories.steps.reward.shape
-    draw = partial(torch.randint, device=trajectories.curve.device)
-    chunk, place = (torch.arange(size, device=trajectories.curve.device) for size in (args.chunks, args.chunk))
-    trajectory = draw(h, (count, 1, 1))
-    firsts = u - max(args.gaps) * (args.chunks - 1) if gap else 1  # how many updates k is one of, the same for all gaps
-    update = draw(firsts, (count, 1, 1)) + max(gap, 1) * chunk[:, None]
+    args, gap, device = student.args, student.gap, trajectories.curve.device
+    num_trajectories, num_updates, num_steps = trajectories.steps.reward.shape
+    draw = partial(torch.randint, device=device)
+
+    trajectory = draw(num_trajectories, (count, 1, 1))
+    firsts = num_updates - max(args.gaps) * (args.chunks - 1) if gap else 1  # how many updates k is one of, for all gaps
+    update = draw(firsts, (count, 1, 1)) + max(gap, 1) * torch.arange(args.chunks, device=device)[:, None]
     if student.shuffled:
-        update = draw(u, (count, args.chunks, 1))
-    start = draw(t - args.chunk + 1, (count, args.chunks, 1))
-    trajectory, update, start = (x[own] for x in (trajectory, update, start))
+        update = draw(num_updates, (count, args.chunks, 1))
+    step = draw(num_steps - args.chunk + 1, (count, args.chunks, 1)) + torch.arange(args.chunk, device=device)
+    trajectory, update, step = (x[own] for x in (trajectory, update, step))
 
-    index = trajectory, update, start + place
-    policy = trajectories.policy(gap == 0, discrete, index)
-    steps = Steps(*(x[index].flatten(1, 2) for x in trajectories.steps))
-    predicted = ((update > 0) | (gap == 0)).expand_as(index[2]).flatten(1)
-    return steps, policy.map(lambda x: x.flatten(1, 2)), predicted
+    steps = Steps(*(x[trajectory, update, step].flatten(1, 2) for x in trajectories.steps))
+    mean, log_std = trajectories.mean, trajectories.log_std
+    if gap == 0:
+        mean, log_std = trajectories.last_mean, trajectories.last_log_std
+    mean = mean[trajectory, update, step]
+    policy = Policy(mean, None if discrete else log_std[trajectory, update].expand_as(mean))
+    predicted = ((update > 0) | (gap == 0)).expand_as(step)
+    return steps, policy.map(lambda x: x.flatten(1, 2)), predicted.flatten(1)
 
 
-Task = tuple[Projection, Steps, Policy, Tensor]  # sequences (s, t, ...), what is predicted, and whether it is
+class Task(NamedTuple):
+    """Sequences of one environment."""
+
+    projection: Projection
+    steps: Steps  # (s, t, ...)
+    policy: Policy  # to be predicted
+    predicted: Tensor  # (s, t), whether it is
 
 
 def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
@@ -490,7 +467,7 @@ def meta_loss(student: Student, tasks: list[Task]) -> Tensor:
     for y, deviation, (projection, steps, p, _) in zip(action, log_std, tasks, strict=True):
         q = native(y, deviation, projection, p.log_std is None)
         losses.append(-log_prob_executed(q, steps.action) if student.likelihood else divergence(p, q))
-    predicted = torch.cat([task[3] for task in tasks]).float()
+    predicted = torch.cat([task.predicted for task in tasks]).float()
     count = es.all_reduce_mean(predicted.sum()).clamp(min=1)  # the same in all processes
     return (torch.cat(losses) * predicted).sum() / count
 
@@ -505,7 +482,7 @@ def draw_tasks(student: Student, in_envs: dict[str, Env], trajectories: dict[str
         own = torch.arange(len(env_ids), device=device)[rank::world]
         projection = draw_projection(args, in_envs[name], env_ids[own])  # Algorithm 10, line 5
         discrete = in_envs[name].num_actions is not None
-        tasks.append((projection, *subsample(student, trajectories[name], discrete, len(env_ids), own)))  # line 6
+        tasks.append(Task(projection, *subsample(student, trajectories[name], discrete, len(env_ids), own)))  # line 6
     return tasks
 
 
@@ -531,6 +508,36 @@ def meta_train(
             adam[name].step()  # line 7
             metrics[name.replace(", g = ", "_gap_") + "_loss"] = es.all_reduce_mean(loss.detach().clone())
         run.log(step, metrics)
+
+
+# ======================================================================================================================
+# A history of any length
+# ======================================================================================================================
+class Context:
+    """A history of tokens that grows, and the Transformer's outputs for the last one. Beyond its positions the Transformer
+    drops the older half of its history."""
+
+    def __init__(self, model: GLA):
+        self.model = model
+        self.length = 0
+
+    def append(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """token (s, 1, n) -> projected actions (s, 1, b') and log deviations (s, 1)."""
+        if not self.length:
+            self.tokens = token.repeat(1, self.model.context, 1)
+            self.cache = self.model.empty_cache(len(token))
+        if self.length == self.model.context:
+            half = self.length // 2
+            newer = self.tokens[:, self.length - half :].clone()
+            self.tokens[:, :half] = newer
+            self.length = half
+            if half:
+                self.model(newer, self.cache)
+
+        self.tokens[:, self.length] = token[:, 0]
+        outputs = self.model(token, self.cache, self.length)
+        self.length += 1
+        return outputs
 
 
 # ======================================================================================================================

@@ -529,7 +529,7 @@ def measure_gla(bench: Bench) -> None:
 
     def loss(*task: Any) -> Tensor:
         adam.zero_grad()
-        return gla.meta_loss(student, [task])
+        return gla.meta_loss(student, [gla.Task(*task)])
 
     def optimise() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -183,7 +183,7 @@ def test_algorithm_distillation_maximises_the_likelihood_of_recorded_actions(dis
     steps = steps._replace(action=steps.action.clamp(-1, 1))
     projection, predicted = gla.draw_projection(ARGS, env, torch.arange(4)), torch.rand(4, 12, generator=DRAWS) < 0.7
     policies = [gla.Policy(x, None if discrete else x) for x in torch.randn(2, 4, 12, b, generator=DRAWS)]
-    losses = [gla.meta_loss(one, [(projection, steps, policy, predicted)]) for policy in policies]
+    losses = [gla.meta_loss(one, [gla.Task(projection, steps, policy, predicted)]) for policy in policies]
     assert torch.equal(*losses)
 
     outputs = one.model(gla.tokens(projection, gla.transitions(steps), torch.zeros(4, 12)))
@@ -207,9 +207,9 @@ def test_only_what_is_predicted_is_in_the_loss():
     targets = torch.randn(2, 4, 12, 4, generator=DRAWS)
     predicted = torch.arange(12).expand(4, -1) >= torch.tensor([0, 4, 12, 8])[:, None]
     one, other = (gla.Policy(torch.where(predicted[..., None], targets[0], x), None) for x in targets)
-    losses = [gla.meta_loss(student(net), [(projection, steps, p, predicted)]) for p in (one, other)]
+    losses = [gla.meta_loss(student(net), [gla.Task(projection, steps, p, predicted)]) for p in (one, other)]
     assert torch.equal(*losses)
-    tail = gla.meta_loss(student(net), [(projection, steps, one, torch.ones_like(predicted))])
+    tail = gla.meta_loss(student(net), [gla.Task(projection, steps, one, torch.ones_like(predicted))])
     assert not torch.equal(losses[0], tail)
 
 
@@ -233,11 +233,11 @@ def test_what_controls_do_not_read(masked, read):
     args = replace(ARGS, chunks=1, chunk=1) if masked == "history" else ARGS
     one = student(model(args), masked=masked)
     targets = gla.Policy(torch.randn(4, 12, 4, generator=DRAWS), None), torch.ones(4, 12, dtype=torch.bool)
-    loss = gla.meta_loss(one, [(projection, steps, *targets)])
+    loss = gla.meta_loss(one, [gla.Task(projection, steps, *targets)])
     for what in ("obs", "action", "reward", "ended"):
         changed = steps._replace(**{what: steps._asdict()[what].clone()})
         changed._asdict()[what][:, :-1] += 1
-        assert (gla.meta_loss(one, [(projection, changed, *targets)]) != loss) == (what in read), what
+        assert (gla.meta_loss(one, [gla.Task(projection, changed, *targets)]) != loss) == (what in read), what
 
     known, context, policies = gla.transitions(steps), gla.Context(one.model), []
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_bfloat16_hardly_changes_gradients(monkeypatch):
     targets = gla.Policy(torch.randn(4, 12, 4, generator=DRAWS), None), torch.ones(4, 12, dtype=torch.bool)
     for enabled in (False, True):
         monkeypatch.setattr(torch, "autocast", lambda *kind, enabled, on=enabled: autocast(*kind, enabled=on))
-        loss = gla.meta_loss(student(net, args=args), [(projection, steps, *targets)])
+        loss = gla.meta_loss(student(net, args=args), [gla.Task(projection, steps, *targets)])
         assert loss.dtype == torch.float32
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
     assert not torch.equal(*grads) and torch.cosine_similarity(*grads, dim=0) > 0.999
@@ -341,7 +341,7 @@ def test_a_compiled_transformer_has_the_same_loss_and_gradient(name):
     )
     spread = None if env.num_actions else torch.zeros_like(steps.action)
     targets = gla.Policy(torch.randn(steps.action.shape, generator=DRAWS), spread)
-    tasks = [(look, steps, targets, torch.ones(4, 12, dtype=torch.bool))]
+    tasks = [gla.Task(look, steps, targets, torch.ones(4, 12, dtype=torch.bool))]
     compiled = torch.compile(net, dynamic=False, fullgraph=True, backend="aot_eager")
     losses = [gla.meta_loss(student(one), tasks) for one in (compiled, net)]
     gradients = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
@@ -405,7 +405,7 @@ def test_a_rollout_reads_its_own_transitions_in_an_unseen_projection(monkeypatch
 def test_every_task_of_meta_training_has_a_projection_of_its_own(monkeypatch):
     ids, draw = [], gla.draw_projection
     monkeypatch.setattr(gla, "draw_projection", lambda args, env, own: ids.extend(own.tolist()) or draw(args, env, own))
-    monkeypatch.setattr(gla, "subsample", lambda *_: ())
+    monkeypatch.setattr(gla, "subsample", lambda *_: (None, None, None))
     two = student()._replace(args=replace(ARGS, batch=6), envs=("hidden_goal:3", "hidden_goal:4"))
     in_envs = {name: gla.make_env(name, 1) for name in two.envs}
     for step in range(3):
