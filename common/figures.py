@@ -30,9 +30,6 @@ def plot(
     *,
     xlabel: str = "",
     ylabel: str = "",
-    panel: str = "task",
-    line: str = "learner",
-    x: str = "step",
     labels: dict[str, str] | None = None,
     titles: dict[str, str] | None = None,
     styles: dict[str, str] | None = None,
@@ -40,16 +37,16 @@ def plot(
     columns: int = 4,
     **axis: Any,
 ) -> None:
-    """A panel for each `panel` of the rows, in it a line for each `line`: the mean over x and a
-    band around it.
+    """A panel for each task of the rows, in it a line for each learner: the mean over steps and a band
+    around it.
 
     The band is one standard deviation, or with `standard_error` that of the mean. A row's optional
     "values" are drawn as thin lines, one for each seed. labels, titles: what to write for a line and
     a panel; styles: matplotlib's color and dashes for a line, such as
     "k--". Further arguments go to matplotlib's axis.set.
     """
-    panels = list(dict.fromkeys(row[panel] for row in rows))
-    lines = list(dict.fromkeys(row[line] for row in rows))
+    panels = list(dict.fromkeys(row["task"] for row in rows))
+    lines = list(dict.fromkeys(row["learner"] for row in rows))
     columns = min(columns, len(panels))
     height = math.ceil(len(panels) / columns)
     size = (1 + 3.4 * columns, 0.9 + 2.7 * height)
@@ -60,14 +57,14 @@ def plot(
     handles = {}
     for ax, name in zip(axes.flat, panels, strict=False):
         for number, of in enumerate(lines):
-            points = [row for row in rows if row[panel] == name and row[line] == of]
+            points = [row for row in rows if row["task"] == name and row["learner"] == of]
             if points:
                 style = (styles or {}).get(of, f"C{number}")
-                handles[plain((labels or {}).get(of, of))] = draw_line(ax, points, x, style, standard_error)
+                handles[plain((labels or {}).get(of, of))] = draw_line(ax, points, style, standard_error)
         ax.set(title=plain((titles or {}).get(name, name)), xlabel=xlabel, ylabel=ylabel, **axis)
         ax.title.set_fontsize("medium")
         ax.grid(alpha=0.3)
-        ticks = sorted({row[x] for row in rows if row[panel] == name})
+        ticks = sorted({row["step"] for row in rows if row["task"] == name})
         if ax.get_xscale() == "log" and len(ticks) <= 8:  # matplotlib's own overlap within a decade
             size = 7 if len(ticks) > 6 else None
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=size)
@@ -89,10 +86,10 @@ def plot(
 
 
 def draw_line(
-    ax: Any, points: Sequence[dict[str, Any]], x: str, style: str, standard_error: bool
+    ax: Any, points: Sequence[dict[str, Any]], style: str, standard_error: bool
 ) -> Any:
     """Mean and band of the rows `points`, and their "values" if all have them. Returns the line."""
-    xs = np.array([row[x] for row in points])
+    xs = np.array([row["step"] for row in points])
     mean = np.array([row["mean"] for row in points])
     band = np.array([row["std"] for row in points])
     if standard_error:

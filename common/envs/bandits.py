@@ -42,7 +42,6 @@ class SwappingBandit(Bandit):
     until the next one.
     """
 
-    stationary = False
     shortest = 10
     longest = 30
     step_draws = 1

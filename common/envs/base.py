@@ -45,7 +45,6 @@ class Env(ABC):
     action_size = 0  # dimensions of a continuous action, each in [-1, 1]
     max_steps: int | None = None  # of an episode; None: no time limit
     episodic = True  # False: there are no episodes, and a policy is judged by its reward per step
-    stationary = True  # False: the best policy changes during a lifetime
     min_size: int | None = None  # least n of "name:n"; None: the name takes no size
     compilable = True  # False: it steps outside of PyTorch
     next_step_reset = False  # see above; `make` sets it

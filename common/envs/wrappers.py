@@ -28,7 +28,6 @@ class Wrapper(Env):
         self.action_size = env.action_size
         self.max_steps = env.max_steps
         self.episodic = env.episodic
-        self.stationary = env.stationary
         self.compilable = env.compilable
         self.next_step_reset = env.next_step_reset
         self.resumable = env.resumable
