@@ -5,20 +5,22 @@ import io
 import json
 import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from common import machine
+from common import figures, machine
 
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -36,8 +38,11 @@ class Forked(NamedTuple):
     world: int = 1
     ending: str = "checkpoint.pt"
     nth: int = 0
+    drawn: bool = False  # with figures
+    before: Callable[[], Any] = lambda: None
 
 
+PROCESS = Forked(drawn=True)  # nearly a user's, without the seconds of imports
 TWO = Forked(world=2)
 
 
@@ -53,7 +58,8 @@ def run_script(name, run_dir, flags, launcher=None):
     """A script's command line, typed in an empty folder without a network.
 
     With the words of a launcher in a process of its own, as a user does; in copies of this one with Forked; without a launcher
-    main() is called here, on one thread as there, because importing torch again takes seconds.
+    main() is called here, on one thread as there, because importing torch again takes seconds, and without figures, because
+    drawing them takes a second.
     """
     line = [str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
     if isinstance(launcher, Forked):
@@ -64,8 +70,14 @@ def run_script(name, run_dir, flags, launcher=None):
     return subprocess.CompletedProcess(line, run_here(line, run_dir, stdout, stderr), stdout.getvalue(), stderr.getvalue())
 
 
-def run_here(line, run_dir, stdout, stderr):
-    """main() of a script. Returns the exit code."""
+def undrawn(figure, path):
+    """What figures.save is in runs whose figures nobody opens."""
+    path.write_bytes(b"")
+    figures.pyplot().close(figure)
+
+
+def run_here(line, run_dir, stdout, stderr, launcher=None):
+    """main() of a script, with a launcher the whole file. Returns the exit code."""
     name = Path(line[0]).name
     script = importlib.import_module(name.removesuffix(".py"))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
@@ -73,8 +85,15 @@ def run_here(line, run_dir, stdout, stderr):
         patch.chdir(run_dir)
         for variable in ("TORCH_HOME", *NO_NETWORK):
             patch.setenv(variable, ENV[variable])
+        if not (launcher and launcher.drawn):
+            patch.setattr(figures, "save", undrawn)
+            patch.setattr(script, "save", undrawn, raising=False)  # gpicl's by name
+        patch.setattr(os, "fsync", lambda file: None)  # a killed process loses nothing by it
         try:
-            machine.run_as_script(script.main, name, (script.UserError, *script.USER_ERRORS))
+            if launcher:
+                runpy.run_path(line[0], run_name="__main__")
+            else:
+                machine.run_as_script(script.main, name, (script.UserError, *script.USER_ERRORS))
         except SystemExit as stopped:  # Python prints a text and exits with code 1
             print(stopped.code, file=stderr)
             return 1
@@ -83,6 +102,8 @@ def run_here(line, run_dir, stdout, stderr):
 
 def run_forked(launcher, line, run_dir):
     """All ranks; where one fails the others are ended, as torchrun does."""
+    for name in ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"):
+        importlib.import_module(name)  # here once, and not in every copy
     with socket.create_server(("localhost", 0)) as server:
         shared = {"WORLD_SIZE": str(launcher.world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
     fork = multiprocessing.get_context("fork").Process
@@ -108,6 +129,7 @@ def run_forked(launcher, line, run_dir):
 
 def rank_of(launcher, line, run_dir, stdout, stderr, shared, rank):
     """A forked process."""
+    launcher.before()
     if launcher.world > 1:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     rename, left = os.replace, launcher.nth
@@ -121,7 +143,7 @@ def rank_of(launcher, line, run_dir, stdout, stderr, shared, rank):
 
     if left:
         os.replace = rename_and_die
-    code = run_here(line, run_dir, stdout, stderr)
+    code = run_here(line, run_dir, stdout, stderr, launcher)
     stdout.flush()
     stderr.flush()
     os._exit(code)

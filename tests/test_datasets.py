@@ -418,7 +418,8 @@ def test_own_files_that_cannot_be_read(tmp_path):
 
 TINY = {
     "vsml.py": "--meta-steps 2 --sequences 2 --sequence-length 4 --test-seeds 2 --test-steps 3 --baselines rnn sgd",
-    "gpicl.py": "--meta-steps 2 --batch 4 --sequence-length 6 --width 8 --heads 2 --key-size 4 --test-seeds 4 --test-tasks 2",
+    "gpicl.py": "--meta-steps 2 --batch 4 --sequence-length 6 --width 8 --heads 2 --key-size 4 --test-seeds 4 --test-tasks 2 "
+    "--size 4 --baselines sgd",
 }
 
 

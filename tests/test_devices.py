@@ -5,6 +5,7 @@ numpy's reach for memory that is not its own. (What torch.compile makes of the s
 """
 
 import json
+from functools import cache
 
 import pytest
 import test_fme
@@ -17,7 +18,7 @@ import torch
 from conftest import run_script
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 GPU, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
 DEVICE = torch.ops.prim.device.default
@@ -58,12 +59,20 @@ class There(Tensor):
         return self.numpy()
 
 
+@cache
+def described(func):
+    """The name of an operation, whether it writes to an argument, and whether it returns one thing."""
+    writes = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+    return func.overloadpacket.__name__, writes, len(func._schema.returns) == 1
+
+
 class Pretending(TorchDispatchMode):
     """Does on the CPU what is asked of the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kwargs = dict(kwargs or {})
+        (name, writes, alone), (leaves, spec) = described(func), tree_flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
         if func is DEVICE:
             return META if isinstance(args[0], There) else CPU
         there = any(isinstance(x, There) for x in tensors)
@@ -74,15 +83,15 @@ class Pretending(TorchDispatchMode):
             raise RuntimeError(f"{func} of two devices: {[(type(x).__name__, tuple(x.shape)) for x in tensors]}")
         if kwargs.get("device") is not None:
             there = torch.device(kwargs["device"]).type != "cpu"
-            kwargs["device"] = CPU
         generator = kwargs.get("generator") or next((x for x in args if isinstance(x, torch.Generator)), None)
         if generator is not None and (generator._cdata in GENERATORS) != there:
             raise RuntimeError(f"{func} with a generator of another device")
         with _disable_current_modes():
-            held = tree_map(lambda x: x.held if isinstance(x, There) else x, (args, kwargs))
-            out = func(*held[0], **held[1])
-        if any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments):
-            return args[0] if len(func._schema.returns) == 1 else out
+            held, named = tree_unflatten([x.held if isinstance(x, There) else x for x in leaves], spec)
+            named |= {"device": CPU} if named.get("device") is not None else {}
+            out = func(*held, **named)
+        if writes:
+            return args[0] if alone else out
         return tree_map(lambda x: There(x) if isinstance(x, Tensor) else x, out) if there else out
 
 
@@ -141,18 +150,19 @@ def test_what_a_gpu_would_refuse(pretending):
 
 MORE = {  # and as few steps as do
     test_fme: "--envs swapping_bandit --executions 8 --execution-steps 10 --test-seeds 2",
-    test_gla: "--test-envs heading:30 --meta-steps 2 --test-seeds 2 "
+    test_gla: "--test-envs heading:30 --meta-steps 2 --test-seeds 2 --chunks 2 "
     "--baselines one-task no-reward ad dpt cloning teacher ppo uniform",
-    test_gpicl: "--statistics --meta-steps 3",
+    test_gpicl: "--statistics --meta-steps 2 --sequence-length 4",
     test_metagenrl: "--envs point_mass --test-envs --population 2 --env-steps 32 --test-steps 24 --evaluations 1 --baselines td3",
-    test_symla: "",
-    test_vsml: "--baselines rnn sgd --test-datasets digits --meta-steps 3",
+    test_symla: "--meta-steps 2 --test-envs independent_bandit:3",
+    test_vsml: "--baselines rnn sgd --test-datasets digits --meta-steps 2 --sequence-length 3 --test-steps 4",
 }
 
 
 @pytest.mark.parametrize("tests", MORE, ids=lambda tests: tests.__name__[5:])
-def test_a_whole_run(tests, pretending, tmp_path):
-    """Meta-training with baselines, meta-test, and figures."""
+def test_a_whole_run(tests, pretending, tmp_path, monkeypatch):
+    """Meta-training with baselines, and meta-test."""
+    monkeypatch.setattr("common.envs.tasks.PointMass.max_steps", 10)
     script = tests.__name__[5:] + ".py"
     done = run_script(script, tmp_path, f"{tests.TINY} {MORE[tests]} --device cuda --no-compile --run-name done")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWO, rows, run_script
+from conftest import PROCESS, ROOT, TWO, rows, run_script
 
 import gla
 from common import figures
@@ -480,7 +480,7 @@ TINY = (
 )
 TINY += " --ppo.agents 2 --ppo.num-envs 1 --ppo.updates 2 --ppo.num-steps 8 --ppo.num-minibatches 1"
 TINY += " --teacher.num-envs 2 --teacher.updates 6 --teacher.num-steps 5 --teacher.hidden 6 --gaps 2 1 --chunk 4 --chunks 3 --width 8 --heads 2 --layers 1 --meta-steps 6"
-TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2"
+TINY += " --batch 8 --test-seeds 5 --checkpoint-every 2 --no-compile"
 
 
 def command(run_dir, flags, launcher=None, tiny=TINY):
@@ -491,7 +491,7 @@ def command(run_dir, flags, launcher=None, tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done")
+    done = command(folder, "--run-name done", launcher=PROCESS)
     assert done.returncode == 0, done.stderr
     return folder / "done"
 

@@ -13,10 +13,11 @@ from itertools import pairwise
 import pytest
 import torch
 import tyro
-from conftest import PYTHON, ROOT, TWO, killed, rows, run_script
+from conftest import PROCESS, ROOT, TWO, killed, rows, run_script
 
 import metagenrl
 from common import networks
+from common.envs import cartpole, classic, tasks
 
 ARGS = metagenrl.Args(
     envs=("pendulum",), population=3, layers=2, hidden=9, objective_units=6, objective_filters=4, length=5, batch_size=8, num_envs=2,
@@ -455,9 +456,10 @@ def test_functions_of_several_environments_are_all_compiled():
         torch.compiler.reset()
         fuse = partial(torch.compile, dynamic=False, backend="eager")
         which = torch.zeros(2, dtype=torch.int64)
-        groups = [metagenrl.Group(ARGS, name, which, 8, torch.device("cpu"), fuse) for name in ("pendulum", "point_mass")]
+        args = replace(ARGS, length=2, layers=1, env_steps=8)
+        groups = [metagenrl.Group(args, name, which, 8, torch.device("cpu"), fuse) for name in ("pendulum", "point_mass")]
         alpha = groups[0].nets.init_objective(1, DRAWS)
-        metagenrl.meta_train(replace(ARGS, env_steps=8), groups, alpha, alpha.repeat(6, 1, 1), Sick([]))
+        metagenrl.meta_train(args, groups, alpha, alpha.repeat(6, 1, 1), Sick([]))
 
 
 class Sick:
@@ -764,14 +766,18 @@ TINY += " --evaluations 2 --episodes 1"
 
 
 def command(run_dir, flags, launcher=None, tiny=TINY):
-    return run_script("metagenrl.py", run_dir, f"{tiny} {flags}", launcher)
+    """With episodes of 20 steps, of which evaluations and trials are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        for env in (tasks.PointMass, classic.Pendulum, cartpole.ContinuousCartPole):
+            patch.setattr(env, "max_steps", 20)
+        return run_script("metagenrl.py", run_dir, f"{tiny} {flags}", launcher)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done --objectives 2 --progress --each", launcher=PYTHON)
+    done = command(folder, "--run-name done --objectives 2 --progress --each", launcher=PROCESS)
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
@@ -837,7 +843,7 @@ def test_the_shipped_objective_trains_agents_where_it_was_not_meta_trained(tmp_p
 
 def test_environments_of_gymnasium_resume_in_the_same_numbers_too(tmp_path):
     flags = "--envs MountainCarContinuous-v0 --test-envs --no-test-seen --baselines --reset-every 0 --env-steps 64"
-    flags += " --test-envs pendulum"
+    flags += " --test-envs pendulum --population 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr
     assert command(tmp_path, f"{flags} --run-name killed", launcher=killed(nth=2)).returncode == -signal.SIGKILL
@@ -857,9 +863,9 @@ def test_a_checkpoint_tested_again_gives_the_same_numbers_and_trains_agents_else
         metagenrl.LearnedObjective.load(small, 1).alpha, metagenrl.LearnedObjective.load(finished[0] / "checkpoint.pt", 1).alpha
     )
     flags = f"--mode test --checkpoint {small} --no-progress --run-name far --no-test-seen --baselines"
-    done = command(tmp_path, f"{flags} --test-envs LunarLanderContinuous", tiny="")
+    done = command(tmp_path, f"{flags} --test-envs Pendulum-v1 --num-envs 1 --exploration-noise 0.1", tiny="")
     assert done.returncode == 0, done.stderr
-    assert {row["task"] for row in rows(tmp_path / "far")} == {"LunarLanderContinuous"}
+    assert {row["task"] for row in rows(tmp_path / "far")} == {"Pendulum-v1"}
 
 
 def test_two_processes_equal_one(finished, tmp_path):
@@ -890,7 +896,7 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, tmp_path):
 def test_other_learners(learner, tmp_path):
     """Meta-learned by evolution, in the activations of an LSTM, and not at all; killed, resumed, and meta-tested elsewhere."""
     flags = f"--learner {learner} --baselines reinforce-on --ppo.num-steps 16 --ppo.update-epochs 2 --checkpoint-every 2"
-    flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 3600 --rl2.trials 2 --rl2.units 5"
+    flags += " --epg.generations 4 --epg.pairs 2 --epg.life-steps 40 --rl2.trial-steps 480 --rl2.trials 2 --rl2.units 5"
     flags += " --rl2.num-minibatches 2 --rl2.epochs 2"
     done = command(tmp_path, f"{flags} --run-name done")
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,9 @@ def trained(rank, world, trial_steps, kind=Recorded, epochs=1, num_minibatches=1
     settings = dict(epochs=epochs, num_minibatches=num_minibatches, lr=1e-3, gamma=0.99, gae_lambda=0.97)
     settings |= dict(clip_coef=0.2, max_grad_norm=1.0, seed=0)
     settings |= {"trial_steps": trial_steps, "rank": rank, "world": world}
-    all_envs = [("cartpole", envs.make("continuous_cartpole", 2 // world, scaled=True))]
+    env = envs.make("continuous_cartpole", 2 // world, scaled=True)
+    env.max_steps = 150  # as many as an update has of at least; a fresh policy's episodes have about 30
+    all_envs = [("cartpole", env)]
     with torch.no_grad():
         policy_gradients.meta_train(
             net, all_envs, lambda n, keep: range(n), lambda step, values: logged.append(values), **settings
@@ -137,16 +139,16 @@ def trained(rank, world, trial_steps, kind=Recorded, epochs=1, num_minibatches=1
 
 
 def test_rl2_is_trained_on_as_many_steps_as_are_counted():
-    """A fresh policy's episodes are 30 of 500 possible steps long, and what comes after a trial is not experience."""
-    net, logged = trained(0, 1, 6000)
+    """A fresh policy's episodes are 30 of 150 possible steps long, and what comes after a trial is not experience."""
+    net, logged = trained(0, 1, 1800)
     steps = sum(float(mask.sum()) for *_, mask in net.trials)
-    assert 6000 <= steps < 6000 + 2 * max(float(mask.sum()) for *_, mask in net.trials) and len(net.trials) > 10
+    assert 1800 <= steps < 1800 + 2 * max(float(mask.sum()) for *_, mask in net.trials) and len(net.trials) > 10
     assert len(logged) == 3 and all(values["cartpole_return"] > 0 for values in logged)
 
 
 def test_processes_of_rl2_make_trials_of_their_own():
     """Those of two processes are the trials of one."""
-    whole, *parts = (trained(rank, world, 2000)[0].trials[0] for rank, world in ((0, 1), (0, 2), (1, 2)))
+    whole, *parts = (trained(rank, world, 600)[0].trials[0] for rank, world in ((0, 1), (0, 2), (1, 2)))
     assert not torch.equal(parts[0][0], parts[1][0])
     for part, x in zip(parts, whole[0].unbind(1), strict=True):
         steps = min(len(part[0]), len(x))
@@ -187,7 +189,7 @@ def test_minibatches_of_rl2_are_whole_trials_and_each_trial_is_in_one():
 def test_the_rate_of_rl2_falls_linearly_and_every_minibatch_is_a_step(monkeypatch):
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
-    trained(0, 1, 6000, epochs=3, num_minibatches=2)
+    trained(0, 1, 1800, epochs=3, num_minibatches=2)
     assert rates == pytest.approx([1e-3] * 6 + [2e-3 / 3] * 6 + [1e-3 / 3] * 6)
 
 
@@ -207,6 +209,6 @@ def test_how_much_an_environment_pays_does_not_change_what_rl2_learns(factor):
         pass
 
     PaidOtherwise.factor = factor
-    ours, others = (trained(0, 1, 4000, kind)[0] for kind in (Paid, PaidOtherwise))
+    ours, others = (trained(0, 1, 1200, kind)[0] for kind in (Paid, PaidOtherwise))
     for one, other in zip(ours.parameters(), others.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

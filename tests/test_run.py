@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -21,7 +22,7 @@ from typing import Literal, get_type_hints
 
 import pytest
 import torch
-from conftest import ENV, PYTHON, ROOT, killed, rows, run_script
+from conftest import ENV, PYTHON, ROOT, Forked, killed, rank_of, rows, run_script
 
 from common import checkpoints, figures, machine
 from common.checkpoints import CheckpointError
@@ -458,8 +459,7 @@ def test_a_disk_that_fills_up(finished, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    line = [*PYTHON, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "full"]
-    full = subprocess.run(line, cwd=tmp_path, env=ENV, capture_output=True, text=True, preexec_fn=small_files)
+    full = command(tmp_path, "--run-name full", launcher=Forked(before=small_files))
     assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
     assert re.fullmatch(rf"vsml.py: ({tmp_path / 'full'}.*|A file): File too large.", full.stderr.strip().splitlines()[-1])
     assert not list((tmp_path / "full").glob("*.partial"))
@@ -471,17 +471,19 @@ def test_a_disk_that_fills_up(finished, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_run_that_is_told_to_stop(name, tmp_path):
-    line = [*PYTHON, str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped"]
-    line += ["--meta-steps", "100000"]
-    quiet = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
-    run = subprocess.Popen(line, cwd=tmp_path, env=ENV, preexec_fn=heed, **quiet)
-    until = time.time() + 60
-    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
-        time.sleep(0.05)
-    run.send_signal(getattr(signal, name))
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and "Traceback" not in errors
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    line = [str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped", "--meta-steps", "100000"]
+    with open(tmp_path / "output", "w") as output, open(tmp_path / "errors", "w") as errors:
+        args = Forked(before=heed), line, tmp_path, output, errors, {}, 0
+        run = multiprocessing.get_context("fork").Process(target=rank_of, args=args)
+        run.start()
+        until = time.time() + 60
+        while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
+            time.sleep(0.05)
+        os.kill(run.pid, getattr(signal, name))
+        run.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert run.exitcode == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("vsml.py: stopped; continue with --resume")
 
 

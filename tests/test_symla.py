@@ -15,7 +15,7 @@ import pytest
 import reproduce
 import torch
 import tyro
-from conftest import PYTHON, ROOT, TWO, killed, rows, run_script
+from conftest import PROCESS, ROOT, TWO, killed, rows, run_script
 from torch.utils._pytree import tree_map
 
 import symla
@@ -501,7 +501,7 @@ def command(run_dir, flags, launcher=None, tiny=TINY):
 def finished(tmp_path_factory):
     """A whole run as a user types it."""
     folder = tmp_path_factory.mktemp("runs")
-    done = command(folder, "--run-name done", launcher=PYTHON)
+    done = command(folder, "--run-name done", launcher=PROCESS)
     assert done.returncode == 0, done.stderr
     return folder / "done", done.stdout
 
