@@ -29,17 +29,19 @@ PYTHON = (sys.executable,)
 torch.set_num_threads(1)  # threads that wait for a busy core burn the other one
 TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
 TORCHRUN += ("--rdzv-endpoint", "localhost:0")
+FORK = multiprocessing.get_context("forkserver")  # not this process, which may have threads of autograd
+FORK.set_forkserver_preload(["pytest", "tyro", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "gymnasium"])
 
 
 class Forked(NamedTuple):
-    """A launcher: copies of this process, in which torch is imported already, as the ranks of torchrun would be. They die (kill
-    -9) right after a file whose name ends in `ending` was written for the nth time."""
+    """A launcher: copies of a process that has imported torch, as the ranks of torchrun would be. They call `before` first, and
+    die (kill -9) right after a file whose name ends in `ending` was written for the nth time."""
 
     world: int = 1
     ending: str = "checkpoint.pt"
     nth: int = 0
     drawn: bool = False  # with figures
-    before: Callable[[], Any] = lambda: None
+    before: Callable[[], Any] = int  # which does nothing
 
 
 PROCESS = Forked(drawn=True)  # nearly a user's, without the seconds of imports
@@ -102,14 +104,12 @@ def run_here(line, run_dir, stdout, stderr, launcher=None):
 
 def run_forked(launcher, line, run_dir):
     """All ranks; where one fails the others are ended, as torchrun does."""
-    for name in ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"):
-        importlib.import_module(name)  # here once, and not in every copy
     with socket.create_server(("localhost", 0)) as server:
         shared = {"WORLD_SIZE": str(launcher.world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-    fork = multiprocessing.get_context("fork").Process
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         args = launcher, line, run_dir, stdout, stderr, shared
-        ranks = [fork(target=rank_of, args=(*args, rank)) for rank in range(launcher.world)]
+        ranks = [FORK.Process(target=rank_of, args=(*args, rank)) for rank in range(launcher.world)]
         for process in ranks:
             process.start()
         end = time.monotonic() + 300
@@ -122,14 +122,13 @@ def run_forked(launcher, line, run_dir):
             process.kill()
             process.join()
         assert any(codes) or None not in codes, "it takes longer than five minutes"
-        stdout.seek(0)
-        stderr.seek(0)
-        return subprocess.CompletedProcess(line, next(filter(None, codes), 0), stdout.read(), stderr.read())
+        return subprocess.CompletedProcess(line, next(filter(None, codes), 0), stdout.read_text(), stderr.read_text())
 
 
-def rank_of(launcher, line, run_dir, stdout, stderr, shared, rank):
-    """A forked process."""
+def rank_of(launcher, line, run_dir, stdout, stderr, shared=(), rank=0):
+    """A forked process, which writes what it prints to two files."""
     launcher.before()
+    stdout, stderr = (open(path, "a") for path in (stdout, stderr))  # noqa: SIM115 (until the end)
     if launcher.world > 1:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     rename, left = os.replace, launcher.nth

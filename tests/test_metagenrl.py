@@ -765,11 +765,16 @@ TINY += " --frozen-steps 20 --anneal-steps 20 --reset-every 40 --checkpoint-ever
 TINY += " --evaluations 2 --episodes 1"
 
 
+def short_episodes(patch=setattr):
+    for env in (tasks.PointMass, classic.Pendulum, cartpole.ContinuousCartPole):
+        patch(env, "max_steps", 20)
+
+
 def command(run_dir, flags, launcher=None, tiny=TINY):
-    """With episodes of 20 steps, of which evaluations and trials are made."""
+    """With short episodes, of which evaluations and trials are made."""
+    launcher = launcher and launcher._replace(before=short_episodes)
     with pytest.MonkeyPatch.context() as patch:
-        for env in (tasks.PointMass, classic.Pendulum, cartpole.ContinuousCartPole):
-            patch.setattr(env, "max_steps", 20)
+        short_episodes(patch.setattr)
         return run_script("metagenrl.py", run_dir, f"{tiny} {flags}", launcher)
 
 

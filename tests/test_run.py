@@ -4,7 +4,6 @@ import errno
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -22,7 +21,7 @@ from typing import Literal, get_type_hints
 
 import pytest
 import torch
-from conftest import ENV, PYTHON, ROOT, Forked, killed, rank_of, rows, run_script
+from conftest import ENV, FORK, PYTHON, ROOT, Forked, killed, rank_of, rows, run_script
 
 from common import checkpoints, figures, machine
 from common.checkpoints import CheckpointError
@@ -452,13 +451,13 @@ def test_a_meta_test_that_was_cut_off_continues_under_the_same_name(finished, tm
     assert rows(tmp_path / "cut") == rows(finished)
 
 
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
 def test_a_disk_that_fills_up(finished, tmp_path):
     """A limit on the size of files stands for it: a sentence with the path, and with room the run continues."""
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
     full = command(tmp_path, "--run-name full", launcher=Forked(before=small_files))
     assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
     assert re.fullmatch(rf"vsml.py: ({tmp_path / 'full'}.*|A file): File too large.", full.stderr.strip().splitlines()[-1])
@@ -473,15 +472,13 @@ def test_a_disk_that_fills_up(finished, tmp_path):
 def test_a_run_that_is_told_to_stop(name, tmp_path):
     heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     line = [str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped", "--meta-steps", "100000"]
-    with open(tmp_path / "output", "w") as output, open(tmp_path / "errors", "w") as errors:
-        args = Forked(before=heed), line, tmp_path, output, errors, {}, 0
-        run = multiprocessing.get_context("fork").Process(target=rank_of, args=args)
-        run.start()
-        until = time.time() + 60
-        while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
-            time.sleep(0.05)
-        os.kill(run.pid, getattr(signal, name))
-        run.join(60)
+    run = FORK.Process(target=rank_of, args=(Forked(before=heed), line, tmp_path, tmp_path / "output", tmp_path / "errors"))
+    run.start()
+    until = time.time() + 60
+    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
+        time.sleep(0.05)
+    os.kill(run.pid, getattr(signal, name))
+    run.join(60)
     errors = (tmp_path / "errors").read_text()
     assert run.exitcode == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("vsml.py: stopped; continue with --resume")
