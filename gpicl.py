@@ -128,8 +128,8 @@ class Args:
     """Put inputs through a network trained on ImageNet (Figure 5.9), CLIP (Figure D.5; pip install "cleanmeta[clip]"), as a
     control an untrained ResNet-18, or a small network trained on Fashion-MNIST in a minute, before projecting them. Computed
     once, kept in --data-dir."""
-    num_tasks: Annotated[int, (1, 2**31)] | Literal["inf"] = 2**25
-    """K, how many tasks there are to meta-train on (Appendix D.4, D.5); inf: no task comes twice (not in the thesis)."""
+    num_tasks: Annotated[int, (1, 2**31)] = 2**25
+    """K, how many tasks there are to meta-train on (Appendix D.4, D.5)."""
     classes: tuple[Count, ...] = ()
     """Numbers of classes in meta-training tasks, once the loss has left its plateau (the thesis, and until then: all of the
     dataset's, which larger numbers stand for too)."""
@@ -147,10 +147,6 @@ class Args:
     """N_M, size of a token; hidden units of lstm and mlp (Appendix D.4)."""
     layers: Size = 4
     """Layers of the Transformer (Appendix D.4)."""
-    post_norm: bool = False
-    """Layer norm after attention and MLP, and ReLUs, as in Vaswani et al. 2017 (the thesis: "vanilla")."""
-    lstm_layers: Size = 1
-    """Layers of the LSTM (Appendix D.4 names one hidden size)."""
     heads: Size = 8
     """Heads of the Transformer (Appendix D.4), or of the outer-product LSTM (not in the thesis)."""
     key_size: Size = 32
@@ -188,8 +184,6 @@ class Args:
     """maml: learning rate of its updates (default: the best one without meta-training)."""
     maml_outer_lr: Positive | None = None
     """maml: --lr of its own."""
-    meta_sgd: bool = False
-    """maml: meta-train a rate for each weight too, from --maml-lr on (Li et al. 2017; not in the thesis)."""
 
     test_datasets: tuple[str, ...] = ()
     """Datasets to meta-test on (default: --dataset, then digits wine breast_cancer random sum_sign)."""
@@ -239,20 +233,18 @@ BATCH = {"vsml": 8}
 #   of all; state, what the learner keeps of earlier examples, None at the first; logits (s, t, c), from which the label of
 #   each example is predicted.
 class Block(nn.Module):
-    """Self-attention and an MLP, each behind a layer norm, or, with post_norm, before one."""
+    """Causal self-attention and an MLP, each behind a layer norm."""
 
-    def __init__(self, width: int, heads: int, key_size: int, post_norm: bool):
+    def __init__(self, width: int, heads: int, key_size: int):
         super().__init__()
         self.heads = heads
-        self.post_norm = post_norm
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * heads * key_size), nn.Linear(heads * key_size, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, token: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """token (s, t, n), past (2, s, h, earlier, key_size): keys and values of the tokens before."""
-        inputs = token if self.post_norm else self.attention_norm(token)
-        q, k, v = self.qkv(inputs).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (s, h, t, key_size)
+        q, k, v = self.qkv(self.attention_norm(token)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         kv = torch.stack([k, v])
         if past is None:
             read = F.scaled_dot_product_attention(q, *kv, is_causal=True)
@@ -261,9 +253,6 @@ class Block(nn.Module):
             mask = torch.ones(q.shape[2], kv.shape[3], dtype=torch.bool, device=q.device).tril(past.shape[3])
             read = F.scaled_dot_product_attention(q, *kv, attn_mask=mask)
         token = token + self.out(read.transpose(1, 2).flatten(2))
-        if self.post_norm:
-            token = self.attention_norm(token)
-            return self.mlp_norm(token + self.down(F.relu(self.up(token)))), kv
         return token + self.down(F.gelu(self.up(self.mlp_norm(token)))), kv
 
 
@@ -275,9 +264,8 @@ class Transformer(nn.Module):
         self.label_scale = args.label_scale
         self.embed = nn.Linear(num_inputs + num_classes, args.width)
         self.position = nn.Parameter(torch.zeros(args.sequence_length, args.width))
-        sizes = (args.width, args.heads, args.key_size, args.post_norm)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(args.layers))
-        self.norm = nn.Identity() if args.post_norm else nn.LayerNorm(args.width)
+        self.blocks = nn.ModuleList(Block(args.width, args.heads, args.key_size) for _ in range(args.layers))
+        self.norm = nn.LayerNorm(args.width)
         self.head = nn.Linear(args.width, num_classes)
 
     def forward(self, x: Tensor, label: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -289,16 +277,6 @@ class Transformer(nn.Module):
             token, kv = block(token, past)
             kept.append(kv)
         return self.head(self.norm(token)), kept
-
-
-def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int) -> int:
-    """N_S, numbers that a sequence has to pass through on its way to a prediction (section 5.4.2): for a Transformer keys and
-    values of all layers and examples, for a recurrent learner its state."""
-    device = next(learner.parameters()).device
-    x, label = (torch.zeros(1, args.sequence_length, size, device=device) for size in (num_inputs, num_classes))
-    with torch.no_grad():
-        _, state = learner(x, label)
-    return sum(value.numel() for value in checkpoints.state_of(state).values())
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -337,9 +315,6 @@ def rollout(learner: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> tuple
 # ======================================================================================================================
 # The outer loop
 # ======================================================================================================================
-ENDLESS = 2**39  # K, where no task comes twice
-
-
 def train_tasks(args: Args, dataset: Dataset, num_inputs: int, classes: tuple[int, ...] | None = None) -> Tasks:
     """p(D) of Algorithm 9: D^(k) = {A^(k) x_i, rho^(k)(y_i)} with A_ij ~ N(0, 1/N_x); rho is the same for the first
     biased_tasks (section 5.4.3), and uniform for the others. classes: how many classes tasks have, if not all; then the
@@ -369,12 +344,7 @@ def biased_tasks(args: Args) -> int:
     lowest, highest = sorted([args.bias, last_bias(args)])
     if lowest < 1 and highest == 1:
         highest = 0.5
-    return math.floor(highest * number_of_tasks(args))
-
-
-def number_of_tasks(args: Args) -> int:
-    """K."""
-    return ENDLESS if args.num_tasks == "inf" else args.num_tasks
+    return math.floor(highest * args.num_tasks)
 
 
 def schedule(args: Args, step: int, plateau: int) -> tuple[float, float]:
@@ -396,14 +366,11 @@ def batch_ids(
     number = torch.arange(args.batch, device=device)[rank::world]  # in the batch
     sequences = step * args.batch + number
     biased = biased_tasks(args)
-    others = number_of_tasks(args) - biased
+    others = args.num_tasks - biased
     if not biased or not others:
         bias = float(biased > 0)  # all tasks are of one kind
     fixed = number < round(bias * args.batch)
-    if args.num_tasks == "inf":
-        within = sequences
-    else:
-        within = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, others))
+    within = integers(key(args.seed, device, 1), sequences, torch.where(fixed, biased, others))
     return within + torch.where(fixed, 0, biased), sequences
 
 
@@ -441,7 +408,7 @@ def meta_train(
     optimizers = {name: make_optimizer(args, learner) for name, learner in trained.items()}
     statistics = {name: Statistics(trained[name], optimizers[name]) for name in trained if args.statistics}
     sums = {name: torch.zeros(2, device=run.device) for name in trained}  # losses and accuracies since the last line
-    plateau = facts["plateau"]
+    first, plateau = next(iter(trained), None), facts["plateau"]
 
     @cache
     def sampler(number: int, classes: tuple[int, ...] | None) -> Callable:
@@ -471,19 +438,9 @@ def meta_train(
             optimizers[name].zero_grad()
 
         if (step + 1) % args.log_every == 0:
-            metrics = {}
-            for name, learner in trained.items():
-                loss, accuracy = es.all_reduce_mean(sums[name] / args.log_every)
-                metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
-                with torch.no_grad():
-                    for what, data in watch.items():
-                        metrics[f"{name}_loss_{what}"] = meta_loss(learner, *data, num_classes)[0]
-                if statistics:
-                    metrics |= {f"{name} {what}": value for what, value in statistics[name].values.items()}
-                sums[name].zero_()
+            metrics = metrics_line(args, trained, sums, watch, statistics, num_classes)
             run.log(step, metrics)
-            first = float(metrics[f"{next(iter(trained))}_loss"])
-            if plateau < 0 and left_plateau(first, chance):
+            if plateau < 0 and left_plateau(float(metrics[f"{first}_loss"]), chance):
                 plateau.fill_(step)
 
 
@@ -492,12 +449,6 @@ def left_plateau(loss: float, chance: float) -> bool:
     definition. On 8 x 8 digits class priors and fixed permutations take less than a tenth off; a memorising learner leaves the
     plateau too.)"""
     return loss < 0.9 * chance
-
-
-def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
-    """The length of the loss plateau: the first logged step that is past it, with the mean loss since the last line; None if
-    there is none."""
-    return next((step for step, loss in zip(steps, losses, strict=True) if left_plateau(loss, chance)), None)
 
 
 def chance_loss(datasets: list[Dataset]) -> float:
@@ -556,7 +507,7 @@ def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setti
     elif name == "mlp":
         learner = incontext.MLP(*sizes, args.width)
     elif name == "lstm":
-        learner = incontext.LSTM(*sizes, args.width, args.lstm_layers, args.label_scale)
+        learner = incontext.LSTM(*sizes, args.width, args.label_scale)
     elif name == "outer_lstm":
         learner = incontext.OuterProductLSTM(*sizes, args.heads, args.key_size, args.label_scale)
     elif name == "vsml":
@@ -568,15 +519,51 @@ def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setti
     else:
         raise KeyError(name)
     initialise(learner, args.seed)
-    if name == "maml" and args.meta_sgd:
-        rates = (torch.full_like(weight[0], math.log(lr)) for weight, *_ in learner.initial_state(1)["layers"])
-        learner.log_lr.extend(map(nn.Parameter, rates))
     return learner
 
 
 # ======================================================================================================================
 # Meta-test
 # ======================================================================================================================
+def metrics_line(
+    args: Args,
+    trained: dict[str, nn.Module],
+    sums: dict[str, Tensor],
+    watch: dict[str, tuple[Tensor, Tensor]],
+    statistics: dict[str, Statistics],
+    num_classes: int,
+) -> dict[str, Tensor]:
+    """A line of metrics.csv: means of losses and accuracies since the last line, losses on `watch`, and statistics. The sums
+    start again."""
+    metrics = {}
+    for name, learner in trained.items():
+        loss, accuracy = es.all_reduce_mean(sums[name] / args.log_every)
+        metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        with torch.no_grad():
+            for what, data in watch.items():
+                metrics[f"{name}_loss_{what}"] = meta_loss(learner, *data, num_classes)[0]
+        if statistics:
+            metrics |= {f"{name} {what}": value for what, value in statistics[name].values.items()}
+        sums[name].zero_()
+    return metrics
+
+
+def plateau_end(steps: list[int], losses: list[float], chance: float) -> int | None:
+    """The length of the loss plateau: the first logged step that is past it, with the mean loss since the last line; None if
+    there is none."""
+    return next((step for step, loss in zip(steps, losses, strict=True) if left_plateau(loss, chance)), None)
+
+
+def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int) -> int:
+    """N_S, numbers that a sequence has to pass through on its way to a prediction (section 5.4.2): for a Transformer keys and
+    values of all layers and examples, for a recurrent learner its state."""
+    device = next(learner.parameters()).device
+    x, label = (torch.zeros(1, args.sequence_length, size, device=device) for size in (num_inputs, num_classes))
+    with torch.no_grad():
+        _, state = learner(x, label)
+    return sum(value.numel() for value in checkpoints.state_of(state).values())
+
+
 def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     """A split of a dataset as all learners of a run see it: at one size with the same channels, or as features."""
     if args.features != "none":
@@ -1046,8 +1033,8 @@ def check(args: Args) -> None:
         raise UserError("--classes has to be from 2 on.")
     if args.log_every % len(args.dataset):
         raise UserError(f"--log-every has to be a multiple of the {len(args.dataset)} datasets, which follow each other.")
-    if "maml" not in {args.learner, *args.baselines} and (args.meta_sgd or args.maml_lr or args.maml_outer_lr):
-        raise UserError("--meta-sgd, --maml-lr and --maml-outer-lr are for maml; name it in --learner or --baselines.")
+    if "maml" not in {args.learner, *args.baselines} and (args.maml_lr or args.maml_outer_lr):
+        raise UserError("--maml-lr and --maml-outer-lr are for maml; name it in --learner or --baselines.")
     if args.triton and (args.device != "cuda" or not find_spec("triton")):
         raise UserError("--triton needs a GPU and Triton.")
     if args.graphs and args.device != "cuda":

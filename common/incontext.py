@@ -33,10 +33,10 @@ class MLP(nn.Module):
 class LSTM(nn.Module):
     """The in-context LSTM (Hochreiter et al. 2001; Table 5.2)."""
 
-    def __init__(self, num_inputs: int, num_classes: int, width: int, layers: int = 1, label_scale: float = 1.0):
+    def __init__(self, num_inputs: int, num_classes: int, width: int, label_scale: float = 1.0):
         super().__init__()
         self.label_scale = label_scale
-        self.lstm = nn.LSTM(num_inputs + num_classes, width, layers, batch_first=True)
+        self.lstm = nn.LSTM(num_inputs + num_classes, width, batch_first=True)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor, label: Tensor, state: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -161,7 +161,6 @@ class OnlineSGD(Recurrent):
         """lr may be a tensor (s, 1, 1), a rate for each sequence."""
         super().__init__()
         self.rule, self.lr = rule, lr
-        self.log_lr = nn.ParameterList()  # for each weight, where rates are meta-trained
         sizes = (num_inputs, hidden, num_classes) if hidden else (num_inputs, num_classes)
         self.weights = nn.ParameterList(torch.empty(b, a) for a, b in pairwise(sizes))
         self.biases = nn.ParameterList(torch.empty(b) for b in sizes[1:])
@@ -182,8 +181,7 @@ class OnlineSGD(Recurrent):
         decay = 0.01 * (t > 0) if self.rule == "adamw" else None
         for k in reversed(range(len(layers))):
             (weight, *moments), inputs = layers[k], state["inputs"][k]
-            lr = self.log_lr[k].exp() if len(self.log_lr) else self.lr
-            layers[k] = descend(weight, inputs, error, lr, t.clamp(min=1), *moments, decay=decay)
+            layers[k] = descend(weight, inputs, error, self.lr, t.clamp(min=1), *moments, decay=decay)
             if k > 0:  # backpropagation through ReLUs
                 error = (weight @ error[..., None]).squeeze(-1)[:, :-1] * (inputs[:, :-1] > 0)
         inputs = []
