@@ -548,19 +548,6 @@ def meta_train(args: Args, groups: "list[Group]", alpha: Tensor, history: Tensor
                 group.reset_diverged(now, "phi", "theta")
 
 
-def share_of_objective(args: Args, now: int, device: torch.device) -> Tensor | None:
-    """The share that the objective has in policies' steps, from 0 to 1 over --anneal-steps (A.2.2); None after them."""
-    annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
-    return None if annealed >= 1 else torch.full((), max(annealed, 0.0), device=device)
-
-
-def keep_history(history: Tensor, alpha: Tensor, step: int, steps: int) -> None:
-    """history[k] (m, d) follows the objectives until the k-th part in PROGRESS of meta-training is over."""
-    for k, part in enumerate(PROGRESS):
-        if 100 * step < part * steps:
-            history[k] = alpha
-
-
 # ======================================================================================================================
 # Agents of an environment
 # ======================================================================================================================
@@ -614,6 +601,19 @@ class Group(Agents):
         """One or more batches from every agent's buffer; now: steps of each copy so far."""
         draws = self.draws(torch.rand, batches * self.args.batch_size, 2)
         return self.sample_from(self.state, torch.full((), now, device=draws.device), draws)
+
+
+def share_of_objective(args: Args, now: int, device: torch.device) -> Tensor | None:
+    """The share that the objective has in policies' steps, from 0 to 1 over --anneal-steps (A.2.2); None after them."""
+    annealed = (now * args.num_envs - args.frozen_steps) / max(1, args.anneal_steps)
+    return None if annealed >= 1 else torch.full((), max(annealed, 0.0), device=device)
+
+
+def keep_history(history: Tensor, alpha: Tensor, step: int, steps: int) -> None:
+    """history[k] (m, d) follows the objectives until the k-th part in PROGRESS of meta-training is over."""
+    for k, part in enumerate(PROGRESS):
+        if 100 * step < part * steps:
+            history[k] = alpha
 
 
 def reset_some(args: Args, groups: list[Group], step: int) -> None:

@@ -428,19 +428,14 @@ def one_example(learner: Learner, params: Params, state: State, x: Tensor, y: Te
     return state, -(logits.log_softmax(-1) * label).sum(-1), logits.argmax(-1) == y
 
 
-def rollout(
-    learner: Learner, theta: Tensor, state: State, x: Tensor, y: Tensor, block: int | None = None
-) -> tuple[State, *Metrics]:
+def rollout(learner: Learner, theta: Tensor, state: State, x: Tensor, y: Tensor) -> tuple[State, *Metrics]:
     """Learn online, one example after the other (the inner loop of Algorithm 8, Algorithm 13).
 
     theta (p, d), x (p, s, t, a), y (p, s, t) int64. Returns the last state, and metrics (p, s, t) of
-    the predictions, each made before its label was seen. block: for gradients, keep the states of so
-    many examples at a time and compute the others again.
+    the predictions, each made before its label was seen.
     """
     if learner.rollout_fn:
         return learner.rollout_fn(theta, state, x, y)
-    if block and block < y.shape[2]:
-        return rollouts.in_blocks(partial(rollout, learner, theta), state, x, y, block)
     step = learner.step or partial(one_example, learner)
     params = learner.params(theta)
     metrics = []
@@ -468,11 +463,11 @@ def es_gradient(
     """The meta-gradient by evolution strategies. Both members of an antithetic pair learn from the
     same initial states and examples."""
     chunk = chunk_size(args, datasets)
-    numbers = iter(es.kinds_of_chunks(args.population, len(datasets), step, chunk))
+    kinds = iter(es.kinds_of_chunks(args.population, len(datasets), step, chunk))
     accuracy = []
 
     def evaluate(population: Tensor, pairs: Tensor) -> Tensor:
-        tasks = datasets[next(numbers)]
+        tasks = datasets[next(kinds)]
         ids = step * args.population + pairs[: len(pairs) // 2]
         x, y = tasks.sample(ids, ids, tasks.episode or args.sequence_length)
         keys = tasks.keys(ids, 3).repeat(2, 1)[:, None]
@@ -497,7 +492,8 @@ def backprop_gradient(
     sequences = args.sequences // len(datasets)
     for k, (tasks, kept) in enumerate(zip(datasets, memory, strict=True)):
         state, x, y = next_batch(args, learner, tasks, step, k * sequences, sequences, kept)
-        state, losses, correct = rollout(learner, theta[None], state, x[None], y[None], args.block)
+        learn = partial(rollout, learner, theta[None])
+        state, losses, correct = rollouts.in_blocks(learn, state, x[None], y[None], args.block)
         if kept:
             kept["state"] = tree_map(lambda v: es.all_gather(v.detach(), axis=1), state)
         loss = over_time(args, losses).mean()
