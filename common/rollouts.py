@@ -94,12 +94,10 @@ def search_rate(learner: Any, tasks: Any, steps: int, last: bool = False) -> Ten
     return best_rate(score, ids.device)
 
 
-def in_blocks(
-    rollout: Callable, state: Any, x: Tensor, y: Tensor, block: int | None
-) -> tuple[Any, ...]:
+def in_blocks(rollout: Callable, state: Any, x: Tensor, y: Tensor, block: int) -> tuple[Any, ...]:
     """rollout(state, x (p, s, t, a), y (p, s, t)) -> (state, *metrics (p, s, t)), whose gradient takes
-    the memory of `block` examples and of the states between blocks. None: of all examples."""
-    if not block or block >= y.shape[2]:
+    the memory of `block` examples and of the states between blocks."""
+    if block >= y.shape[2]:
         return rollout(state, x, y)
     blocks = []
     for part in zip(x.split(block, 2), y.split(block, 2), strict=True):
