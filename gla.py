@@ -643,8 +643,8 @@ def read_trajectories(args: Args, folder: Path, device: torch.device) -> dict[st
 
 
 def collect_all(args: Args, run: "Run") -> dict[str, Trajectories]:
-    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them, and each
-    writes its own."""
+    """The trajectories in all of --envs, collected into the run's folder. Processes divide the environments among them, and
+    each writes its own."""
     folder = run.folder / "trajectories"
     folder.mkdir(exist_ok=True)
     names = dict.fromkeys(args.envs)

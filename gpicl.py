@@ -523,7 +523,7 @@ def make_learner(name: str, args: Args, num_inputs: int, num_classes: int, setti
 
 
 # ======================================================================================================================
-# Meta-test
+# What is logged
 # ======================================================================================================================
 def metrics_line(
     args: Args,
@@ -564,6 +564,9 @@ def state_size(learner: nn.Module, args: Args, num_inputs: int, num_classes: int
     return sum(value.numel() for value in checkpoints.state_of(state).values())
 
 
+# ======================================================================================================================
+# Meta-test
+# ======================================================================================================================
 def prepare(args: Args, name: str, split: str, device: torch.device) -> Dataset:
     """A split of a dataset as all learners of a run see it: at one size with the same channels, or as features."""
     if args.features != "none":

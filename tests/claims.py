@@ -353,7 +353,18 @@ def logged(column: str, run: str, index: int | None = None) -> Number:
         curve = seed.curve(run, column)
         return statistics.fmean(curve) if index is None else curve[index]
 
-    return Number(f"{column}, {run}", of)
+    return Number(f"{column}, {run}".removesuffix(", "), of)
+
+
+def deviation(env: str, run: str, agents: int) -> Number:
+    """MetaGenRL: over the agents in an environment while they are meta-trained, from an unbiased estimate
+    of the variance. agents: how many there are."""
+
+    def of(seed: Seed) -> float:
+        variances = [std**2 * agents / (agents - 1) for std in seed.curve(run, f"{env}_reward_std")]
+        return math.sqrt(statistics.fmean(variances))
+
+    return Number(f"{env}, deviation over agents, {run}".removesuffix(", "), of)
 
 
 def statistic(what: str, run: str, share: float, index: int | None = None) -> Number:

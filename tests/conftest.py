@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -59,8 +60,8 @@ KILLED = killed(nth=2)  # the first one is that of step 0
 def run_script(name, run_dir, flags, launcher=None):
     """A script's command line, typed in an empty folder without a network.
 
-    With the words of a launcher in a process of its own, as a user does; in copies of this one with Forked; without a launcher
-    main() is called here, on one thread as there, because importing torch again takes seconds, and without figures, because
+    With the words of a launcher in a process of its own, as a user does; with Forked in copies of a process that has imported
+    torch (and has the environment variables of the first such run); without a launcher main() is called here, on one thread as there, because importing torch again takes seconds, and without figures, because
     drawing them takes a second.
     """
     line = [str(ROOT / name), "--run-dir", str(run_dir), *flags.split()]
@@ -96,8 +97,10 @@ def run_here(line, run_dir, stdout, stderr, launcher=None):
                 runpy.run_path(line[0], run_name="__main__")
             else:
                 machine.run_as_script(script.main, name, (script.UserError, *script.USER_ERRORS))
-        except SystemExit as stopped:  # Python prints a text and exits with code 1
-            print(stopped.code, file=stderr)
+        except SystemExit as stopped:
+            if stopped.code is None or isinstance(stopped.code, int):
+                return stopped.code or 0
+            print(stopped.code, file=stderr)  # as Python does with a text, and exits with code 1
             return 1
     return 0
 
@@ -112,15 +115,17 @@ def run_forked(launcher, line, run_dir):
         ranks = [FORK.Process(target=rank_of, args=(*args, rank)) for rank in range(launcher.world)]
         for process in ranks:
             process.start()
-        end = time.monotonic() + 300
-        while any(process.is_alive() for process in ranks) and time.monotonic() < end:
-            multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()], 1)
-            if any(process.exitcode for process in ranks):
-                break
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            process.kill()
-            process.join()
+        try:
+            end = time.monotonic() + 300
+            while any(process.is_alive() for process in ranks) and time.monotonic() < end:
+                multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()], 1)
+                if any(process.exitcode for process in ranks):
+                    break
+            codes = [process.exitcode for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
         assert any(codes) or None not in codes, "it takes longer than five minutes"
         return subprocess.CompletedProcess(line, next(filter(None, codes), 0), stdout.read_text(), stderr.read_text())
 
@@ -142,7 +147,11 @@ def rank_of(launcher, line, run_dir, stdout, stderr, shared=(), rank=0):
 
     if left:
         os.replace = rename_and_die
-    code = run_here(line, run_dir, stdout, stderr, launcher)
+    try:
+        code = run_here(line, run_dir, stdout, stderr, launcher)
+    except BaseException:
+        traceback.print_exc(file=stderr)
+        code = 1
     stdout.flush()
     stderr.flush()
     os._exit(code)

@@ -2,16 +2,18 @@
 best reward is known."""
 
 import math
+import os
 import re
 import shutil
 
+import conftest
 import gymnasium
 import numpy as np
 import pytest
 import test_gla
 import test_metagenrl
 import torch
-from conftest import Forked, rows, run_script
+from conftest import PYTHON, Forked, rows, run_script
 
 from common import envs
 from common.envs.wrappers import Recorded, Shuffled
@@ -813,11 +815,12 @@ for name in ("MyEnv-v0", "MyEnv-v1", "myspace/my-env-v0"):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package that the user has installed, whose module `tasks` registers environments."""
+    """A package of the user on PYTHONPATH, whose module `tasks` registers environments."""
     (tmp_path / "mypackage").mkdir()
     (tmp_path / "mypackage" / "__init__.py").touch()
     (tmp_path / "mypackage" / "tasks.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(conftest.ENV, "PYTHONPATH", os.pathsep.join([str(conftest.ROOT), str(tmp_path)]))
 
 
 FEW = {  # environments, each of which is a process
@@ -831,7 +834,7 @@ def test_a_users_environment_on_the_command_line(package, tests, tmp_path):
     """By its name, without a version, and in a namespace and lower case."""
     names = [f"mypackage.tasks:{name}" for name in ("MyEnv-v0", "MyEnv", "myspace/my-env-v0")]
     flags = f"{tests.TINY} {FEW[tests]} --run-name mine --envs {names[0]} {names[1]} --test-envs {names[2]}"
-    done = run_script(f"{tests.__name__[5:]}.py", tmp_path, flags, Forked())
+    done = run_script(f"{tests.__name__[5:]}.py", tmp_path, flags, Forked() if tests is test_metagenrl else PYTHON)
     assert done.returncode == 0, done.stderr
     assert {row["task"] for row in rows(tmp_path / "mine")} >= {*names}
 

@@ -88,7 +88,7 @@ def test_the_mean_over_one_process_is_the_value():
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
-    mp.start_processes(one_of_two, (tmp_path / "rendezvous", tmp_path), nprocs=2, start_method="fork")
+    mp.start_processes(one_of_two, (tmp_path / "rendezvous", tmp_path), nprocs=2, start_method="forkserver")
     alone = generation(pairs=64, chunk=10)
     for rank in (0, 1):
         for mine, theirs in zip(

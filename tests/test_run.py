@@ -474,13 +474,18 @@ def test_a_run_that_is_told_to_stop(name, tmp_path):
     line = [str(ROOT / "vsml.py"), "--run-dir", str(tmp_path), *TINY.split(), "--run-name", "stopped", "--meta-steps", "100000"]
     run = FORK.Process(target=rank_of, args=(Forked(before=heed), line, tmp_path, tmp_path / "output", tmp_path / "errors"))
     run.start()
-    until = time.time() + 60
-    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
-        time.sleep(0.05)
-    os.kill(run.pid, getattr(signal, name))
-    run.join(60)
+    try:
+        until = time.time() + 60
+        while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
+            time.sleep(0.05)
+        os.kill(run.pid, getattr(signal, name))
+        run.join(60)
+        code = run.exitcode
+    finally:
+        run.kill()
+        run.join()
     errors = (tmp_path / "errors").read_text()
-    assert run.exitcode == 1 and "Traceback" not in errors
+    assert code == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("vsml.py: stopped; continue with --resume")
 
 

@@ -110,7 +110,7 @@ def make(
     and seconds for each environment and number of copies; PyTorch keeps 8 of them in a process.
     Environments that are not made of tensor operations stay as they are.
     next_step_reset: see above.
-    repeat: each action is taken for so many steps, as one step whose rewards are added.
+    repeat: each action is taken for so many steps, as one step whose reward is their sum divided by this number.
     Raises EnvError for a name or a size that does not exist, and where nothing can be repeated.
     """
     wrapper, _, inner = name.partition("_")
