@@ -476,8 +476,8 @@ def test_a_run_that_is_told_to_stop(name, tmp_path):
     run.start()
     try:
         until = time.time() + 60
-        while not (tmp_path / "stopped" / "checkpoint.pt").exists() and time.time() < until:
-            time.sleep(0.05)
+        while not (tmp_path / "stopped" / "checkpoint.pt").exists() and run.is_alive() and time.time() < until:
+            run.join(0.05)
         os.kill(run.pid, getattr(signal, name))
         run.join(60)
         code = run.exitcode
